@@ -1,0 +1,258 @@
+"""Process group, seeding, meters and progress: what every other module may lean on.
+
+Nothing here knows about models, measures or data. Errors a user can fix are `UserError`s: `main.py` turns
+them into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user gave cannot work. The message says what, and what to do about it."""
+
+
+class TrainingDiverged(Exception):
+    """The loss is no longer finite. The message names the first term that broke."""
+
+
+def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
+    """' Did you mean a, b or c?' for the nearest known words, or '' if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is: global rank, number of processes, rank on its own machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """First host of a SLURM node list: 'gpu[07-09,12],login1' -> 'gpu07'."""
+    head = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodelist)
+    if head is None:
+        raise UserError(f"cannot read the first host from SLURM_JOB_NODELIST={nodelist!r}; export MASTER_ADDR")
+    return head.group(1) + (head.group(2) or "")
+
+
+def find_launch(world_size: int = 1, env: Mapping[str, str] = os.environ) -> Launch:
+    """Read rank and world size from torchrun's variables, else SLURM's, else be a single process.
+
+    Args:
+        world_size: what `--world_size` said; used where the launcher sets RANK but no WORLD_SIZE.
+        env: the environment.
+    Raises:
+        UserError: several processes are asked for but nothing says which one this is.
+    """
+    if "RANK" in env:
+        size = int(env.get("WORLD_SIZE", world_size))
+        return Launch(int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)))
+    if world_size > 1:
+        raise UserError(
+            f"--world_size {world_size}, but no launcher set RANK: start with "
+            f"'torchrun --nproc_per_node {world_size} main.py ...' or srun"
+        )
+    return Launch(0, 1, 0)
+
+
+def init_distributed(launch: Launch, device: torch.device, dist_url: str = "env://") -> None:
+    """Join the process group (NCCL on CUDA, gloo elsewhere); a single process joins none."""
+    if launch.world_size == 1:
+        return
+    if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        if "SLURM_JOB_NODELIST" not in os.environ:
+            raise UserError("several processes, but no MASTER_ADDR: start with torchrun, or give --dist_url")
+        os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_JOB_NODELIST"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum of `values` over all processes (a single process returns it unchanged)."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def print_main(*text: object) -> None:
+    """Print on the main process only."""
+    if is_main():
+        print(*text, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Devices and seeds
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto' takes cuda, then mps, then cpu; a CUDA device is the process's own.
+
+    Raises:
+        UserError: the named device does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device name; use auto, cpu, cuda or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA device is visible; use --device auto or cpu")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"process with local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} "
+                "visible; start fewer processes per machine"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: no MPS device is available; use --device auto or cpu")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices). The reference calls this with seed + rank."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Meters and progress
+
+
+class Meters:
+    """Running means that stay on the device until somebody reads them.
+
+    `update` only enqueues device work; `means` is the one place that waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach()
+            # float64 keeps long sums exact; MPS has none
+            value = value if value.device.type == "mps" else value.double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """Mean of every meter on this process (waits for the device)."""
+        if not self._sums:
+            return {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        return {name: value / self._count for name, value in zip(self._sums, values, strict=True)}
+
+    def global_means(self) -> dict[str, float]:
+        """Mean of every meter over all processes."""
+        if not self._sums:
+            return {}
+        total = torch.stack([*self._sums.values(), torch.full_like(next(iter(self._sums.values())), self._count)])
+        *sums, count = all_reduce_sum(total).tolist()
+        return {name: value / count for name, value in zip(self._sums, sums, strict=True)}
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class Progress:
+    """Iterate over a loader and show where the work stands: a bar on a terminal, a line per interval elsewhere.
+
+    Args:
+        header: what the line starts with, e.g. 'Epoch 3/300'.
+        interval: steps between updates of the shown numbers; reading numbers waits for the device, so nothing
+            is read in between.
+        units_after: units of the same length still to come after this one, for the run's ETA.
+    """
+
+    BAR = 24
+
+    def __init__(self, header: str, interval: int = 10, units_after: int = 0) -> None:
+        self.header = header
+        self.interval = interval
+        self.units_after = units_after
+        self._terminal = sys.stdout.isatty()
+        self._shown_width = 0
+
+    def over(self, loader: Iterable[T], total: int, meters: Meters) -> Iterator[T]:
+        """Yield the loader's items; show progress every `interval` items and after the last."""
+        start = time.perf_counter()
+        for step, item in enumerate(loader, start=1):
+            yield item
+            if is_main() and (step % self.interval == 0 or step == total):
+                self._show(step, total, meters.means(), time.perf_counter() - start)
+        if is_main() and self._terminal:
+            print(flush=True)
+
+    def _show(self, step: int, total: int, means: Mapping[str, float], elapsed: float) -> None:
+        each = elapsed / step
+        eta = f"eta {clock(each * (total - step))}"
+        if self.units_after:
+            eta += f" (run {clock(each * (total - step + total * self.units_after))})"
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        line = f"{self.header}  [{step}/{total}]  {eta}  {1 / each:.2f} it/s  {numbers}"
+        if not self._terminal:
+            print(line, flush=True)
+            return
+        done = round(self.BAR * step / max(total, 1))
+        line = f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}| {line[len(self.header) + 2 :]}"
+        line = line[: max(os.get_terminal_size().columns - 1, 20)]
+        print("\r" + line.ljust(self._shown_width), end="", flush=True)
+        self._shown_width = len(line)
