@@ -1,0 +1,107 @@
+"""Which images each process sees: DeiT's repeated augmentation for training, exact shards for evaluation.
+
+Samplers yield indices only; they know neither images nor batches, and leave the global random state alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+
+import torch
+from torch.utils.data import Sampler
+
+import utils
+
+GRANULE = 256  # an epoch of repeated augmentation covers the largest multiple of this many samples
+
+
+class RASampler(Sampler[int]):
+    """Repeated augmentation: every drawn image appears several times in one global batch.
+
+    The shuffled list of N images is stretched so that each index stands `num_repeats` times in a row. Process
+    r of R takes the entries r, r + R, r + 2R, ..., so with R >= `num_repeats` the copies of an image land on
+    different processes. Every copy gets an augmentation of its own. An epoch stops after
+    floor(N // 256 * 256 / R) samples per process: it costs as much as a plain epoch and sees about
+    N / `num_repeats` different images.
+
+    Args:
+        dataset: anything with a length N.
+        num_replicas: number of processes R; the process group's size by default.
+        rank: this process r; the process group's rank by default.
+        shuffle: draw a new order each epoch, from `seed + epoch`; else the order of the data set.
+        num_repeats: copies of each image.
+        seed: equal on all processes. (The reference seeds with the epoch alone: `seed` 0.)
+    Raises:
+        UserError: N < 256, for which an epoch would be empty.
+    Source: Hoffer et al. 2020, "Augment your batch"; Touvron et al. 2021 (DeiT).
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        num_repeats: int = 3,
+        seed: int = 0,
+    ) -> None:
+        if len(dataset) < GRANULE:
+            raise utils.UserError(
+                f"repeated augmentation needs at least {GRANULE} training images, but there are "
+                f"{len(dataset)}; give --no-repeated-aug"
+            )
+        if num_repeats < 1:
+            raise ValueError(f"num_repeats must be at least 1, not {num_repeats}")
+        self.dataset = dataset
+        self.num_replicas = utils.world_size() if num_replicas is None else num_replicas
+        self.rank = utils.rank() if rank is None else rank
+        _check_rank(self.num_replicas, self.rank)
+        self.shuffle = shuffle
+        self.num_repeats = num_repeats
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.dataset)
+        if self.shuffle:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        else:
+            order = torch.arange(count)
+        # The reference also pads the stretched list to a multiple of R. At most N of its entries are ever
+        # taken, so the padding behind them is never reached.
+        stretched = order.repeat_interleave(self.num_repeats)
+        return iter(stretched[self.rank :: self.num_replicas][: len(self)].tolist())
+
+    def __len__(self) -> int:
+        return len(self.dataset) // GRANULE * GRANULE // self.num_replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+
+class ShardSampler(Sampler[int]):
+    """Every sample exactly once over all processes: process r of R takes r, r + R, r + 2R, ..., unpadded.
+
+    Shares differ by at most one sample, so sums must be reduced together with their counts.
+
+    Args:
+        dataset: anything with a length.
+        num_replicas: number of processes R.
+        rank: this process r.
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
+        _check_rank(num_replicas, rank)
+        self.indices = range(rank, len(dataset), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _check_rank(num_replicas: int, rank: int) -> None:
+    if not 0 <= rank < num_replicas:
+        raise ValueError(f"rank {rank} is not one of {num_replicas} processes")

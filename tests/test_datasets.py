@@ -1,0 +1,682 @@
+"""Data sets on tiny fixtures, transforms operation by operation, loaders over workers and epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import random
+import sys
+from argparse import Namespace
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from timm.data import auto_augment
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR100
+
+import datasets
+import utils
+from datasets import ImageError, build_dataset, build_loaders, build_transform, load_image, posterize
+from utils import UserError
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def make_args(**changes):
+    """The command line's defaults, on digits at 16 pixels, with small batches."""
+    defaults = {
+        "data_set": "DIGITS",
+        "data_path": None,
+        "inat_category": "name",
+        "input_size": 16,
+        "color_jitter": 0.4,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "train_interpolation": "bicubic",
+        "reprob": 0.25,
+        "remode": "pixel",
+        "recount": 1,
+        "resplit": False,
+        "repeated_aug": True,
+        "batch_size": 8,
+        "num_workers": 0,
+        "pin_mem": True,
+        "dist_eval": False,
+        "seed": 0,
+    }
+    return Namespace(**(defaults | changes))
+
+
+def no_augmentation(**changes):
+    """Only the crop is random."""
+    return make_args(**({"aa": "none", "color_jitter": 0.0, "reprob": 0.0} | changes))
+
+
+def photo(seed=0, width=50, height=40):
+    """A smooth random image, so that resampling is well behaved."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save_photo(path, seed=0, **size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    photo(seed, **size).save(path)
+
+
+def to_tensor(image):
+    """PIL image to normalised [3, H, W], without torchvision."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return (pixels.permute(2, 0, 1) - MEAN) / STD
+
+
+def to_pixels(tensor):
+    """The inverse of `to_tensor`: uint8 [H, W, 3]."""
+    return ((tensor * STD + MEAN) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ImageFolder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Two classes; 3 training and 1 validation images of each."""
+    for label, name in enumerate(["cat", "dog"]):
+        for number in range(3):
+            save_photo(tmp_path / "train" / name / f"{number}.png", seed=10 * label + number)
+        save_photo(tmp_path / "val" / name / "0.png", seed=10 * label + 5)
+    return tmp_path
+
+
+def imnet(root, **changes):
+    return no_augmentation(data_set="IMNET", data_path=str(root), **changes)
+
+
+def test_image_folder(image_folder):
+    train, classes = build_dataset(True, imnet(image_folder))
+    val, val_classes = build_dataset(False, imnet(image_folder))
+    assert (len(train), len(val), classes, val_classes) == (6, 2, 2, 2)
+    assert [label for _, label in train] == [0, 0, 0, 1, 1, 1]
+    image, label = val[1]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+    expected = to_tensor(photo(15).resize((16, 16), Image.Resampling.BICUBIC))
+    torch.testing.assert_close(image, expected)
+    assert label == 1
+
+
+def test_train_new_is_preferred(image_folder):
+    for name in ("cat", "dog"):
+        save_photo(image_folder / "train_new" / name / "0.png")
+    train, _ = build_dataset(True, imnet(image_folder))
+    assert [path.split("/")[-3] for path, _ in train.samples] == ["train_new", "train_new"]
+
+
+def test_evaluation_needs_no_training_folder(image_folder):
+    (image_folder / "train").rename(image_folder / "elsewhere")
+    assert len(build_dataset(False, imnet(image_folder))[0]) == 2
+    with pytest.raises(UserError, match=r"no folder .*/train; --data-path must hold train/ and val/"):
+        build_dataset(True, imnet(image_folder))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_splits_must_agree_on_the_classes(image_folder, is_train):
+    save_photo(image_folder / "val" / "emu" / "0.png")
+    with pytest.raises(UserError, match=r"same class folders, but 1 are in only one of them, for example 'emu'"):
+        build_dataset(is_train, imnet(image_folder))
+
+
+def test_folders_without_images(image_folder, tmp_path):
+    (image_folder / "train" / "cat" / "notes.txt").write_text("no image")
+    for image in (image_folder / "train" / "cat").glob("*.png"):
+        image.unlink()
+    with pytest.raises(UserError, match=r"cannot use .*/train: Found no valid file for the classes cat"):
+        build_dataset(True, imnet(image_folder))
+    (tmp_path / "empty" / "val").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot use .*/val: Couldn't find any class folder"):
+        build_dataset(False, imnet(tmp_path / "empty"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CIFAR-100
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """torchvision's layout with 5 training and 2 test images, and the checksums of just these files."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    contents = {
+        split: {
+            "data": generator.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "fine_labels": list(range(90, 90 + count)),
+        }
+        for split, count in [("train", 5), ("test", 2)]
+    }
+    contents["meta"] = {"fine_label_names": [f"class{index}" for index in range(100)]}
+    checksum = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        checksum[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", checksum["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", checksum["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": checksum["meta"]})
+    return tmp_path, contents
+
+
+def test_cifar(cifar):
+    root, contents = cifar
+    args = no_augmentation(data_set="CIFAR", data_path=root, input_size=32)
+    train, classes = build_dataset(True, args)
+    val, _ = build_dataset(False, args)
+    assert (len(train), len(val), classes) == (5, 2, 100)
+    assert [label for _, label in train] == [90, 91, 92, 93, 94]
+    pixels = contents["test"]["data"][1].reshape(3, 32, 32).transpose(1, 2, 0)
+    np.testing.assert_array_equal(to_pixels(val[1][0]), pixels)
+
+
+def test_cifar_missing_or_damaged(cifar, tmp_path):
+    args = no_augmentation(data_set="CIFAR", data_path=cifar[0])
+    (cifar[0] / "cifar-100-python" / "test").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"no intact CIFAR-100 in .*/cifar-100-python; unpack cifar-100-python"):
+        build_dataset(True, args)
+    (tmp_path / "empty").mkdir()
+    args.data_path = str(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no intact CIFAR-100 in .*empty/cifar-100-python"):
+        build_dataset(False, args)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# iNaturalist
+
+TAXA = [  # identifiers are not positions
+    {"id": 30, "name": "Vulpes", "genus": "Fox", "kingdom": "Animalia"},
+    {"id": 10, "name": "Quercus", "genus": "Oak", "kingdom": "Plantae"},
+    {"id": 20, "name": "Robur", "genus": "Oak", "kingdom": "Plantae"},
+]
+
+
+def inat_split(split, year, taxa_of_images):
+    images = [
+        {"id": 100 + index, "file_name": f"train_val{year}/Group{taxon}/{taxon}/{split}{index}.jpg"}
+        for index, taxon in enumerate(taxa_of_images)
+    ]
+    annotations = [{"image_id": 100 + index, "category_id": taxon} for index, taxon in enumerate(taxa_of_images)]
+    # listed backwards: labels follow the order of the annotations, not of the images
+    return {"images": images[::-1], "annotations": annotations}
+
+
+@pytest.fixture(params=[(2018, "listed"), (2018, "flattened"), (2019, "listed"), (2019, "flattened")], ids=str)
+def inat(request, tmp_path):
+    year, layout = request.param
+    (tmp_path / "categories.json").write_text(json.dumps(TAXA))
+    for split, taxa in [("train", [20, 30, 10, 30]), ("val", [30, 10])]:
+        content = inat_split(split, year, taxa)
+        (tmp_path / f"{split}{year}.json").write_text(json.dumps(content))
+        for image in content["images"]:
+            top, group, taxon, name = image["file_name"].split("/")
+            middle = [group, taxon] if layout == "listed" else [taxon]
+            save_photo(tmp_path.joinpath(top, *middle, name))
+    return no_augmentation(
+        data_set="INAT" if year == 2018 else "INAT19", data_path=str(tmp_path), inat_category="name"
+    )
+
+
+def test_inaturalist(inat):
+    train, classes = build_dataset(True, inat)
+    val, val_classes = build_dataset(False, inat)
+    assert classes == val_classes == 3
+    # training annotations name 20, 30, 10: labels 0, 1, 2
+    assert [label for _, label in train] == [1, 2, 1, 0]
+    assert [label for _, label in val] == [2, 1]
+    assert train[0][0].shape == (3, 16, 16)
+    assert [path.split("/")[-1] for path, _ in val.samples] == ["val1.jpg", "val0.jpg"]
+
+
+def test_inaturalist_coarser_labels(inat):
+    inat.inat_category = "genus"
+    train, classes = build_dataset(True, inat)
+    assert classes == 2
+    assert [label for _, label in train] == [1, 0, 1, 0]
+
+
+def test_inaturalist_unknown_category(inat):
+    inat.inat_category = "phylum"
+    with pytest.raises(UserError, match=r"--inat-category phylum is not in the data; use genus, kingdom, name$"):
+        build_dataset(True, inat)
+
+
+def test_inaturalist_without_images_or_files(inat, tmp_path):
+    year = 2018 if inat.data_set == "INAT" else 2019
+    (tmp_path / f"train_val{year}").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"neither .*/Group30/30/train3.jpg nor .*\d/30/train3.jpg exists"):
+        build_dataset(True, inat)
+    file = tmp_path / f"val{year}.json"
+    file.write_text(json.dumps({"images": [], "annotations": []}))
+    with pytest.raises(UserError, match="list no images"):
+        build_dataset(False, inat)
+    file.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}))
+    with pytest.raises(UserError, match=rf"are not iNaturalist {year}'s: KeyError\(1\)"):
+        build_dataset(False, inat)
+    file.write_text("{")
+    with pytest.raises(UserError, match=rf"cannot read .*val{year}.json"):
+        build_dataset(False, inat)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"cannot read .*val{year}.json"):
+        build_dataset(False, inat)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Digits, and names and paths
+
+
+def test_digits_are_scikit_learns():
+    digits = load_digits()
+    args = no_augmentation(input_size=8)
+    train, classes = build_dataset(True, args)
+    val, _ = build_dataset(False, args)
+    assert (len(train), len(val), classes) == (1437, 360, 10)
+    assert [label for _, label in train] + [label for _, label in val] == digits.target.tolist()
+    for index in (0, 123, 359):
+        levels = to_pixels(val[index][0]) * (16 / 255)  # [8, 8, 3]
+        np.testing.assert_array_equal(levels.round(), np.stack([digits.images[1437 + index]] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_digits_are_enlarged_to_the_input_size(size):
+    val, _ = build_dataset(False, no_augmentation(input_size=size))
+    image, _ = val.samples[0]
+    assert (image.mode, image.size) == ("RGB", (size, size))
+    assert val[0][0].shape == (3, size, size)
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match="pip install scikit-learn"):
+        build_dataset(True, make_args())
+
+
+def test_unknown_data_set():
+    with pytest.raises(UserError, match=r"--data-set INET is not one of CIFAR, .* Did you mean IMNET"):
+        build_dataset(True, make_args(data_set="INET"))
+
+
+@pytest.mark.parametrize("name", ["CIFAR", "IMNET", "INAT", "INAT19"])
+def test_data_path_is_needed(name, tmp_path):
+    with pytest.raises(UserError, match=f"--data-set {name} needs --data-path"):
+        build_dataset(True, make_args(data_set=name))
+    with pytest.raises(UserError, match=r"--data-path .*nowhere is not a folder"):
+        build_dataset(True, make_args(data_set=name, data_path=tmp_path / "nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Transforms
+
+
+def names(transform):
+    return [type(operation).__name__ for operation in transform.transforms]
+
+
+def test_training_operations_at_224():
+    transform = build_transform(True, make_args(data_set="IMNET", input_size=224))
+    crop, flip, augment, _, normalize, erase = transform.transforms
+    assert names(transform) == [
+        "RandomResizedCropAndInterpolation",
+        "RandomHorizontalFlip",
+        "RandAugment",  # and no colour jitter beside it
+        "MaybeToTensor",
+        "Normalize",
+        "RandomErasing",
+    ]
+    assert crop.size == (224, 224) and crop.scale == (0.08, 1.0) and crop.ratio == (3 / 4, 4 / 3)
+    assert crop.interpolation.value == "bicubic"
+    assert flip.p == 0.5
+    assert augment.num_layers == 2 and len(augment.ops) == 15
+    assert all(op.magnitude == 9 and op.magnitude_std == 0.5 and op.prob == 0.5 for op in augment.ops)
+    assert all(op.hparams["img_mean"] == (124, 116, 104) for op in augment.ops)
+    torch.testing.assert_close(normalize.mean, MEAN.flatten())
+    torch.testing.assert_close(normalize.std, STD.flatten())
+    assert (erase.probability, erase.mode, erase.max_count) == (0.25, "pixel", 1)
+
+
+def test_training_operations_on_small_images():
+    transform = build_transform(True, make_args(data_set="CIFAR", input_size=32))
+    assert names(transform)[:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
+    crop = transform.transforms[1]
+    assert (crop.size, crop.padding) == ((32, 32), 4)
+
+
+@pytest.mark.parametrize("off", ["none", "None", "", None])
+def test_augmentation_off_leaves_colour_jitter(off):
+    transform = build_transform(True, make_args(data_set="IMNET", aa=off, reprob=0.0))
+    assert "RandAugment" not in names(transform) and "RandomErasing" not in names(transform)
+    (jitter,) = [each for each in transform.transforms if type(each).__name__ == "ColorJitter"]
+    assert jitter.brightness == jitter.contrast == jitter.saturation == pytest.approx((0.6, 1.4))
+    assert jitter.hue is None
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_digits_are_never_mirrored(size):
+    assert "RandomHorizontalFlip" not in names(build_transform(True, make_args(input_size=size)))
+
+
+def test_small_crop_is_a_window_of_the_padded_image():
+    transform = build_transform(True, no_augmentation(input_size=20))
+    image = photo(width=20, height=20)
+    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)))
+    windows = {padded[top : top + 20, left : left + 20].tobytes() for top in range(9) for left in range(9)}
+    drawn = {to_pixels(transform(image)).tobytes() for _ in range(50)}
+    assert len(drawn) > 10 and drawn <= windows
+
+
+def test_training_takes_any_image_size_at_small_inputs():
+    transform = build_transform(True, make_args(data_set="IMNET", input_size=32))
+    for width, height in [(6, 9), (300, 20)]:
+        assert transform(photo(width=width, height=height)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [48, 224])
+def test_evaluation_at_large_inputs(size):
+    image = photo(width=300, height=400)
+    shorter = int(256 / 224 * size)
+    longer = int(shorter * 400 / 300)
+    resized = image.resize((shorter, longer), Image.Resampling.BICUBIC)
+    left, top = round((shorter - size) / 2), round((longer - size) / 2)
+    expected = to_tensor(resized.crop((left, top, left + size, top + size)))
+    torch.testing.assert_close(build_transform(False, make_args(input_size=size))(image), expected)
+
+
+def test_evaluation_leaves_small_images_of_the_right_size_alone():
+    image = photo(width=32, height=32)
+    torch.testing.assert_close(build_transform(False, make_args(input_size=32))(image), to_tensor(image))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aa": "rnd-m9"}, "--aa rnd-m9 is not an augmentation timm knows"),
+        ({"aa": "rand-z9"}, "--aa rand-z9 is not"),
+        ({"aa": "rand-m9.5"}, "--aa rand-m9.5 is not"),
+        ({"aa": "augmix-q1"}, "--aa augmix-q1 is not"),
+        ({"remode": "noise"}, "--remode noise cannot fill an erased box; use const, rand or pixel"),
+        ({"remode": "noise", "reprob": 0.0}, "--remode noise"),
+        ({"reprob": 1.5}, "--reprob 1.5 is not a probability"),
+        ({"recount": 0}, "--recount 0 erases nothing"),
+        ({"color_jitter": -0.1}, "--color-jitter -0.1 is negative"),
+        ({"train_interpolation": "cubic"}, "--train-interpolation cubic cannot be used; use random, nearest"),
+        ({"train_interpolation": "lanczos"}, "--train-interpolation lanczos cannot be used"),
+        ({"input_size": 0}, "--input-size 0 is not a size"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_work(changes, message):
+    with pytest.raises(UserError, match=message):
+        build_transform(True, make_args(**changes))
+
+
+@pytest.mark.parametrize("mode", ["random", "nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("policy", ["rand-m10-n15-mstd0.5-inc1", "augmix-m5", "originalr", "none"])
+def test_policies_run_with_every_interpolation(policy, mode):
+    args = make_args(data_set="IMNET", aa=policy, train_interpolation=mode, input_size=40)
+    transform = build_transform(True, args)
+    for seed in range(10):
+        assert transform(photo(seed)).isfinite().all()
+
+
+def test_sharper_crops_without_augmentation():
+    args = no_augmentation(data_set="IMNET", train_interpolation="lanczos", input_size=40)
+    assert build_transform(True, args)(photo()).shape == (3, 40, 40)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Posterize, which Pillow 13 refuses at 0 bits
+
+
+@pytest.mark.parametrize("bits", range(-2, 9))
+def test_posterize_is_a_bit_mask(bits):
+    mask = 0xFF & ~((1 << (8 - max(bits, 0))) - 1)
+    np.testing.assert_array_equal(np.asarray(posterize(photo(), bits)), np.asarray(photo()) & mask)
+
+
+def test_posterize_at_the_highest_magnitudes():
+    args = make_args(data_set="IMNET", input_size=40, aa="rand-m14-mmax14-p1-inc1", reprob=0.0)
+    for magnitude, bits in [(10, 0), (14, -1), (5, 2)]:
+        (augment,) = [t for t in build_transform(True, args).transforms if type(t).__name__ == "RandAugment"]
+        (operation,) = [op for op in augment.ops if op.name == "PosterizeIncreasing"]
+        operation.magnitude = magnitude
+        expected = ImageOps.posterize(photo(), bits) if bits > 0 else Image.new("RGB", photo().size)
+        np.testing.assert_array_equal(np.asarray(operation(photo())), np.asarray(expected))
+
+
+def test_posterize_guard_is_idempotent_and_leaves_pillow_alone():
+    before = ImageOps.posterize
+    for _ in range(2):
+        build_transform(True, make_args())
+        assert {auto_augment.NAME_TO_OP[name] for name in datasets.POSTERIZE_OPS} == {posterize}
+    assert ImageOps.posterize is before
+    assert auto_augment.posterize is not posterize
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+class Numbered(Dataset):
+    """`count` images of ones; the label is the index."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.ones(3, 8, 8), index
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Training and validation digits with the full augmentation."""
+    return build_dataset(True, make_args())[0], build_dataset(False, make_args())[0]
+
+
+def global_random_state():
+    return random.getstate(), torch.random.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+
+
+def labels_of(loader):
+    return [label for _, labels in loader for label in labels.tolist()]
+
+
+def some_batches(loader, count=3):
+    """The first images of an epoch: [count, B, 3, S, S]."""
+    batches = iter(loader)
+    return torch.stack([next(batches)[0] for _ in range(count)])
+
+
+def test_batches(digits):
+    train, val = build_loaders(make_args(), *digits, world_size=1, rank=0)
+    images, labels = next(iter(train))
+    assert images.shape == (8, 3, 16, 16) and images.dtype == torch.float32
+    assert labels.shape == (8,) and labels.dtype == torch.int64
+    assert len(train) == 1437 // 256 * 256 // 8
+    assert [len(labels) for _, labels in val] == [12] * 30  # batches of 1.5 x 8
+
+
+@pytest.mark.parametrize("repeated_aug", [True, False])
+def test_training_drops_the_incomplete_batch(repeated_aug):
+    args = make_args(repeated_aug=repeated_aug, batch_size=48)
+    loaders = [build_loaders(args, Numbered(600), Numbered(5), 3, rank)[0] for rank in range(3)]
+    # 512 / 3 and 600 / 3 samples for each process
+    assert [len(loader) for loader in loaders] == [3 if repeated_aug else 4] * 3
+    copies = Counter(label for loader in loaders for label in labels_of(loader))
+    assert set(copies.values()) == ({3} if repeated_aug else {1})
+
+
+@pytest.mark.parametrize("repeated_aug", [True, False])
+def test_set_epoch_and_seed_change_the_order(repeated_aug):
+    def order(epoch, seed=0):
+        args = make_args(repeated_aug=repeated_aug, seed=seed)
+        train, _ = build_loaders(args, Numbered(300), Numbered(5), 1, 0)
+        train.sampler.set_epoch(epoch)
+        return labels_of(train)
+
+    assert order(0) == order(0)
+    assert order(1) != order(0)
+    assert order(0, seed=5) != order(0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_exact_evaluation(world_size):
+    def seen(dist_eval):
+        args = make_args(dist_eval=dist_eval)
+        loaders = [build_loaders(args, Numbered(256), Numbered(61), world_size, r)[1] for r in range(world_size)]
+        return [labels_of(loader) for loader in loaders]
+
+    assert sorted(label for labels in seen(dist_eval=True) for label in labels) == list(range(61))
+    assert seen(dist_eval=False) == [list(range(61))] * world_size
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_equal_seeds_give_equal_augmentation(digits, num_workers):
+    def two_epochs(seed):
+        utils.seed_everything(seed)
+        train, _ = build_loaders(make_args(num_workers=num_workers, seed=seed), *digits, 1, 0)
+        return some_batches(train), some_batches(train)  # the same images: set_epoch is not called
+
+    first, second = two_epochs(seed=0)
+    assert not torch.equal(first, second)
+    again_first, again_second = two_epochs(seed=0)
+    assert torch.equal(first, again_first) and torch.equal(second, again_second)
+    assert not torch.equal(first, two_epochs(seed=1)[0])
+
+
+def test_generator_state_continues_the_stream(digits):
+    args = make_args(num_workers=2)
+    train, _ = build_loaders(args, *digits, 1, 0)
+    some_batches(train, 1)
+    state = train.generator.get_state()
+    second = some_batches(train)
+    resumed, _ = build_loaders(args, *digits, 1, 0)
+    resumed.generator.set_state(state)
+    assert torch.equal(some_batches(resumed), second)
+
+
+def test_processes_augment_differently(digits):
+    args = make_args(num_workers=1)
+    batches = [next(iter(build_loaders(args, *digits, 3, rank)[0])) for rank in range(3)]
+    (first, labels), (second, second_labels), (third, third_labels) = batches
+    # the three copies of each image stand at the same place of the three ranks' batches
+    assert torch.equal(labels, second_labels) and torch.equal(labels, third_labels)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+def test_data_sets_and_collate_can_be_sent_to_spawned_workers(digits):
+    train, _ = build_loaders(make_args(resplit=True), *digits, 1, 0)
+    dataset, collate = pickle.loads(pickle.dumps((train.dataset, train.collate_fn)))
+    images, labels = collate([dataset[0], dataset[1]])
+    assert images.shape == (2, 3, 16, 16) and labels.tolist() == [0, 1]
+
+
+def test_workers_leave_the_global_random_state_alone(digits):
+    train, val = build_loaders(make_args(num_workers=2), *digits, 1, 0)
+    before = global_random_state()
+    some_batches(train)
+    some_batches(val)
+    assert global_random_state() == before
+
+
+def test_making_an_iterator_leaves_the_global_random_state_alone(digits):
+    train, val = build_loaders(make_args(num_workers=0), *digits, 1, 0)
+    before = global_random_state()
+    iter(train)
+    some_batches(val)
+    assert global_random_state() == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [8, 7])
+def test_resplit_leaves_the_first_half_unerased(num_workers, batch_size):
+    args = make_args(resplit=True, reprob=1.0, num_workers=num_workers, batch_size=batch_size)
+    train, val = build_loaders(args, Numbered(256), Numbered(20), 1, 0)
+    for images, labels in train:
+        erased = (images != 1).flatten(1).any(dim=1)
+        assert erased.tolist() == [index >= batch_size // 2 for index in range(batch_size)]
+        assert labels.shape == (batch_size,)
+    assert all((images == 1).all() for images, _ in val)
+
+
+def test_resplit_takes_erasing_out_of_the_transform():
+    assert "RandomErasing" not in names(build_transform(True, make_args(resplit=True, reprob=1.0)))
+
+
+def test_pinned_memory_only_with_cuda(monkeypatch):
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=available: answer)
+        for wanted in (False, True):
+            loaders = build_loaders(make_args(pin_mem=wanted), Numbered(256), Numbered(5), 1, 0)
+            assert [loader.pin_memory for loader in loaders] == [available and wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "val", "message"),
+    [
+        ({}, 255, 5, "give --no-repeated-aug"),
+        (
+            {"repeated_aug": False, "batch_size": 31},
+            60,
+            5,
+            r"each process sees 30 training images .* of 31; give a",
+        ),
+        ({"batch_size": 129}, 300, 5, "each process sees 128 training images"),
+        ({"repeated_aug": False}, 0, 5, "each process sees 0 training images"),
+        ({}, 256, 0, "validation set has no images"),
+        ({"num_workers": -1}, 256, 5, "--num_workers -1 is negative"),
+        ({"batch_size": 0}, 256, 5, "--batch-size 0 is not a number of images"),
+    ],
+    ids=str,
+)
+def test_loaders_that_cannot_work(changes, train, val, message):
+    with pytest.raises(UserError, match=message):
+        build_loaders(make_args(**changes), Numbered(train), Numbered(val), 2, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Damaged images
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damaged_image_is_named_in_one_line(image_folder, num_workers):
+    path = image_folder / "val" / "dog" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    args = imnet(image_folder, num_workers=num_workers)
+    val, _ = build_dataset(False, args)
+    _, loader = build_loaders(args, Numbered(256), val, 1, 0)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    message = str(caught.value)
+    assert message.startswith(f"cannot decode image {path}: ")
+    assert message.endswith("; repair or remove the file")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n\0\0\0"], ids=["empty", "text", "header"])
+def test_files_that_are_no_images(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError, match=r"cannot decode image .*/a.png: "):
+        load_image(str(tmp_path / "a.png"))
+    with pytest.raises(ImageError, match=r"cannot decode image .*/b.png: .*No such file"):
+        load_image(str(tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_every_image_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    photo().convert(mode).save(path)
+    image = load_image(str(path))
+    assert (image.mode, image.size) == ("RGB", (50, 40))

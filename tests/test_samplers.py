@@ -1,0 +1,132 @@
+"""Samplers against naive reimplementations written from their description."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from samplers import RASampler, ShardSampler
+from utils import UserError
+
+
+def naive_repeated(count, replicas, rank, epoch, repeats=3, seed=0, shuffle=True):
+    """One step of the description after the other, padding included."""
+    generator = torch.Generator()
+    generator.manual_seed(seed + epoch)
+    order = torch.randperm(count, generator=generator).tolist() if shuffle else list(range(count))
+    stretched = []
+    for index in order:
+        for _ in range(repeats):
+            stretched.append(index)
+    total = math.ceil(count * repeats / replicas) * replicas
+    while len(stretched) < total:
+        stretched.append(stretched[len(stretched) - count * repeats])
+    mine = [stretched[position] for position in range(rank, total, replicas)]
+    return mine[: math.floor(count // 256 * 256 / replicas)]
+
+
+def over_ranks(count, replicas, epoch=0, **options):
+    """What each process yields: a list of lists."""
+    samplers = [RASampler(range(count), replicas, rank, **options) for rank in range(replicas)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    return [list(sampler) for sampler in samplers]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(256, 1500),
+    replicas=st.integers(1, 9),
+    epoch=st.integers(0, 400),
+    repeats=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    shuffle=st.booleans(),
+)
+def test_repeated_augmentation_is_its_description(count, replicas, epoch, repeats, seed, shuffle):
+    options = {"seed": seed, "shuffle": shuffle}
+    drawn = over_ranks(count, replicas, epoch, num_repeats=repeats, **options)
+    for rank, indices in enumerate(drawn):
+        assert indices == naive_repeated(count, replicas, rank, epoch, repeats, **options)
+        assert len(indices) == len(RASampler(range(count), replicas, rank)) == count // 256 * 256 // replicas
+
+
+@pytest.mark.parametrize("replicas", [3, 4, 5, 8])
+def test_copies_go_to_different_ranks(replicas):
+    drawn = over_ranks(1111, replicas)
+    copies = Counter(index for indices in drawn for index in indices)
+    # the cut at the end may leave the last image with fewer copies
+    assert sorted(copies.values())[1:] == [3] * (len(copies) - 1)
+    for indices in drawn:
+        assert len(set(indices)) == len(indices)
+
+
+def test_one_process_sees_the_copies_in_a_row():
+    (indices,) = over_ranks(600, 1)
+    assert len(indices) == 512
+    assert indices[0::3][:170] == indices[1::3][:170] == indices[2::3][:170]
+
+
+def test_epochs_and_seeds_change_the_order():
+    sampler = RASampler(range(512), 2, 0)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    # the epoch and the seed enter as their sum, as with torch's DistributedSampler
+    assert list(RASampler(range(512), 2, 0, seed=1)) == second
+
+
+def test_sampling_leaves_the_global_random_state_alone():
+    before = torch.random.get_rng_state()
+    list(RASampler(range(512), 1, 0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_without_a_process_group_there_is_one_process():
+    sampler = RASampler(range(300))
+    assert (sampler.num_replicas, sampler.rank, len(sampler)) == (1, 0, 256)
+
+
+def test_process_group_gives_the_defaults(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sampler = RASampler(range(300))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (sampler.num_replicas, sampler.rank) == (1, 0)
+
+
+def test_too_few_images_for_repeats():
+    with pytest.raises(UserError, match=r"at least 256 training .* 255; give --no-repeated-aug"):
+        RASampler(range(255), 1, 0)
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_rank_outside_the_processes(rank):
+    with pytest.raises(ValueError, match="not one of 2 processes"):
+        RASampler(range(256), 2, rank)
+    with pytest.raises(ValueError, match="not one of 2 processes"):
+        ShardSampler(range(256), 2, rank)
+
+
+def test_repeats_must_be_positive():
+    with pytest.raises(ValueError, match="num_repeats"):
+        RASampler(range(256), 1, 0, num_repeats=0)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [0, 1, 61, 121])  # 61 and 121: a remainder for each world size but 1
+def test_shards_cover_every_sample_once(count, replicas):
+    shards = [ShardSampler(range(count), replicas, rank) for rank in range(replicas)]
+    assert sorted(index for shard in shards for index in shard) == list(range(count))
+    sizes = [len(shard) for shard in shards]
+    assert sizes == [len(list(shard)) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    for rank, shard in enumerate(shards):
+        assert all(index % replicas == rank for index in shard)
