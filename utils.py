@@ -38,7 +38,7 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes
 
 
@@ -115,10 +115,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum of `values` over all processes (a single process returns it unchanged)."""
+def all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce `values` over all processes, in place (a single process returns them unchanged)."""
     if world_size() > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, operation)
     return values
 
 
@@ -128,7 +128,7 @@ def print_main(*text: object) -> None:
         print(*text, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Devices and seeds
 
 
@@ -167,42 +167,55 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Meters and progress
 
 
 class Meters:
     """Running means that stay on the device until somebody reads them.
 
-    `update` only enqueues device work; `means` is the one place that waits for the device.
+    `update` only enqueues device work; `means`, `global_means` and `first_broken` wait for the device. Every
+    update gives the same names in the same order.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # [names]
+        self._finite: Tensor | None = None  # [names], for how many updates the sum has stayed finite
         self._count = 0
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach()
-            # float64 keeps long sums exact; MPS has none
-            value = value if value.device.type == "mps" else value.double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        """Add one value of each meter."""
+        row = torch.stack([value.detach() for value in values.values()])  # [names]
+        row = row if row.device.type == "mps" else row.double()  # float64 keeps long sums exact; MPS has none
+        if self._sums is None or self._finite is None:
+            self._names = list(values)
+            self._sums, self._finite = torch.zeros_like(row), torch.zeros_like(row)
+        self._sums = self._sums + row
+        self._finite = self._finite + self._sums.isfinite()
         self._count += 1
 
     def means(self) -> dict[str, float]:
-        """Mean of every meter on this process (waits for the device)."""
-        if not self._sums:
+        """Mean of every meter on this process."""
+        if self._sums is None:
             return {}
-        values = torch.stack(list(self._sums.values())).tolist()
-        return {name: value / self._count for name, value in zip(self._sums, values, strict=True)}
+        return {name: total / self._count for name, total in zip(self._names, self._sums.tolist(), strict=True)}
 
     def global_means(self) -> dict[str, float]:
         """Mean of every meter over all processes."""
-        if not self._sums:
+        if self._sums is None:
             return {}
-        total = torch.stack([*self._sums.values(), torch.full_like(next(iter(self._sums.values())), self._count)])
-        *sums, count = all_reduce_sum(total).tolist()
-        return {name: value / count for name, value in zip(self._sums, sums, strict=True)}
+        count = torch.full_like(self._sums[:1], self._count)
+        *sums, updates = all_reduce(torch.cat([self._sums, count])).tolist()
+        return {name: total / updates for name, total in zip(self._names, sums, strict=True)}
+
+    def first_broken(self) -> str | None:
+        """The meter that was the first to stop being finite, on any process; None if all are finite."""
+        if self._finite is None:
+            return None
+        updates = all_reduce(self._finite.clone(), dist.ReduceOp.MIN).tolist()
+        earliest = min(range(len(updates)), key=updates.__getitem__)
+        return self._names[earliest] if updates[earliest] < self._count else None
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,340 @@
+"""Train or evaluate a vision transformer: flags + YAML -> build -> train | --eval.
+
+    python main.py --data-path IMAGENET --model deit_small_patch16_224 --output_dir experiment/deit_small
+    torchrun --nproc_per_node 8 main.py --config configs/deit_small_diverse.yaml --data-path IMAGENET
+
+Exit codes: 0 done, 1 the loss stopped being finite, 2 something in the flags, data or files cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer
+from timm.scheduler import create_scheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import config
+from checkpoint import RunState
+from datasets import build_dataset, build_loaders
+from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
+from losses import LabelLoss
+from mixup import Mixup
+from models import DiverseViT, Layout, build_model, check_name, find_layout
+from regularizers import Diversity
+from utils import (
+    TrainingDiverged,
+    UserError,
+    clock,
+    find_launch,
+    init_distributed,
+    is_main,
+    pick_device,
+    print_main,
+    rank,
+    seed_everything,
+    world_size,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake becomes one line and exit code 2."""
+    try:
+        run(config.resolve(argv))
+    except (UserError, TrainingDiverged) as error:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:
+            print(f"main.py: error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build everything, then train, or evaluate and stop."""
+    check_name(args.model)
+    launch = find_launch(args.world_size)
+    device = pick_device(args.device, launch.local_rank)
+    precision = Precision(device, args.amp_dtype)
+    init_distributed(launch, device, args.dist_url)
+    seed_everything(args.seed + rank())
+    torch.backends.cudnn.benchmark = True
+
+    train_set, num_classes = build_dataset(True, args)
+    val_set, _ = build_dataset(False, args)
+    train_loader, val_loader = build_loaders(args, train_set, val_set, world_size(), rank())
+    if args.teacher_eval:
+        teacher = DiverseViT(build_teacher(args, num_classes, device))
+        report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
+        return
+
+    backbone = build_backbone(args, num_classes)
+    diversity, measure = build_diversity(args, backbone)
+    model = DiverseViT(backbone, diversity.needs | measure.needs).to(device)
+    state = checkpoint.load(args.resume) if args.resume else None
+    if args.eval:
+        evaluate_checkpoint(args, model, state, val_loader, len(val_set), precision, measure)
+        return
+    teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
+    label_loss = LabelLoss(
+        diversity.mixing, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
+    )
+    mixup = build_mixup(args, backbone, diversity)
+    run_state = build_run(args, model, precision, state)
+    print_plan(args, model, precision, len(train_set), run_state)
+
+    def train_epoch(wrapped: nn.Module, updater: Updater, epoch: int) -> dict[str, float]:
+        train_loader.sampler.set_epoch(epoch)
+        return train_one_epoch(
+            wrapped,
+            label_loss,
+            diversity,
+            train_loader,
+            updater,
+            mixup,
+            header=f"Epoch {epoch + 1}/{args.epochs}",
+            epochs_after=args.epochs - epoch - 1,
+            print_freq=args.print_freq,
+            training_mode=not args.finetune,  # DeiT fine-tunes in evaluation mode
+        )
+
+    def test(network: DiverseViT) -> dict[str, float]:
+        return evaluate(network, val_loader, precision, measure if network is model else None)
+
+    train(args, run_state, precision, train_epoch, test, len(val_set))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
+    options: dict[str, Any] = {
+        "num_classes": num_classes,
+        "img_size": args.input_size,
+        "drop_path_rate": args.drop_path,
+    }
+    if args.drop > 0:
+        options |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
+    backbone = build_model(args.model, **options | args.model_kwargs)
+    if args.distillation_type != "none":
+        if not hasattr(backbone, "set_distilled_training"):
+            raise UserError(
+                f"--distillation-type {args.distillation_type} needs a student with a distillation token, which "
+                f"{args.model} lacks: choose e.g. --model deit_small_distilled_patch16_224"
+            )
+        backbone.set_distilled_training(True)
+    if args.finetune:
+        weights = checkpoint.model_weights(checkpoint.load(args.finetune), args.finetune)
+        fresh = checkpoint.load_for_finetuning(backbone, weights, args.finetune)
+        print_main(f"fine-tuning from {args.finetune}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    return backbone
+
+
+def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Diversity, Diversity]:
+    """The terms to train on, and those to measure only."""
+    if not (args.terms or args.measures):
+        return Diversity([], depth=0), Diversity([], depth=0)
+    layout: Layout = find_layout(backbone)
+    depth, pooled = len(layout.blocks), layout.pools_patches
+    return Diversity(args.terms, depth, pooled), Diversity(args.measures, depth, pooled)
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+    """The teacher, with its weights, in evaluation mode."""
+    teacher = build_model(args.teacher_model, num_classes=num_classes)
+    weights = checkpoint.model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
+    checkpoint.load_weights(teacher, weights, args.teacher_path)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Diversity) -> Mixup:
+    """Mixup and CutMix as the flags say; patches are labelled only where the mixing loss asks for it."""
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=tuple(args.cutmix_minmax) if args.cutmix_minmax else None,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        patch_size=find_layout(backbone).patch_size if diversity.mixing else None,
+        seed=args.seed + rank(),
+    )
+
+
+def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
+    """timm's schedule; stepped after each epoch with that epoch's number, as the reference does."""
+    scheduler, _ = create_scheduler(args, optimizer)
+    if scheduler is None:
+        raise UserError(f"unknown --sched {args.sched!r}: cosine, tanh, step, multistep, plateau, poly or constant")
+    return scheduler
+
+
+def build_run(args: argparse.Namespace, model: DiverseViT, precision: Precision, state: Any) -> RunState:
+    """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues."""
+    ema = None
+    if args.model_ema:
+        device = torch.device("cpu") if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
+    scaled = argparse.Namespace(**vars(args) | {"lr": scaled_lr(args)})
+    optimizer = create_optimizer(scaled, model.backbone)
+    run_state = RunState(
+        model, optimizer, build_schedule(scaled, optimizer), precision.scaler, ema, config.plain(args)
+    )
+    if state is not None:
+        run_state.load_state_dict(state, args.resume)
+        print_main(
+            f"resumed {args.resume}: epoch {run_state.epoch + 1} is done, best top-1 {run_state.max_acc:.2f}%"
+        )
+    elif args.start_epoch > 0:
+        run_state.epoch = args.start_epoch - 1
+        run_state.lr_scheduler.step(run_state.epoch)
+    return run_state
+
+
+def scaled_lr(args: argparse.Namespace) -> float:
+    """--lr is for 512 images; scale it to the global batch unless told not to."""
+    return args.lr * args.batch_size * world_size() / 512.0 if args.scale_lr_flag else args.lr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def evaluate_checkpoint(
+    args: argparse.Namespace,
+    model: DiverseViT,
+    state: Any,
+    loader: Loader,
+    samples: int,
+    precision: Precision,
+    measure: Diversity,
+) -> None:
+    """--eval: print the accuracy of --resume's weights, and of its EMA if it has one."""
+    if state is not None:
+        checkpoint.load_weights(model.backbone, checkpoint.model_weights(state, args.resume), args.resume)
+    else:
+        print_main("warning: --eval without --resume evaluates untrained weights")
+    results = evaluate(model, loader, precision, measure)
+    report(results, samples)
+    for name in measure.names:
+        print_main(f"{name} {results[name]:.6g}")
+    if isinstance(state, dict) and "model_ema" in state:
+        weights = checkpoint.model_weights(state, args.resume, ema=True)
+        checkpoint.load_weights(model.backbone, weights, args.resume)
+        report(evaluate(model, loader, precision), samples, "EMA network")
+
+
+def print_plan(
+    args: argparse.Namespace, model: DiverseViT, precision: Precision, samples: int, run_state: RunState
+) -> None:
+    """What is about to happen, so that a wrong batch or rate is seen at once."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print_main(
+        f"{args.model}: {parameters:,} parameters, {samples:,} training images, {world_size()} process(es) on "
+        f"{precision.device.type} in {precision.name}\n"
+        f"global batch {args.batch_size * world_size()}, peak learning rate {scaled_lr(args):.4g}, "
+        f"epochs {run_state.epoch + 2} to {args.epochs}\n"
+        f"diversity: {'  '.join(args.reg) or 'none (plain DeiT)'}"
+    )
+
+
+def train(
+    args: argparse.Namespace,
+    run_state: RunState,
+    precision: Precision,
+    train_epoch: Callable[[nn.Module, Updater, int], dict[str, float]],
+    test: Callable[[DiverseViT], dict[str, float]],
+    samples: int,
+) -> None:
+    """The epochs: train, test the raw model and its EMA, log, save."""
+    output = make_output_dir(args) if args.output_dir else None
+    model, ema = run_state.model, run_state.ema
+    updater = Updater(run_state.optimizer, precision, args.clip_grad, ema)
+    wrapped = distribute(model, precision.device)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    start = time.perf_counter()
+    for epoch in range(run_state.epoch + 1, args.epochs):
+        trained = train_epoch(wrapped, updater, epoch)
+        tested = test(model)
+        report(tested, samples)
+        run_state.lr_scheduler.step(epoch, tested["acc1"])
+        averaged = test(on_device(ema.module, precision.device)) if ema is not None else {}
+        if averaged:
+            print_main(
+                f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}"
+            )
+        best = tested["acc1"] > run_state.max_acc
+        run_state.max_acc = max(run_state.max_acc, tested["acc1"])
+        run_state.epoch = epoch
+        print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
+        if output is not None and is_main():
+            write_epoch(output, run_state, trained, tested, averaged, parameters, best)
+    print_main(f"Training time {clock(time.perf_counter() - start)}")
+
+
+def distribute(model: DiverseViT, device: torch.device) -> nn.Module:
+    """DDP around the model, if there are several processes."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def on_device(model: DiverseViT, device: torch.device) -> DiverseViT:
+    """The model itself if it is on the device, else a copy there (an EMA kept in host memory)."""
+    return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
+
+
+def make_output_dir(args: argparse.Namespace) -> Path:
+    """Create --output_dir and write args.yaml into it."""
+    output = Path(args.output_dir)
+    if is_main():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            config.write_args(args, output / "args.yaml")
+        except OSError as error:
+            raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
+    return output
+
+
+def write_epoch(
+    output: Path,
+    run_state: RunState,
+    trained: Mapping[str, float],
+    tested: Mapping[str, float],
+    averaged: Mapping[str, float],
+    parameters: int,
+    best: bool,
+) -> None:
+    """Save the checkpoint (and the best one), then append the epoch's line to log.txt."""
+    state = run_state.state_dict()
+    if best:
+        checkpoint.save(state, output / "checkpoint_best.pth")
+    checkpoint.save(state, output / "checkpoint.pth")
+    line = {f"train_{name}": value for name, value in trained.items()}
+    line |= {f"test_{name}": value for name, value in tested.items()}
+    line |= {f"ema_test_{name}": value for name, value in averaged.items()}
+    line |= {"max_acc": run_state.max_acc, "epoch": run_state.epoch, "n_parameters": parameters}
+    with open(output / "log.txt", "a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Models: stock timm vision transformers, and the wrapper that shows their inside to the regularizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models import is_model, list_models
+from torch import nn
+
+from models.adapters import Layout, find_layout
+from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
+from models.capture import Captured, DiverseViT, Needs
+from utils import UserError, did_you_mean
+
+__all__ = [
+    "VARIANTS",
+    "Captured",
+    "DiverseViT",
+    "Layout",
+    "Needs",
+    "build_model",
+    "check_name",
+    "find_layout",
+]
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError with the nearest names if timm knows no model of this name."""
+    architecture = name.partition(".")[0]  # timm writes 'model.pretrained_tag'
+    if not is_model(architecture):
+        raise UserError(
+            f"unknown model {name!r}.{did_you_mean(architecture, list_models())} "
+            "timm.list_models() lists all of them"
+        )
+
+
+def build_model(name: str, **overrides: Any) -> nn.Module:
+    """Build a timm model by name, with untrained weights.
+
+    Args:
+        name: any name that timm knows, among them the reference's (`models.backbones.VARIANTS`).
+        overrides: keyword arguments of the model's constructor, e.g. num_classes, img_size, drop_path_rate.
+    Raises:
+        UserError: unknown name, or an argument that this model's constructor does not take.
+    """
+    check_name(name)
+    try:
+        backbone = timm.create_model(name, pretrained=False, **overrides)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+        raise UserError(f"{name} cannot be built with {shown}: {error}") from error
+    if name in REFERENCE_NAMES:
+        reference_init(backbone)
+    return backbone

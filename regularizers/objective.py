@@ -1,0 +1,283 @@
+"""From "level.measure[:options][@layers]=coef" to named, logged terms.
+
+    patch.cosine@last=0.5        patch.contrastive@first:last=0.5      patch.mixing=1
+    attn.cosine@0=1e-4           weight.cno@all=5e-4                   patch.cosine:abs@0,6-11=0.1
+
+A spec names a measure, a level (what the items are) and layers. The value of a term is the sum over its layers
+(for weights: over all matrices of its layers), each the mean over the images. Layers are 'first', 'last', 'all',
+a block's number, a range 'a-b', or several of these with commas; measures across layers take two of them with a
+colon. For patches 'first' is the input of block 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.capture import Needs
+from regularizers import attention, patch, weight
+from regularizers.measures import MEASURES, OPTIONS
+from utils import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from models.capture import Captured
+
+LEVELS: Mapping[str, ModuleType] = {"patch": patch, "attn": attention, "weight": weight}
+MIXING = "patch.mixing"
+
+# The reference's five flags, and the specs they spell.
+REFERENCE_FLAGS: Mapping[str, str] = {
+    "mixing_coef": MIXING,
+    "emb_cos_within_coef": "patch.cosine@last",
+    "emb_contrast_cross_coef": "patch.contrastive@first:last",
+    "attn_cos_within_coef": "attn.cosine@0",
+    "weight_mha_cond_orth_coef": "weight.cno@all",
+}
+
+_SPEC = re.compile(r"(?P<term>[^:@=]+)(?::(?P<options>[^@=]*))?(?:@(?P<layers>[^=]*))?(?:=(?P<coef>.*))?")
+
+
+class Term(NamedTuple):
+    """One term of the loss: its value, and what it is multiplied by."""
+
+    value: Tensor
+    weight: float
+
+
+def total(terms: Mapping[str, Term]) -> Tensor:
+    """The weighted sum of all terms."""
+    value, *others = (term.weight * term.value for term in terms.values())
+    for other in others:
+        value = value + other
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Specs
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec. `name` is its canonical text without the coefficient: equal names are the same term."""
+
+    level: str
+    measure: str
+    options: tuple[str, ...]
+    layers: str
+    coef: float
+
+    @property
+    def name(self) -> str:
+        if f"{self.level}.{self.measure}" == MIXING:
+            return MIXING
+        options = ":" + ",".join(self.options) if self.options else ""
+        return f"{self.level}.{self.measure}{options}@{self.layers}"
+
+
+def all_names() -> list[str]:
+    """Every level.measure that exists."""
+    names = [f"{level}.{name}" for name, measure in MEASURES.items() for level in measure.levels]
+    return [*names, MIXING]
+
+
+def parse_spec(text: str, with_coef: bool = True) -> Spec:
+    """Parse "level.measure[:options][@layers]=coef"; without `with_coef`, the same with no "=coef".
+
+    Raises:
+        UserError: malformed, or an unknown level, measure, option or layer.
+    """
+    form = "level.measure[:options][@layers]" + ("=coef" if with_coef else "")
+    match = _SPEC.fullmatch(text.strip())
+    if match is None or (match["coef"] is None) == with_coef:
+        raise UserError(f"malformed regularizer {text!r}: write {form}, e.g. {_example(with_coef)}")
+    term = match["term"].strip()
+    if term not in all_names():
+        raise UserError(f"unknown regularizer {term!r}.{did_you_mean(term, all_names())} Known: {_summary()}")
+    coef = _number(match["coef"], text) if with_coef else 1.0
+    level, _, name = term.partition(".")
+    if term == MIXING:
+        if match["options"] is not None or match["layers"] not in (None, "last"):
+            raise UserError(f"{text!r}: {MIXING} takes no options and works on the last block's patches")
+        return Spec(level, name, (), "last", coef)
+    measure = MEASURES[name]
+    options = tuple(match["options"].split(",")) if match["options"] is not None else ()
+    for option in options:
+        if option not in measure.options:
+            known = ", ".join(measure.options) or "none"
+            raise UserError(f"{text!r}: {name} has no option {option!r}; its options: {known}")
+    layers = match["layers"] if match["layers"] is not None else LEVELS[level].DEFAULT_LAYERS[measure.takes]
+    _check_layers(layers, measure.takes, text)
+    return Spec(level, name, options, layers, coef)
+
+
+def _example(with_coef: bool) -> str:
+    return "patch.cosine@last=0.5" if with_coef else "patch.cosine@last"
+
+
+def _summary() -> str:
+    """'patch.{cosine, ...}, attn.{...}, weight.{...}', for error messages."""
+    parts = []
+    for level in LEVELS:
+        names = [name.partition(".")[2] for name in all_names() if name.startswith(f"{level}.")]
+        parts.append(f"{level}.{{{', '.join(names)}}}")
+    return ", ".join(parts)
+
+
+def _number(text: str, spec: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise UserError(f"malformed regularizer {spec!r}: {text!r} is not a number") from error
+    if not (torch.isfinite(torch.tensor(value)) and value >= 0):
+        raise UserError(f"{spec!r}: the coefficient must be finite and not negative")
+    return value
+
+
+_ONE_LAYER = re.compile(r"first|last|all|\d+|\d+-\d+")
+
+
+def _check_layers(layers: str, takes: str, spec: str) -> None:
+    sides = layers.split(":")
+    if not all(_ONE_LAYER.fullmatch(part) for side in sides for part in side.split(",")):
+        raise UserError(
+            f"malformed layers {layers!r} in {spec!r}: write first, last, all, a block's number, a range a-b, "
+            "or several with commas"
+        )
+    if (len(sides) == 2) != (takes == "pair") or len(sides) > 2:
+        want = "two sides with a colon, e.g. @first:last" if takes == "pair" else "one side, e.g. @last"
+        raise UserError(f"{spec!r}: this measure takes {want}")
+    if takes == "gradient" and layers != "last":
+        raise UserError(f"{spec!r}: the gradient of the label loss is taken at the last block only (@last)")
+
+
+def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int]:
+    """Block indices that a selector names in a model of `depth` blocks; 'first' is `first` (-1 for patches).
+
+    Raises:
+        UserError: a block that the model does not have, or an empty range.
+    """
+    layers: list[int] = []
+    for part in selector.split(","):
+        if part in ("first", "last"):
+            layers.append(first if part == "first" else depth - 1)
+        elif part == "all":
+            layers += range(depth)
+        else:
+            low, _, high = part.partition("-")
+            layers += range(int(low), int(high or low) + 1)
+            if int(high or low) < int(low):
+                raise UserError(f"{spec!r}: the range {part} is empty")
+    for layer in layers:
+        if layer >= depth:
+            raise UserError(f"{spec!r}: layer {layer} is out of range, the model has blocks 0 to {depth - 1}")
+    return list(dict.fromkeys(layers))
+
+
+def _resolve_pairs(selector: str, depth: int, first: int, spec: str) -> list[tuple[int, int]]:
+    left, right = (resolve_layers(side, depth, first, spec) for side in selector.split(":"))
+    if len(left) == 1 or len(right) == 1:
+        return [(a, b) for a in left for b in right]
+    if len(left) != len(right):
+        raise UserError(f"{spec!r}: {len(left)} layers against {len(right)}; give one, or equally many")
+    return list(zip(left, right, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+class _Bound:
+    """A spec bound to a model's depth: which layers, which function, and how its items are found."""
+
+    def __init__(self, spec: Spec, depth: int) -> None:
+        level, measure = LEVELS[spec.level], MEASURES[spec.measure]
+        arguments: dict[str, Any] = dict(level.DEFAULT_ARGUMENTS.get(spec.measure, {}))
+        arguments.update(OPTIONS[option] for option in spec.options)
+        self.spec = spec
+        self.takes = measure.takes
+        self.level = level
+        self.function = partial(measure.function, **arguments)
+        self.layers: list[int] = []
+        self.pairs: list[tuple[int, int]] = []
+        if self.takes == "pair":
+            self.pairs = _resolve_pairs(spec.layers, depth, level.FIRST, spec.name)
+        else:
+            self.layers = resolve_layers(spec.layers, depth, level.FIRST, spec.name)
+
+    @property
+    def needs(self) -> Needs:
+        used = frozenset(self.layers) | {layer for pair in self.pairs for layer in pair}
+        if self.spec.level == "patch":
+            return Needs(tokens=used)
+        return Needs(attention=used) if self.spec.level == "attn" else Needs(weights=used)
+
+    def __call__(self, captured: Captured, projections: weight.Projections, label_loss: Tensor | None) -> Tensor:
+        if self.spec.level == "weight":
+            stacks = weight.items(projections, self.layers)  # each [M, n, d]
+            return _sum(len(stack) * self.function(stack) for stack in stacks)
+        items = self.level.items
+        if self.takes == "pair":
+            return _sum(self.function(items(captured, a), items(captured, b)) for a, b in self.pairs)
+        if self.takes == "gradient":
+            assert label_loss is not None
+            return _sum(self.function(patch.gradients(captured, i, label_loss)) for i in self.layers)
+        return _sum(self.function(items(captured, i)) for i in self.layers)
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+class Diversity:
+    """The diversity terms of a run. Without specs it is empty, needs nothing, and training is plain DeiT.
+
+    Args:
+        specs: the terms; those with coefficient 0 are dropped.
+        depth: L, the model's number of blocks (any number if there are no specs).
+        patches_reach_label: whether the label depends on the patch tokens of the last block even without
+            mixing (average-pooled models); gradient diversity needs that.
+    Attributes:
+        needs: what a forward pass has to capture.
+        mixing: c, the weight of the mixing loss inside the label loss (`losses.LabelLoss`).
+    Raises:
+        UserError: a layer out of range, or a term that cannot work with this model.
+    """
+
+    def __init__(self, specs: Sequence[Spec], depth: int, patches_reach_label: bool = False) -> None:
+        specs = [spec for spec in specs if spec.coef > 0]
+        self.mixing = sum(spec.coef for spec in specs if spec.name == MIXING)
+        self.terms = [_Bound(spec, depth) for spec in specs if spec.name != MIXING]
+        self.needs = Needs(patch_logits=self.mixing > 0)
+        for term in self.terms:
+            self.needs |= term.needs
+            if term.takes == "gradient" and not (self.mixing or patches_reach_label):
+                raise UserError(
+                    f"{term.spec.name}: with a class-token head the last block's patches get no gradient from the "
+                    "label; add patch.mixing=1 or choose an average-pooled model"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the terms, in the order of `__call__`'s."""
+        return [term.spec.name for term in self.terms]
+
+    def __call__(
+        self, captured: Captured, projections: weight.Projections, label_loss: Tensor | None = None
+    ) -> dict[str, Term]:
+        """Every term's value and coefficient, by the spec's name, in at least float32.
+
+        Args:
+            captured: what the forward pass showed.
+            projections: block -> W_q, W_k, W_v.
+            label_loss: the label loss; only gradient diversity looks at it.
+        """
+        return {
+            term.spec.name: Term(term(captured, projections, label_loss), term.spec.coef) for term in self.terms
+        }

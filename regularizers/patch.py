@@ -1,0 +1,57 @@
+"""Patch level: the items are the P patch embeddings of a block, and the per-patch mixing loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regularizers.measures import full_precision
+
+if TYPE_CHECKING:
+    from mixup import Labels
+    from models.capture import Captured
+
+FIRST = -1  # '@first' is the input of block 0
+DEFAULT_LAYERS = {"set": "last", "pair": "first:last", "gradient": "last"}
+DEFAULT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"so": {"normalize": True}, "cno": {"normalize": True}}
+
+
+def items(captured: Captured, layer: int) -> Tensor:
+    """Patch embeddings of a block's output, or of block 0's input (-1), without prefix tokens.  [B, P, D]"""
+    return captured.tokens[layer][:, captured.prefix_tokens :]
+
+
+def gradients(captured: Captured, layer: int, label_loss: Tensor) -> Tensor:
+    """Gradient of the label loss at each patch embedding, differentiable once more.  [B, P, D]
+
+    The loss is first scaled by its number of patch embeddings: gradient diversity does not change, and
+    half-precision gradients do not underflow.
+    """
+    tokens = captured.tokens[layer]  # [B, N, D]
+    scale = tokens.shape[0] * tokens.shape[1]
+    (gradient,) = torch.autograd.grad(label_loss * scale, tokens, create_graph=True)
+    return gradient[:, captured.prefix_tokens :]
+
+
+def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
+    r"""Cross-entropy of every patch against its own soft label, mean over images and patches.
+
+        CE_bp = lse(z) - (1 - e) (w_p z_own + (1 - w_p) z_partner) - e mean_k z_k
+
+    z are the patch's K logits, e the label smoothing and w_p the share of patch p that shows the image's own
+    class. The right side is the cross-entropy with the dense label e/K + (1 - e) (w_p 1_own + (1 - w_p)
+    1_partner), which is never built: two gathers and one log-sum-exp.
+
+    Args: patch_logits [B, P, K], any precision; computed in at least float32.
+    Returns: scalar. The papers' sum over patches is P times it.
+    Source: Chen et al. 2022, mixing loss, after Gong et al. 2021.
+    """
+    z = full_precision(patch_logits)  # [B, P, K]
+    own = z.gather(2, labels.own[:, None, None].expand(-1, z.shape[1], 1)).squeeze(2)  # [B, P]
+    partner = z.gather(2, labels.partner[:, None, None].expand(-1, z.shape[1], 1)).squeeze(2)  # [B, P]
+    w = labels.patch_weight  # [B, P]
+    hit = w * own + (1 - w) * partner
+    return (z.logsumexp(dim=2) - (1 - labels.smoothing) * hit - labels.smoothing * z.mean(dim=2)).mean()
