@@ -408,9 +408,7 @@ def draw_taps(canvas: Canvas) -> None:
     tap, color = TAPS[4], LEVELS["weight"].color
     bracket = BLOCK_0.bottom + 12
     left, right = BLOCK_0.x, BLOCK_LAST.right
-    canvas.line(
-        [(left, bracket - 6), (left, bracket), (right, bracket), (right, bracket - 6)], color, STROKE_TAP
-    )
+    canvas.line([(left, bracket - 6), (left, bracket), (right, bracket), (right, bracket - 6)], color, STROKE_TAP)
     y = bracket + LINE
     canvas.badge(left + BADGE_RADIUS, y, tap)
     canvas.text(left + BADGE_RADIUS + BADGE_TEXT, y, tap.name, size=BODY, color=color)
@@ -565,9 +563,7 @@ def draw(canvas: Canvas) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the overview figure, as PNG and SVG.")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_name("overview.png"), help="the PNG"
-    )
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("overview.png"), help="the PNG")
     output = parser.parse_args().output
     with mpl.rc_context(STYLE):
         figure = plt.figure(figsize=(WIDTH / PIXELS_PER_INCH, HEIGHT / PIXELS_PER_INCH), facecolor=WHITE)
