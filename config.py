@@ -25,6 +25,7 @@ from regularizers import REFERENCE_FLAGS, Spec, parse_spec
 from utils import UserError, did_you_mean
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
 # What `resolve` adds to the namespace; everything else is a flag's value and is written to args.yaml.
 DERIVED = ("terms", "measures")
 
@@ -58,6 +59,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def _dashed(option: str) -> str:
     return option.replace("_", "-")
+
+
+class _KeyValues(ParseKwargs):
+    """timm's KEY=VALUE pairs, with an error for a word that is none."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for word in values:
+            if "=" not in word:
+                raise argparse.ArgumentError(self, f"{word!r} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _Group:
@@ -146,7 +157,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.flag(
         "--model-kwargs",
         nargs="*",
-        action=ParseKwargs,
+        action=_KeyValues,
         default={},
         metavar="KEY=VALUE",
         help="arguments of the model's constructor, e.g. patch_size=4 depth=6",
@@ -215,7 +226,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group.value("--lr", float, 5e-4, "learning rate for a global batch of 512 images")
     group.switch("--scale_lr_flag", "scale_lr_flag", False, True, "take --lr as it is, whatever the batch")
     group.switch("--unscale-lr", "scale_lr_flag", False, True, "the same as --scale_lr_flag, by a clearer name")
-    group.value("--sched", str, "cosine", "cosine, tanh, step, multistep, plateau, poly or constant")
+    group.value("--sched", str, "cosine", "timm's schedule", choices=list(SCHEDULES))
     group.value("--warmup-epochs", int, 5, "epochs of linear warm-up")
     group.value("--warmup-lr", float, 1e-6, "rate the warm-up starts from")
     group.value("--min-lr", float, 1e-5, "rate the schedule ends with")
@@ -399,7 +410,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: with what to do instead.
     """
-    for name in ("batch_size", "epochs", "input_size", "print_freq", "recount"):
+    for name in ("batch_size", "epochs", "input_size", "print_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{_dashed(name)} must be at least 1, not {getattr(args, name)}")
     for name in (

@@ -306,46 +306,50 @@ class ErasingCollate:
 # Loaders
 
 
-def build_loaders(
-    args: Namespace, train_set: MapDataset, val_set: MapDataset, world_size: int, rank: int
-) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and evaluation loaders of one process.
+def build_train_loader(args: Namespace, dataset: MapDataset, world_size: int, rank: int) -> DataLoader[Any]:
+    """This process's training batches: `--batch-size` images each, shuffled, the incomplete last one dropped.
 
-    Training batches hold `--batch-size` images, shuffled, the incomplete last one dropped; the sampler has
-    `set_epoch`. Evaluation batches are 1.5 times as large and nothing is dropped: with `--dist-eval` the
-    processes share the set without overlap, else each sees all of it.
+    The loader's sampler has `set_epoch`.
 
     Raises:
-        UserError: a set is too small, or a batch size or number of workers makes no sense.
+        UserError: the set is too small for `--batch-size` or for repeated augmentation.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size} is not a number of images; give 1 or more")
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers {args.num_workers} is negative; give 0 to load in the main process")
-    if len(val_set) == 0:
-        raise UserError("the validation set has no images; check --data-path")
     sampler: RASampler | DistributedSampler[Any]
     if args.repeated_aug:
-        sampler = RASampler(train_set, world_size, rank, seed=args.seed)
+        sampler = RASampler(dataset, world_size, rank, seed=args.seed)
     else:
-        sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
+        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
     if len(sampler) < args.batch_size:
         raise UserError(
             f"each process sees {len(sampler)} training images per epoch, fewer than one batch of "
             f"{args.batch_size}; give a smaller --batch-size"
         )
-    shard = ShardSampler(val_set, world_size, rank) if args.dist_eval else SequentialSampler(val_set)
-
-    def loader(dataset: MapDataset, **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(args.seed + rank),
-            **options,
-        )
-
     collate = ErasingCollate(args.reprob, args.remode, args.recount) if args.resplit else None
-    train = loader(train_set, batch_size=args.batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
-    val = loader(val_set, batch_size=int(1.5 * args.batch_size), sampler=shard)
-    return train, val
+    return _loader(
+        args, dataset, rank, batch_size=args.batch_size, sampler=sampler, drop_last=True, collate_fn=collate
+    )
+
+
+def build_eval_loader(args: Namespace, dataset: MapDataset, world_size: int, rank: int) -> DataLoader[Any]:
+    """This process's evaluation batches: 1.5 times `--batch-size` images each, nothing dropped.
+
+    With `--dist-eval` the processes share the set without overlap, else each sees all of it.
+
+    Raises:
+        UserError: the set is empty.
+    """
+    if len(dataset) == 0:
+        raise UserError("the validation set has no images; check --data-path")
+    shard = ShardSampler(dataset, world_size, rank) if args.dist_eval else SequentialSampler(dataset)
+    return _loader(args, dataset, rank, batch_size=int(1.5 * args.batch_size), sampler=shard)
+
+
+def _loader(args: Namespace, dataset: MapDataset, rank: int, **options: Any) -> DataLoader[Any]:
+    """A loader that draws from a generator of its own."""
+    return DataLoader(
+        dataset,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(args.seed + rank),
+        **options,
+    )

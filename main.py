@@ -3,7 +3,8 @@
     python main.py --data-path IMAGENET --model deit_small_patch16_224 --output_dir experiment/deit_small
     torchrun --nproc_per_node 8 main.py --config configs/deit_small_diverse.yaml --data-path IMAGENET
 
-Exit codes: 0 done, 1 the loss stopped being finite, 2 something in the flags, data or files cannot work.
+Exit codes: 0 done, 1 the loss stopped being finite, 2 something in the flags, data or files cannot
+work, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import config
 from checkpoint import RunState
-from datasets import build_dataset, build_loaders
+from datasets import build_dataset, build_eval_loader, build_train_loader
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
 from losses import LabelLoss
 from mixup import Mixup
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("\nmain.py: interrupted; --resume continues after the last finished epoch", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -75,27 +79,40 @@ def run(args: argparse.Namespace) -> None:
     seed_everything(args.seed + rank())
     torch.backends.cudnn.benchmark = True
 
-    train_set, num_classes = build_dataset(True, args)
-    val_set, _ = build_dataset(False, args)
-    train_loader, val_loader = build_loaders(args, train_set, val_set, world_size(), rank())
+    val_set, num_classes = build_dataset(False, args)
     if args.teacher_eval:
         teacher = DiverseViT(build_teacher(args, num_classes, device))
+        val_loader = build_eval_loader(args, val_set, world_size(), rank())
         report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
         return
-
     backbone = build_backbone(args, num_classes)
     diversity, measure = build_diversity(args, backbone)
     model = DiverseViT(backbone, diversity.needs | measure.needs).to(device)
     state = checkpoint.load(args.resume) if args.resume else None
     if args.eval:
+        val_loader = build_eval_loader(args, val_set, world_size(), rank())
         evaluate_checkpoint(args, model, state, val_loader, len(val_set), precision, measure)
         return
-    teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
-    label_loss = LabelLoss(
-        diversity.mixing, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
-    )
-    mixup = build_mixup(args, backbone, diversity)
+    label_loss = build_label_loss(args, diversity, num_classes, device)
+    run_training(args, model, label_loss, diversity, measure, state, val_set, precision)
+
+
+def run_training(
+    args: argparse.Namespace,
+    model: DiverseViT,
+    label_loss: LabelLoss,
+    diversity: Diversity,
+    measure: Diversity,
+    state: Any,
+    val_set: Any,
+    precision: Precision,
+) -> None:
+    """Build what only training needs, and bind one epoch's training and testing for `train`."""
+    train_set, _ = build_dataset(True, args)
+    mixup = build_mixup(args, model.backbone, diversity)
     run_state = build_run(args, model, precision, state)
+    train_loader = build_train_loader(args, train_set, world_size(), rank())
+    val_loader = build_eval_loader(args, val_set, world_size(), rank())
     print_plan(args, model, precision, len(train_set), run_state)
 
     def train_epoch(wrapped: nn.Module, updater: Updater, epoch: int) -> dict[str, float]:
@@ -125,11 +142,9 @@ def run(args: argparse.Namespace) -> None:
 
 def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
-    options: dict[str, Any] = {
-        "num_classes": num_classes,
-        "img_size": args.input_size,
-        "drop_path_rate": args.drop_path,
-    }
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size}
+    if args.drop_path > 0:
+        options |= {"drop_path_rate": args.drop_path}
     if args.drop > 0:
         options |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
     backbone = build_model(args.model, **options | args.model_kwargs)
@@ -158,10 +173,20 @@ def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Dive
 
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
     """The teacher, with its weights, in evaluation mode."""
-    teacher = build_model(args.teacher_model, num_classes=num_classes)
+    teacher = build_model(args.teacher_model, num_classes=num_classes, img_size=args.input_size)
     weights = checkpoint.model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
     checkpoint.load_weights(teacher, weights, args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)
+
+
+def build_label_loss(
+    args: argparse.Namespace, diversity: Diversity, num_classes: int, device: torch.device
+) -> LabelLoss:
+    """Cross-entropy, with the mixing loss and a teacher if the flags ask for them."""
+    teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
+    return LabelLoss(
+        diversity.mixing, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
+    )
 
 
 def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Diversity) -> Mixup:
@@ -182,8 +207,6 @@ def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Divers
 def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
     """timm's schedule; stepped after each epoch with that epoch's number, as the reference does."""
     scheduler, _ = create_scheduler(args, optimizer)
-    if scheduler is None:
-        raise UserError(f"unknown --sched {args.sched!r}: cosine, tanh, step, multistep, plateau, poly or constant")
     return scheduler
 
 

@@ -10,6 +10,7 @@ import difflib
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -266,6 +267,6 @@ class Progress:
             return
         done = round(self.BAR * step / max(total, 1))
         line = f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}| {line[len(self.header) + 2 :]}"
-        line = line[: max(os.get_terminal_size().columns - 1, 20)]
+        line = line[: max(shutil.get_terminal_size().columns - 1, 20)]
         print("\r" + line.ljust(self._shown_width), end="", flush=True)
         self._shown_width = len(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from timm.models import is_model, list_models
+from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
 from models.adapters import Layout, find_layout
@@ -28,23 +28,27 @@ __all__ = [
 def check_name(name: str) -> None:
     """Raise a UserError with the nearest names if timm knows no model of this name."""
     architecture = name.partition(".")[0]  # timm writes 'model.pretrained_tag'
-    if not is_model(architecture):
+    if ":" not in name and not is_model(architecture):  # 'local-dir:...' and 'hf-hub:...' are timm's to find
         raise UserError(
             f"unknown model {name!r}.{did_you_mean(architecture, list_models())} "
             "timm.list_models() lists all of them"
         )
 
 
-def build_model(name: str, **overrides: Any) -> nn.Module:
+def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> nn.Module:
     """Build a timm model by name, with untrained weights.
 
     Args:
         name: any name that timm knows, among them the reference's (`models.backbones.VARIANTS`).
-        overrides: keyword arguments of the model's constructor, e.g. num_classes, img_size, drop_path_rate.
+        img_size: passed on only where it is not the model's own, since convolutional models do not take it.
+        overrides: keyword arguments of the model's constructor, e.g. num_classes, drop_path_rate, depth.
     Raises:
         UserError: unknown name, or an argument that this model's constructor does not take.
     """
     check_name(name)
+    own = get_pretrained_cfg(name)
+    if img_size is not None and (own is None or img_size != own.input_size[-1]):
+        overrides["img_size"] = img_size
     try:
         backbone = timm.create_model(name, pretrained=False, **overrides)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
