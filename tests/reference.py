@@ -1,0 +1,221 @@
+"""The method's equations, written naively, to compare the fast forms with: nothing here is shared with them.
+
+Loops over items, pairs, classes and pixels, in float64. Measures take one set of items as a list of rows;
+`mean_over_leading` applies them to tensors [..., n, d].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Rows = list[list[float]]  # n items of width d
+Box = tuple[int, int, int, int]  # rows [top, bottom) and columns [left, right)
+
+
+def mean_over_leading(function: Callable[..., float], *sets: Tensor) -> float:
+    """Mean of a measure over all leading dimensions of its inputs [..., n, d]."""
+    flat = [x.detach().double().reshape(-1, *x.shape[-2:]).tolist() for x in sets]
+    values = [function(*matrices) for matrices in zip(*flat, strict=True)]
+    return sum(values) / len(values)
+
+
+def dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(p * q for p, q in zip(a, b, strict=True))
+
+
+def units(x: Rows) -> Rows:
+    """u_i = x_i / max(|x_i|, 1e-8)"""
+    return [[a / max(math.sqrt(dot(row, row)), 1e-8) for a in row] for row in x]
+
+
+def twice_normalised(x: Rows) -> Rows:
+    """x_i / sqrt(|x_i|^2 + 1e-8), two times: how MHS and MGD normalise."""
+    for _ in range(2):
+        x = [[a / math.sqrt(dot(row, row) + 1e-8) for a in row] for row in x]
+    return x
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def cosine(x: Rows, absolute: bool = False) -> float:
+    """1/n^2 sum_ij <u_i, u_j>"""
+    return cosine_cross(x, x, absolute)
+
+
+def cosine_cross(x: Rows, y: Rows, absolute: bool = False) -> float:
+    """1/n^2 sum_ij <u_i, v_j>"""
+    pairs = [dot(u, v) for u in units(x) for v in units(y)]
+    return sum(abs(s) if absolute else s for s in pairs) / len(pairs)
+
+
+def pairwise_cosine(x: Rows) -> float:
+    """1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|; no pairs: 0"""
+    u, n = units(x), len(x)
+    return sum(abs(dot(u[i], u[j])) for i in range(n) for j in range(n) if i != j) / max(n * (n - 1), 1)
+
+
+def contrastive(x: Rows, y: Rows) -> float:
+    """-1/n sum_i log( e^{s_ii} / (e^{s_ii} + e^{m_i}) ),  m_i = mean_{j != i} s_ij; no others: 0"""
+    u, v, n = units(x), units(y), len(x)
+    if n == 1:
+        return 0.0
+    value = 0.0
+    for i in range(n):
+        own = math.exp(dot(u[i], v[i]))
+        others = math.exp(sum(dot(u[i], v[j]) for j in range(n) if j != i) / (n - 1))
+        value -= math.log(own / (own + others)) / n
+    return value
+
+
+def squared_distances(x: Rows) -> list[float]:
+    """2 - 2 <u_i, u_j> over pairs i > j"""
+    u = twice_normalised(x)
+    return [2 - 2 * dot(u[i], u[j]) for i in range(len(u)) for j in range(i)]
+
+
+def mhs(x: Rows) -> float:
+    """-(smallest non-zero squared distance), summed over the pairs that attain it"""
+    distances = [s for s in squared_distances(x) if s > 0]
+    return -sum(s for s in distances if s == min(distances))
+
+
+def mgd(x: Rows) -> float:
+    """-logdet( exp(-(2 - 2 U U^T)) + 1e-6 I )"""
+    u, n = twice_normalised(x), len(x)
+    kernel = [[math.exp(-(2 - 2 * dot(u[i], u[j]))) + 1e-6 * (i == j) for j in range(n)] for i in range(n)]
+    return -float(torch.linalg.eigvalsh(torch.tensor(kernel, dtype=torch.float64)).log().sum())
+
+
+def so(x: Rows, normalize: bool = False) -> float:
+    """|| X X^T - I ||_F^2"""
+    x = units(x) if normalize else x
+    return sum((dot(x[i], x[j]) - (i == j)) ** 2 for i in range(len(x)) for j in range(len(x)))
+
+
+def gram(x: Rows, normalize: bool = False, inverse: bool = False) -> Tensor:
+    """G = X X^T, or of the columns, as a dense matrix."""
+    x = units(x) if normalize else x
+    x = [list(column) for column in zip(*x, strict=True)] if inverse else x
+    return torch.tensor([[dot(a, b) for b in x] for a in x], dtype=torch.float64)
+
+
+def dominant(matrix: Tensor, probe: Tensor, eps: float) -> float:
+    """(A y . y) / (y . y + eps),  y = A probe; 0 if y = 0"""
+    y = matrix @ probe.double()
+    square = float((y * y).sum())
+    return float((matrix @ y * y).sum()) / (square + eps) if square > 0 else 0.0
+
+
+def cno(g: Tensor, first: Tensor, second: Tensor, eps: float) -> float:
+    """(lambda_max - lambda_min)^2 of a dense Gram matrix, each from one step of power iteration."""
+    largest = dominant(g, first, eps)
+    smallest = largest + dominant(g - largest * torch.eye(len(g), dtype=torch.float64), second, eps)
+    return (largest - smallest) ** 2
+
+
+def gradient_diversity(g: Rows) -> float:
+    """-(sum_i |g_i|^2) / |sum_i g_i|^2"""
+    whole = [sum(column) for column in zip(*g, strict=True)]
+    return -sum(dot(row, row) for row in g) / dot(whole, whole)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mixed images and their labels
+
+
+def own_pixels(height: int, width: int, box: Box | None) -> Tensor:
+    """True where a pixel is the image's own: outside the box.  [H, W]"""
+    top, bottom, left, right = box or (0, 0, 0, 0)
+    inside = [[top <= y < bottom and left <= x < right for x in range(width)] for y in range(height)]
+    return ~torch.tensor(inside)
+
+
+def image_weight(height: int, width: int, weight: float, box: Box | None) -> float:
+    """lambda: the share of the image's own pixels, or Mixup's weight."""
+    return weight if box is None else int(own_pixels(height, width, box).sum()) / (height * width)
+
+
+def patch_weights(height: int, width: int, patch: tuple[int, int], weight: float, box: Box | None) -> list[float]:
+    """lambda_p of every whole patch, row by row: its share of own pixels, counted; or Mixup's weight."""
+    own, (ph, pw) = own_pixels(height, width, box), patch
+    weights = []
+    for top in range(0, height - ph + 1, ph):
+        for left in range(0, width - pw + 1, pw):
+            count = sum(bool(own[y, x]) for y in range(top, top + ph) for x in range(left, left + pw))
+            weights.append(weight if box is None else count / (ph * pw))
+    return weights
+
+
+def mixed_image(image: Tensor, partner: Tensor, weight: float, box: Box | None) -> Tensor:
+    """Pixel by pixel: the partner's inside the box; without a box, the weighted mean.  [3, H, W]"""
+    _, height, width = image.shape
+    own, mixed = own_pixels(height, width, box), torch.empty_like(image)
+    for y in range(height):
+        for x in range(width):
+            if box is None:
+                mixed[:, y, x] = weight * image[:, y, x] + (1 - weight) * partner[:, y, x]
+            else:
+                mixed[:, y, x] = image[:, y, x] if own[y, x] else partner[:, y, x]
+    return mixed
+
+
+def smooth_label(target: int, smoothing: float, classes: int) -> list[float]:
+    """1 - e + e/K on the class, e/K elsewhere.  [K]"""
+    return [(1 - smoothing) * (k == target) + smoothing / classes for k in range(classes)]
+
+
+def soft_label(own: int, partner: int, weight: float, smoothing: float, classes: int) -> list[float]:
+    """lambda y_own + (1 - lambda) y_partner.  [K]"""
+    a, b = smooth_label(own, smoothing, classes), smooth_label(partner, smoothing, classes)
+    return [weight * p + (1 - weight) * q for p, q in zip(a, b, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def soft_cross_entropy(logits: Tensor, labels: list[list[float]]) -> Tensor:
+    """Mean over rows of -sum_k y_k log softmax(z)_k, differentiable.  logits [n, K]"""
+    total = torch.zeros((), dtype=torch.float64)
+    for z, y in zip(logits, labels, strict=True):
+        partition = sum(torch.exp(z[k]) for k in range(len(y)))
+        for k in range(len(y)):
+            total = total - y[k] * torch.log(torch.exp(z[k]) / partition) / len(labels)
+    return total
+
+
+def patch_cross_entropies(
+    patch_logits: Tensor, own: list[int], partner: list[int], weights: list[list[float]], smoothing: float
+) -> list[Tensor]:
+    """CE_p of every patch p, each a mean over the batch, with dense labels [B, P, K]."""
+    batch, patches, classes = patch_logits.shape
+    dense = [
+        [soft_label(own[b], partner[b], weights[b][p], smoothing, classes) for p in range(patches)]
+        for b in range(batch)
+    ]
+    return [soft_cross_entropy(patch_logits[:, p], [dense[b][p] for b in range(batch)]) for p in range(patches)]
+
+
+def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> float:
+    """tau^2 / (B K) sum_bk p_bk (log p_bk - log q_bk),  p = softmax(teacher / tau), q = softmax(student / tau)"""
+    value = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        q_sum, p_sum = sum(math.exp(z / tau) for z in s), sum(math.exp(z / tau) for z in t)
+        for k in range(len(s)):
+            p, q = math.exp(t[k] / tau) / p_sum, math.exp(s[k] / tau) / q_sum
+            value += p * (math.log(p) - math.log(q))
+    return tau**2 * value / student.numel()
+
+
+def hard_distillation(student: Tensor, teacher: Tensor) -> float:
+    """-mean_b log q_b of the teacher's most probable class"""
+    value = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        value -= math.log(math.exp(s[t.index(max(t))]) / sum(math.exp(z) for z in s))
+    return value / len(student)

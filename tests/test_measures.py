@@ -1,0 +1,560 @@
+"""Every measure against the naive loops of tests/reference.py, and what its docstring promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from regularizers import MEASURES, measures
+from regularizers.measures import OPTIONS
+
+SEED = 11  # of CNO's probes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measure with some of its arguments, and the loop it must equal."""
+
+    name: str
+    expected: Callable[..., float]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.arguments.items())])
+
+    @property
+    def count(self) -> int:
+        """How many sets it takes."""
+        return 2 if MEASURES[self.name].takes == "pair" else 1
+
+    def __call__(self, *sets: Tensor) -> Tensor:
+        torch.manual_seed(SEED)
+        return MEASURES[self.name].function(*sets, **self.arguments)
+
+    def loops(self, *sets: Tensor, probes_like: Tensor | None = None) -> float:
+        """The naive value; CNO's probes are drawn in `probes_like`'s dtype."""
+        if self.name == "cno":
+            return cno_loops(sets[0], sets[0] if probes_like is None else probes_like, **self.arguments)
+        return reference.mean_over_leading(self.expected, *sets)
+
+
+def draw_one_by_one(lead: Sequence[int], n: int, distribution: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """CNO's probes [M, n, 1] in the documented order: 'uniform' vector by vector, 'normal' in two batches."""
+    if distribution == "normal":
+        first, second = (torch.randn(*lead, n, 1, dtype=dtype) for _ in range(2))
+        return first.reshape(-1, n, 1), second.reshape(-1, n, 1)
+    vectors = [torch.rand(n, 1, dtype=dtype) for _ in range(2 * math.prod(lead))]
+    return torch.stack(vectors[0::2]), torch.stack(vectors[1::2])
+
+
+def cno_loops(
+    x: Tensor,
+    probes_like: Tensor,
+    normalize: bool = False,
+    inverse: bool = False,
+    distribution: str = "normal",
+    eps: float = 1e-6,
+) -> float:
+    lead, n = x.shape[:-2], x.shape[-1 if inverse else -2]
+    torch.manual_seed(SEED)
+    probes = draw_one_by_one(lead, n, distribution, probes_like.dtype)
+    grams = [reference.gram(m.tolist(), normalize, inverse) for m in x.detach().double().reshape(-1, *x.shape[-2:])]
+    values = [reference.cno(g, first, second, eps) for g, first, second in zip(grams, *probes, strict=True)]
+    return sum(values) / len(values)
+
+
+def absolute(function: Callable[..., float]) -> Callable[..., float]:
+    return lambda *sets: function(*sets, absolute=True)
+
+
+CASES = [
+    Case("cosine", reference.cosine),
+    Case("cosine", absolute(reference.cosine), {"absolute": True}),
+    Case("pairwise_cosine", reference.pairwise_cosine),
+    Case("cosine_cross", reference.cosine_cross),
+    Case("cosine_cross", absolute(reference.cosine_cross), {"absolute": True}),
+    Case("contrastive", reference.contrastive),
+    Case("mhs", reference.mhs),
+    Case("mgd", reference.mgd),
+    Case("so", reference.so),
+    Case("so", lambda x: reference.so(x, normalize=True), {"normalize": True}),
+    Case("cno", reference.cno),
+    Case("cno", reference.cno, {"normalize": True}),
+    Case("cno", reference.cno, {"inverse": True}),
+    Case("cno", reference.cno, {"distribution": "uniform", "eps": 0.0}),
+    Case("cno", reference.cno, {"distribution": "uniform", "eps": 0.0, "inverse": True, "normalize": True}),
+    Case("gradient_diversity", reference.gradient_diversity),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+LEADS: list[tuple[int, ...]] = [(), (1,), (3,), (2, 3)]
+
+
+def sets(count: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+    return [x.requires_grad_() for x in drawn]
+
+
+def named(name: str) -> list[Case]:
+    return [case for case in CASES if case.name == name]
+
+
+def test_every_measure_and_option_has_a_case() -> None:
+    assert {case.name for case in CASES} == set(MEASURES)
+    for name, measure in MEASURES.items():
+        tried = {key for case in named(name) for key in case.arguments}
+        assert {OPTIONS[option][0] for option in measure.options} <= tried
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[tuple[int, ...], str, int]:
+    """A shape, what is special about the items, and a seed."""
+    lead = draw(st.sampled_from(LEADS))
+    shape = (*lead, draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    return shape, draw(st.sampled_from(["random", "zero", "one wide", "shifted"])), draw(st.integers(0, 10**6))
+
+
+def special(x: Tensor, kind: str) -> Tensor:
+    x = x.detach().clone()
+    if kind == "zero":
+        x[..., 0, :] = 0  # the first item of every set
+    elif kind == "one wide":
+        x[..., -1, :] *= 1e3
+    elif kind == "shifted":
+        x += 2  # items that resemble each other
+    return x
+
+
+@every_case
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_value_is_the_loops(case: Case, problem: tuple[tuple[int, ...], str, int]) -> None:
+    shape, kind, seed = problem
+    inputs = [special(x, kind) for x in sets(case.count, *shape, seed=seed)]
+    if case.name == "gradient_diversity" and shape[-2] == 1 and kind == "zero":
+        return  # 0 / 0; see test_gradient_diversity_without_gradients
+    if case.name == "mhs" and shape[-1] == 1 and shape[-2] > 2:
+        return  # on a line all distances are nearly 0 or nearly 4: which are equal is a matter of rounding
+    value = case(*inputs)
+    assert value.shape == () and value.dtype == torch.float64
+    assert value.item() == pytest.approx(case.loops(*inputs), rel=1e-9, abs=1e-12)
+
+
+@every_case
+def test_gradcheck(case: Case) -> None:
+    inputs = sets(case.count, 2, 4, 3, seed=3)
+    assert torch.autograd.gradcheck(case, inputs)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_is_computed_in_float32(case: Case, dtype: torch.dtype) -> None:
+    """Close to the float64 value of the rounded input, and the gradient comes back in the input's dtype."""
+    inputs = sets(case.count, 2, 5, 8, seed=1, dtype=dtype)
+    value = case(*inputs)
+    assert value.dtype == torch.float32
+    exact = case.loops(*inputs, probes_like=torch.empty(0, dtype=torch.float32))
+    assert value.item() == pytest.approx(exact, rel=2e-5, abs=2e-6)
+    for gradient in torch.autograd.grad(value, inputs):
+        assert gradient.dtype == dtype and gradient.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The contract of the registry
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(1, 4, 3), (3, 5, 2), (2, 3, 4, 8), (5, 7), (1, 1, 4), (2, 3, 1), (1, 197, 16)])
+def test_contract(case: Case, shape: tuple[int, ...]) -> None:
+    """Any size: a finite scalar, and a finite gradient at every input (not all 0, unless nothing can change)."""
+    inputs = sets(case.count, *shape, seed=2, dtype=torch.float32)
+    value = case(*inputs)
+    assert value.shape == () and value.isfinite()
+    gradients = torch.autograd.grad(value, inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    if shape[-2] > 1 and shape[-1] > 1:
+        assert all(gradient.count_nonzero() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name != "cno"], ids=str
+)  # its probes differ from set to set
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+def test_mean_over_leading_dimensions(case: Case, lead: tuple[int, ...]) -> None:
+    inputs = sets(case.count, *lead, 4, 3)
+    one_by_one = [case(*items) for items in zip(*(x.flatten(0, -3) for x in inputs), strict=True)]
+    torch.testing.assert_close(case(*inputs), torch.stack(one_by_one).mean(), rtol=1e-12, atol=0)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["one zero", "all zero", "identical", "two identical", "opposite"])
+def test_degenerate_items(case: Case, kind: str, dtype: torch.dtype) -> None:
+    """Zero, equal and opposite items leave value and gradient finite."""
+    inputs = []
+    for x in sets(case.count, 2, 4, 3, seed=4, dtype=dtype):
+        x = x.detach().clone()
+        if kind == "one zero":
+            x[:, 1] = 0
+        elif kind == "all zero":
+            x[:] = 0
+        elif kind == "identical":
+            x[:] = x[:, :1]
+        elif kind == "two identical":
+            x[:, 2] = x[:, 0]
+        elif kind == "opposite" and case.name != "gradient_diversity":  # whose value is then infinite
+            x[:, 2:] = -x[:, :2]
+        inputs.append(x.requires_grad_())
+    value = case(*inputs)
+    assert value.isfinite()
+    if kind != "all zero" or case.name != "gradient_diversity":
+        expected = case.loops(*inputs, probes_like=torch.empty(0, dtype=value.dtype))
+        tolerance = 1e-6 if dtype == torch.float64 else 1e-4
+        if (
+            case.name != "mhs" or kind == "one zero"
+        ):  # else which of its distances are equal is a matter of rounding
+            assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    wide = [x.detach().to(value.dtype).requires_grad_() for x in inputs]
+    for gradient, same in zip(
+        torch.autograd.grad(value, inputs), torch.autograd.grad(case(*wide), wide), strict=True
+    ):
+        assert same.isfinite().all()
+        assert torch.equal(gradient, same.to(dtype))  # at a zero vector about 1e8, beyond float16
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Invariances
+
+
+SCALE_FREE = [
+    case
+    for case in CASES
+    if case.name not in ("so", "cno") or case.arguments.get("normalize")  # the others see the items' lengths
+]
+
+
+@pytest.mark.parametrize("case", SCALE_FREE, ids=str)
+@pytest.mark.parametrize("scale", [1e-2, 1e4])
+def test_scale_does_not_matter(case: Case, scale: float) -> None:
+    inputs = [10 * x for x in sets(case.count, 2, 4, 3)]
+    # MHS and MGD add 1e-8 to |x|^2, which at |x| ~ 0.1 shifts their values by about 1e-6
+    tolerance = 1e-5 if case.name in ("mhs", "mgd") else 1e-10
+    torch.testing.assert_close(case(*(scale * x for x in inputs)), case(*inputs), rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in SCALE_FREE if c.name != "gradient_diversity"], ids=str)
+def test_each_item_has_its_own_scale(case: Case) -> None:
+    """Where items are normalised, even their lengths relative to each other do not matter."""
+    inputs = sets(case.count, 2, 4, 3)
+    lengths = torch.tensor([1.0, 20.0, 300.0, 4000.0], dtype=torch.float64)[:, None]
+    tolerance = 1e-6 if case.name in ("mhs", "mgd") else 1e-10
+    torch.testing.assert_close(case(*(lengths * x for x in inputs)), case(*inputs), rtol=tolerance, atol=1e-12)
+
+
+@every_case
+def test_order_of_items_does_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    inputs = sets(case.count, 2, 4, 3)
+    shuffled = [x[:, order] for x in inputs]
+    if case.name == "cno":  # the probes follow the items; the columns keep their order
+        n = 3 if case.arguments.get("inverse") else 4
+        probes = torch.rand(2, 2, n, 1, dtype=torch.float64).unbind(0)
+        monkeypatch.setattr(measures, "draw_probes", lambda x, distribution: probes)
+        before = case(*inputs)
+        if n == 4:
+            monkeypatch.setattr(
+                measures, "draw_probes", lambda x, distribution: tuple(probe[:, order] for probe in probes)
+            )
+    else:
+        before = case(*inputs)
+    torch.testing.assert_close(case(*shuffled), before, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.arguments.get("inverse")], ids=str)
+def test_rotation_does_not_matter(case: Case) -> None:
+    """Measures see the items' scalar products alone."""
+    inputs = sets(case.count, 2, 4, 3)
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    torch.testing.assert_close(case(*(x @ rotation for x in inputs)), case(*inputs), rtol=1e-9, atol=1e-12)
+
+
+def test_contrastive_pairs_items_and_cosine_cross_does_not() -> None:
+    x, y = sets(2, 2, 4, 3)
+    order = torch.tensor([1, 2, 3, 0])
+    torch.testing.assert_close(measures.cosine_cross(x, y[:, order]), measures.cosine_cross(x, y))
+    assert abs(measures.contrastive(x, y[:, order]) - measures.contrastive(x, y)) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranges and closed forms
+
+RANGES = {
+    "cosine": (0.0, 1.0),
+    "cosine-absolute=True": (0.0, 1.0),
+    "pairwise_cosine": (0.0, 1.0),
+    "cosine_cross": (-1.0, 1.0),
+    "cosine_cross-absolute=True": (0.0, 1.0),
+    "contrastive": (math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))),
+    "mgd": (0.0, math.inf),
+    "so": (0.0, math.inf),
+    "cno": (0.0, math.inf),
+}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in RANGES], ids=str)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_range(case: Case, problem: tuple[tuple[int, ...], str, int]) -> None:
+    shape, kind, seed = problem
+    low, high = RANGES[str(case)]
+    if case.name == "contrastive" and shape[-2] == 1:
+        low = 0.0  # nothing to contrast with
+    if case.name == "mgd":
+        low = -shape[-2] * math.log(1 + 1e-6)  # Hadamard's bound: the diagonal is 1 + 1e-6
+    value = case(*(special(x, kind) for x in sets(case.count, *shape, seed=seed))).item()
+    assert low - 1e-12 <= value <= high + 1e-12
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_range_of_gradient_diversity(problem: tuple[tuple[int, ...], str, int]) -> None:
+    (*lead, n, d), kind, seed = problem
+    if n > 1:
+        value = measures.gradient_diversity(*(special(x, kind) for x in sets(1, *lead, n, d, seed=seed)))
+        assert value.item() <= -1 / n + 1e-12
+
+
+def orthonormal(n: int, d: int) -> Tensor:
+    return torch.eye(d, dtype=torch.float64)[:n].requires_grad_()
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 2), (3, 5), (6, 6)])
+def test_orthonormal_items(n: int, d: int) -> None:
+    x = orthonormal(n, d)
+    assert measures.cosine(x).item() == pytest.approx(1 / n)
+    assert measures.cosine(x, absolute=True).item() == pytest.approx(1 / n)
+    assert measures.pairwise_cosine(x).item() == pytest.approx(0, abs=1e-15)
+    assert measures.so(x).item() == 0
+    assert measures.so(3 * x).item() == pytest.approx(64 * n)
+    assert measures.so(3 * x, normalize=True).item() == pytest.approx(0, abs=1e-15)
+    assert measures.cno(x, eps=0.0).item() == pytest.approx(0, abs=1e-12)
+    assert measures.mhs(x).item() == -2 * n * (n - 1) / 2  # all pairs attain the smallest distance, 2
+    assert measures.gradient_diversity(x).item() == pytest.approx(-1)
+    if n > 1:
+        assert measures.contrastive(x, x).item() == pytest.approx(math.log(1 + math.exp(-1)))
+        kernel = torch.full((n, n), math.exp(-2), dtype=torch.float64).fill_diagonal_(1)
+        assert measures.mgd(x).item() == pytest.approx(-torch.linalg.slogdet(kernel).logabsdet.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_identical_items(n: int) -> None:
+    x = torch.tensor([3.0, -4.0], dtype=torch.float64).expand(2, n, 2)
+    for function in (measures.cosine, measures.pairwise_cosine):
+        assert function(x).item() == pytest.approx(1)
+    assert measures.contrastive(x, x).item() == pytest.approx(math.log(2))
+    assert measures.gradient_diversity(x).item() == pytest.approx(-1 / n)
+    assert measures.so(x, normalize=True).item() == pytest.approx(n * (n - 1))
+    # the distance is 0, but for the 1e-8 that the normalisation adds; rounding decides how many pairs attain it
+    assert measures.mhs(x[:, :2]).item() == pytest.approx(-2e-8, rel=1e-5)
+    assert -n * (n - 1) / 2 * 2.1e-8 <= measures.mhs(x).item() <= -1.9e-8
+    # one eigenvalue of the kernel is n + 1e-6, the others 1e-6
+    assert measures.mgd(x).item() == pytest.approx(-math.log(n) - (n - 1) * math.log(1e-6), rel=1e-2)
+
+
+def test_contrastive_reaches_both_ends_of_its_range() -> None:
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert measures.contrastive(x, x).item() == pytest.approx(math.log(1 + math.exp(-2)))
+    assert measures.contrastive(x, -x).item() == pytest.approx(math.log(1 + math.exp(2)))
+
+
+def test_contrastive_of_a_single_item_is_zero_with_zero_gradient() -> None:
+    inputs = sets(2, 3, 1, 4)
+    value = measures.contrastive(*inputs)
+    assert value.item() == 0
+    for gradient in torch.autograd.grad(value, inputs):
+        assert (gradient == 0).all()
+
+
+def test_contrastive_gradient_reaches_the_first_layer() -> None:
+    """The first layer is not detached, unlike in Patch Diversification."""
+    first, last = sets(2, 2, 4, 3)
+    assert torch.autograd.grad(measures.contrastive(first, last), first)[0].abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hyperspherical separation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mhs_without_a_pair_at_a_distance_is_zero(dtype: torch.dtype) -> None:
+    for x in sets(1, 2, 1, 4, dtype=dtype):  # one item: no pairs
+        value = measures.mhs(x)
+        assert value.item() == 0
+        assert (torch.autograd.grad(value, x)[0] == 0).all()
+
+
+def test_mhs_skips_distances_that_are_exactly_zero() -> None:
+    """In float32 1 - 1e-8 is 1: equal axis vectors are at distance 0, and the next nearest pair counts."""
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
+    value = measures.mhs(x)
+    assert value.item() == pytest.approx(-4)  # two pairs at squared distance 2
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+    assert measures.mhs(x[:, :2]).item() == 0
+
+
+def test_mhs_moves_only_the_nearest_pair() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    gradient = torch.autograd.grad(measures.mhs(x), x)[0]
+    assert (gradient[:2].abs().sum(dim=1) > 0).all()
+    assert (gradient[2:] == 0).all()
+
+
+def test_mhs_takes_the_nearest_pair_of_each_set() -> None:
+    (x,) = sets(1, 3, 4, 3)
+    each = [-min(reference.squared_distances(rows)) for rows in x.tolist()]
+    assert measures.mhs(x).item() == pytest.approx(sum(each) / 3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gram determinant
+
+
+def test_mgd_of_nearly_equal_items_needs_more_than_float32() -> None:
+    """Float32 input, but float64 inside: the kernel's small eigenvalues are below float32's rounding."""
+    (noise,) = sets(1, 2, 12, 6, dtype=torch.float32)
+    x = (1 + 1e-3 * noise).detach().requires_grad_()
+    value = measures.mgd(x)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(reference.mean_over_leading(reference.mgd, x), rel=1e-5)
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Conditional-number orthogonality
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 24, 197])
+@pytest.mark.parametrize("lead", LEADS)
+def test_uniform_probes_in_one_draw_equal_drawing_one_by_one(
+    lead: tuple[int, ...], n: int, dtype: torch.dtype
+) -> None:
+    x = torch.empty(*lead, n, 3, dtype=dtype)
+    torch.manual_seed(SEED)
+    drawn = measures.draw_probes(x, "uniform")
+    after = torch.rand(1)
+    torch.manual_seed(SEED)
+    expected = draw_one_by_one(lead, n, "uniform", dtype)
+    assert torch.equal(after, torch.rand(1))  # and leaves the generator where they would
+    for mine, theirs in zip(drawn, expected, strict=True):
+        assert mine.shape == (*lead, n, 1) and mine.dtype == dtype
+        assert torch.equal(mine.reshape(-1, n, 1), theirs)
+        assert 0 <= mine.min() and mine.max() < 1
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_normal_probes_are_all_first_then_all_second(lead: tuple[int, ...]) -> None:
+    torch.manual_seed(SEED)
+    first, second = measures.draw_probes(torch.empty(*lead, 5, 3), "normal")
+    torch.manual_seed(SEED)
+    assert torch.equal(first, torch.randn(*lead, 5, 1))
+    assert torch.equal(second, torch.randn(*lead, 5, 1))
+    assert (torch.randn(4000, 1).mean().abs() < 0.1) and first.shape == (*lead, 5, 1)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_cno_is_exact_when_the_probes_are_eigenvectors(inverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the dominant eigenvectors of G and of G - lambda_max I, one step gives the true eigenvalues."""
+    (x,) = sets(1, 4, 4)
+    dense = reference.gram(x.tolist(), inverse=inverse)
+    values, vectors = torch.linalg.eigh(dense)  # ascending
+    monkeypatch.setattr(measures, "draw_probes", lambda *_: (vectors[:, -1:], vectors[:, :1]))
+    expected = (values[-1] - values[0]) ** 2
+    torch.testing.assert_close(measures.cno(x, inverse=inverse, eps=0.0), expected, rtol=1e-10, atol=0)
+
+
+def test_cno_never_exceeds_the_true_spread() -> None:
+    """A Rayleigh quotient lies between the extreme eigenvalues, so lambda_max - lambda_min <= lambda_max."""
+    (x,) = sets(1, 6, 8)
+    values = torch.linalg.eigvalsh(reference.gram(x.tolist()))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        assert measures.cno(x, distribution="uniform", eps=0.0) <= (values[-1] * (1 + 1e-12)) ** 2
+
+
+def test_cno_forms_no_gram_matrix() -> None:
+    """n = 30,000 items: the Gram matrix would take 3.6 GB."""
+    x = torch.ones(30_000, 2, requires_grad=True)
+    largest = max_elements(lambda: measures.cno(x).backward())
+    assert largest <= 2 * x.numel()
+
+
+@pytest.mark.parametrize("name", ["cosine", "cosine_cross", "contrastive", "gradient_diversity"])
+def test_linear_measures_form_no_n_by_n_matrix(name: str) -> None:
+    (case,) = (case for case in named(name) if not case.arguments)
+    inputs = sets(case.count, 300, 4)
+    assert max_elements(lambda: case(*inputs).backward()) <= 300 * 4
+
+
+def max_elements(function: Callable[[], object]) -> int:
+    """The size of the largest tensor that any operation returns while `function` runs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.largest = max(self.largest, tensor.numel())
+            return out
+
+    with Watch() as watch:
+        function()
+    return watch.largest
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gradient diversity
+
+
+def test_gradient_diversity_under_double_backward() -> None:
+    """Its gradient through the gradient of a loss, against finite differences in the weights of that loss."""
+    (x,) = sets(1, 2, 4, 3, seed=5)
+    (weights,) = sets(1, 3, 3, seed=6)
+
+    def through_the_gradient(w: Tensor) -> Tensor:
+        loss = torch.tanh(x @ w).square().sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return measures.gradient_diversity(gradient)
+
+    assert torch.autograd.gradcheck(through_the_gradient, [weights])
+    assert torch.autograd.gradgradcheck(measures.gradient_diversity, [x])
+
+
+def test_gradient_diversity_without_gradients() -> None:
+    """No gradient anywhere: 0, not a division by 0."""
+    g = torch.zeros(2, 4, 3, requires_grad=True)
+    value = measures.gradient_diversity(g)
+    assert value.item() == 0
+    assert (torch.autograd.grad(value, g)[0] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-8, 1e8, 1e15])
+def test_gradient_diversity_does_not_change_when_the_loss_is_scaled(scale: float) -> None:
+    (g,) = sets(1, 2, 4, 3, dtype=torch.float32)
+    torch.testing.assert_close(measures.gradient_diversity(scale * g), measures.gradient_diversity(g))

@@ -1,0 +1,602 @@
+"""Specs, what they ask of a forward pass, and the value of every term against loops over layers and matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import reference
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from losses import LabelLoss
+from mixup import Mixup
+from models import Captured, DiverseViT, Needs
+from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
+from regularizers.objective import MIXING, all_names, resolve_layers
+from utils import UserError
+
+BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass
+SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v in even and in odd blocks
+
+
+def diversity(*texts: str, depth: int = DEPTH, pooled: bool = False) -> Diversity:
+    return Diversity([parse_spec(text) for text in texts], depth, pooled)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Specs
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "name"),
+    [
+        ("patch.cosine=0.5", Spec("patch", "cosine", (), "last", 0.5), "patch.cosine@last"),
+        ("patch.cosine@last=0.5", Spec("patch", "cosine", (), "last", 0.5), "patch.cosine@last"),
+        ("attn.cosine=1e-4", Spec("attn", "cosine", (), "0", 1e-4), "attn.cosine@0"),
+        ("weight.cno=5e-4", Spec("weight", "cno", (), "all", 5e-4), "weight.cno@all"),
+        (
+            "patch.contrastive=1",
+            Spec("patch", "contrastive", (), "first:last", 1.0),
+            "patch.contrastive@first:last",
+        ),
+        (
+            "attn.cosine_cross=1",
+            Spec("attn", "cosine_cross", (), "first:last", 1.0),
+            "attn.cosine_cross@first:last",
+        ),
+        ("patch.gradient_diversity=1", Spec("patch", "gradient_diversity", (), "last", 1.0), None),
+        ("patch.mixing=1", Spec("patch", "mixing", (), "last", 1.0), "patch.mixing"),
+        ("patch.mixing@last=0.25", Spec("patch", "mixing", (), "last", 0.25), "patch.mixing"),
+        ("  patch.so=0  ", Spec("patch", "so", (), "last", 0.0), "patch.so@last"),
+        ("patch.cosine:abs=1", Spec("patch", "cosine", ("abs",), "last", 1.0), "patch.cosine:abs@last"),
+        (
+            "weight.cno:inverse@0,2-3=1",
+            Spec("weight", "cno", ("inverse",), "0,2-3", 1.0),
+            "weight.cno:inverse@0,2-3",
+        ),
+        ("patch.cno:raw,inverse=1", Spec("patch", "cno", ("raw", "inverse"), "last", 1.0), None),
+        ("patch.cosine_cross@0-1:2,last=1", Spec("patch", "cosine_cross", (), "0-1:2,last", 1.0), None),
+    ],
+)
+def test_parse(text: str, spec: Spec, name: str | None) -> None:
+    assert parse_spec(text) == spec
+    if name is not None:
+        assert parse_spec(text).name == name
+
+
+@pytest.mark.parametrize("term", [term for term in all_names() if term != MIXING])
+def test_defaults_per_level(term: str) -> None:
+    level, _, measure = term.partition(".")
+    one_layer = {"patch": "last", "attn": "0", "weight": "all"}[level]
+    spec = parse_spec(f"{term}=1")
+    assert spec.layers == ("first:last" if MEASURES[measure].takes == "pair" else one_layer)
+    assert spec.name == f"{term}@{spec.layers}"
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        f"{level}.{name}:{option}"
+        for name, measure in MEASURES.items()
+        for level in measure.levels
+        for option in measure.options
+    ],
+)
+def test_name_parses_to_the_same_term(term: str) -> None:
+    spec = parse_spec(f"{term}=0.125")
+    assert parse_spec(spec.name, with_coef=False) == Spec(spec.level, spec.measure, spec.options, spec.layers, 1.0)
+    assert parse_spec(f"{spec.name}={spec.coef!r}") == spec
+
+
+@pytest.mark.parametrize(("flag", "text"), REFERENCE_FLAGS.items())
+def test_reference_flags_parse(flag: str, text: str) -> None:
+    spec = parse_spec(f"{text}=0.5")
+    assert spec.name == text and spec.coef == 0.5
+
+
+def test_reference_flags_are_the_recipe() -> None:
+    recipe = diversity(*(f"{text}=1" for text in REFERENCE_FLAGS.values()), depth=12)
+    assert len(REFERENCE_FLAGS) == 5
+    assert recipe.needs == Needs(frozenset({-1, 11}), frozenset({0}), frozenset(range(12)), True)
+    assert recipe.names == [
+        "patch.cosine@last",
+        "patch.contrastive@first:last",
+        "attn.cosine@0",
+        "weight.cno@all",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"malformed regularizer '': write level.measure\[:options\]\[@layers\]=coef"),
+        ("patch.cosine", r"malformed regularizer 'patch.cosine': write .*=coef, e.g. patch.cosine@last=0.5"),
+        ("=1", "malformed regularizer"),
+        ("@last=1", "malformed regularizer"),
+        ("patch.cosine@last@0=1", "malformed layers"),
+        (
+            "patch.cosin=1",
+            r"unknown regularizer 'patch.cosin'. Did you mean patch.cosine .*\? Known: patch.\{cosine,",
+        ),
+        ("atn.cosine=1", r"unknown regularizer 'atn.cosine'. Did you mean attn.cosine"),
+        ("weight.contrastive=1", "unknown regularizer 'weight.contrastive'"),
+        ("attn.gradient_diversity=1", "unknown regularizer"),
+        ("attn.mixing=1", "unknown regularizer 'attn.mixing'. Did you mean .*patch.mixing"),
+        ("cosine=1", r"unknown regularizer 'cosine'. .*Known: .*attn.\{.*weight.\{"),
+        ("patch.cosine:absolute=1", "cosine has no option 'absolute'; its options: abs, signed"),
+        ("patch.cosine:=1", "cosine has no option ''"),
+        ("patch.cosine:abs,=1", "cosine has no option ''"),
+        ("patch.mhs:abs=1", "mhs has no option 'abs'; its options: none"),
+        ("patch.cosine:inverse=1", "no option 'inverse'"),
+        ("patch.cosine=", "'' is not a number"),
+        ("patch.cosine=half", "'half' is not a number"),
+        ("patch.cosine=1=2", "'1=2' is not a number"),
+        ("patch.cosine=-0.5", "the coefficient must be finite and not negative"),
+        ("patch.cosine=inf", "the coefficient must be finite and not negative"),
+        ("patch.cosine=nan", "the coefficient must be finite and not negative"),
+        ("patch.cosine=1e999", "the coefficient must be finite and not negative"),
+        ("patch.mixing=-1", "the coefficient must be finite and not negative"),
+        ("patch.cosine@=1", "malformed layers ''"),
+        ("patch.cosine@-1=1", "malformed layers '-1'"),
+        ("patch.cosine@1-=1", "malformed layers '1-'"),
+        ("patch.cosine@0,,1=1", "malformed layers"),
+        ("patch.cosine@middle=1", "malformed layers 'middle' .* write first, last, all, a block's number"),
+        ("patch.cosine@first-last=1", "malformed layers"),
+        ("patch.contrastive@0:=1", "malformed layers"),
+        ("patch.cosine@first:last=1", "this measure takes one side, e.g. @last"),
+        ("weight.so@0:1=1", "this measure takes one side"),
+        ("patch.contrastive@last=1", "this measure takes two sides with a colon, e.g. @first:last"),
+        ("patch.contrastive@0:1:2=1", "this measure takes two sides"),
+        ("patch.cosine@0:1:2=1", "this measure takes one side"),
+        ("patch.gradient_diversity@0=1", "taken at the last block only"),
+        ("patch.gradient_diversity@0:1=1", "this measure takes one side"),
+        ("patch.mixing:abs=1", "patch.mixing takes no options and works on the last block's patches"),
+        ("patch.mixing@0=1", "patch.mixing takes no options and works on the last block's patches"),
+    ],
+)
+def test_what_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_spec(text)
+
+
+def test_without_coefficient() -> None:
+    assert parse_spec("patch.pairwise_cosine@all", with_coef=False) == Spec(
+        "patch", "pairwise_cosine", (), "all", 1
+    )
+    with pytest.raises(UserError, match=r"write level.measure\[:options\]\[@layers\], e.g. patch.cosine@last$"):
+        parse_spec("patch.cosine=1", with_coef=False)
+
+
+@pytest.mark.parametrize("text", ["patch.cosin=1", "patch.cosine:x=1", "patch.cosine=x", "patch.cosine@x=1"])
+def test_messages_quote_what_was_given(text: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_spec(text)
+    assert text.partition("=")[0] in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Layers and needs
+
+
+@pytest.mark.parametrize(
+    ("selector", "layers"),
+    [
+        ("first", [-7]),  # the level says what 'first' is
+        ("last", [3]),
+        ("all", [0, 1, 2, 3]),
+        ("2", [2]),
+        ("1-3", [1, 2, 3]),
+        ("2-2", [2]),
+        ("3,0", [3, 0]),
+        ("0,2-3", [0, 2, 3]),
+        ("1,0-2,last,all", [1, 0, 2, 3]),  # each once
+    ],
+)
+def test_layers(selector: str, layers: list[int]) -> None:
+    assert resolve_layers(selector, 4, -7, "spec") == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patch.cosine@4=1", "'patch.cosine@4': layer 4 is out of range, the model has blocks 0 to 3"),
+        ("weight.so@2-9=1", "layer 4 is out of range"),
+        ("patch.contrastive@first:12=1", "layer 12 is out of range"),
+        ("attn.cosine@3-1=1", "'attn.cosine@3-1': the range 3-1 is empty"),
+        ("attn.cosine_cross@0-1:2-1=1", "the range 2-1 is empty"),
+        ("patch.contrastive@0-1:1-3=1", "2 layers against 3; give one, or equally many"),
+    ],
+)
+def test_layers_that_the_model_does_not_have(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        diversity(text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "needs"),
+    [
+        ([], Needs()),
+        (["patch.cosine=1"], Needs(tokens=frozenset({3}))),
+        (["patch.cosine@first=1"], Needs(tokens=frozenset({-1}))),
+        (["patch.cosine@all=1"], Needs(tokens=frozenset({0, 1, 2, 3}))),
+        (["patch.contrastive=1"], Needs(tokens=frozenset({-1, 3}))),
+        (["patch.contrastive@0-1:2-3=1"], Needs(tokens=frozenset({0, 1, 2, 3}))),
+        (["attn.cosine@first,last=1"], Needs(attention=frozenset({0, 3}))),
+        (["attn.contrastive@0:1-2=1"], Needs(attention=frozenset({0, 1, 2}))),
+        (["weight.so@first=1"], Needs(weights=frozenset({0}))),
+        (["weight.so=1"], Needs(weights=frozenset({0, 1, 2, 3}))),
+        (["patch.mixing=1"], Needs(patch_logits=True)),
+        (
+            ["patch.mixing=1", "patch.so@0=1", "patch.mhs@2=1", "attn.mgd=1", "weight.cno@1=1"],
+            Needs(frozenset({0, 2}), frozenset({0}), frozenset({1}), True),
+        ),
+        (["patch.mixing=0", "patch.cosine=0", "attn.cosine=0", "weight.cno@9=0"], Needs()),
+        (["patch.gradient_diversity=1", "patch.mixing=1"], Needs(tokens=frozenset({3}), patch_logits=True)),
+    ],
+)
+def test_needs(texts: list[str], needs: Needs) -> None:
+    assert diversity(*texts).needs == needs
+    assert bool(diversity(*texts).needs) == bool(needs != Needs())
+
+
+def test_needs_are_united() -> None:
+    a, b = Needs(frozenset({1}), frozenset({2})), Needs(frozenset({-1}), frozenset(), frozenset({0}), True)
+    assert a | b == Needs(frozenset({-1, 1}), frozenset({2}), frozenset({0}), True)
+    assert not Needs() and Needs(weights=frozenset({0})) and Needs(patch_logits=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def forward_pass(dtype: torch.dtype = torch.float64) -> Captured:
+    """What a model of DEPTH blocks with PREFIX prefix tokens might have shown."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tokens = {layer: draw(BATCH, TOKENS, WIDTH).requires_grad_() for layer in range(-1, DEPTH)}
+    attention = {layer: draw(BATCH, HEADS, TOKENS, TOKENS).softmax(-1) for layer in range(DEPTH)}
+    return Captured(draw(BATCH, 3), None, None, tokens, attention, PREFIX)
+
+
+def weights_by_shape(shapes: Sequence[list[tuple[int, int]]]) -> dict[int, list[Tensor]]:
+    """W_q, W_k, W_v of every block."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        block: [
+            torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+            for shape in shapes[block % len(shapes)]
+        ]
+        for block in range(DEPTH)
+    }
+
+
+WEIGHTS = weights_by_shape(SHAPES)
+
+
+def projections(block: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = WEIGHTS[block]
+    return q, k, v
+
+
+def no_projections(block: int) -> tuple[Tensor, Tensor, Tensor]:
+    raise AssertionError("no term asked for weights")
+
+
+def value_of(text: str, captured: Captured | None = None) -> Tensor:
+    """The value of the only term of a spec."""
+    terms = diversity(f"{text}=0.25")(captured or forward_pass(), projections)
+    assert [term.weight for term in terms.values()] == [0.25]
+    (term,) = terms.values()
+    return term.value
+
+
+def patches(layer: int) -> Tensor:
+    """Without the prefix tokens."""
+    return torch.stack([forward_pass().tokens[layer][:, token] for token in range(PREFIX, TOKENS)], dim=1)
+
+
+def heads(layer: int) -> Tensor:
+    """Every head's map as one long row, prefix tokens included."""
+    rows = forward_pass().attention[layer].unbind(2)
+    return torch.cat(rows, dim=-1)
+
+
+def loops(function: Callable[..., float], *sets: Tensor) -> float:
+    return reference.mean_over_leading(function, *sets)
+
+
+def normalised_so(x: reference.Rows) -> float:
+    return reference.so(x, normalize=True)
+
+
+SET_TERMS: list[tuple[str, Callable[[reference.Rows], float]]] = [
+    ("cosine", reference.cosine),
+    ("cosine:signed", reference.cosine),
+    ("cosine:abs", lambda x: reference.cosine(x, absolute=True)),
+    ("pairwise_cosine", reference.pairwise_cosine),
+    ("mhs", reference.mhs),
+    ("mgd", reference.mgd),
+    ("so:raw", reference.so),
+    ("so:normalize", normalised_so),
+]
+PAIR_TERMS: list[tuple[str, Callable[[reference.Rows, reference.Rows], float]]] = [
+    ("cosine_cross", reference.cosine_cross),
+    ("cosine_cross:abs", lambda x, y: reference.cosine_cross(x, y, absolute=True)),
+    ("contrastive", reference.contrastive),
+]
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"), [("first", [-1]), ("last", [3]), ("all", [0, 1, 2, 3]), ("first,1-2", [-1, 1, 2])]
+)
+@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", normalised_so)], ids=lambda x: str(x))
+def test_patch_terms(term: str, function: Callable[..., float], layers: str, blocks: list[int]) -> None:
+    """Sum over layers of the mean over images; prefix tokens dropped."""
+    expected = sum(loops(function, patches(block)) for block in blocks)
+    assert value_of(f"patch.{term}@{layers}").item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [("first", [0]), ("last", [3]), ("1,2-3", [1, 2, 3])])
+@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", reference.so)], ids=lambda x: str(x))
+def test_attention_terms(term: str, function: Callable[..., float], layers: str, blocks: list[int]) -> None:
+    expected = sum(loops(function, heads(block)) for block in blocks)
+    assert value_of(f"attn.{term}@{layers}").item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [("first", [0]), ("1", [1]), ("all", [0, 1, 2, 3]), ("0,3", [0, 3])])
+@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", reference.so)], ids=lambda x: str(x))
+def test_weight_terms(term: str, function: Callable[..., float], layers: str, blocks: list[int]) -> None:
+    """Sum over all matrices of the blocks, whose shapes differ."""
+    expected = sum(loops(function, matrix) for block in blocks for matrix in WEIGHTS[block])
+    value = value_of(f"weight.{term}@{layers}")
+    assert value.item() == pytest.approx(expected, rel=1e-10)
+    used = [matrix for block in blocks for matrix in WEIGHTS[block]]
+    assert all(gradient.count_nonzero() for gradient in torch.autograd.grad(value, used))
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [
+        ("first:last", [("first", 3)]),
+        ("0:1", [(0, 1)]),
+        ("2:0-1", [(2, 0), (2, 1)]),
+        ("0-1:2", [(0, 2), (1, 2)]),
+        ("0-1:2-3", [(0, 2), (1, 3)]),
+        ("first,2:3,1", [("first", 3), (2, 1)]),
+    ],
+)
+@pytest.mark.parametrize(("level", "items", "first"), [("patch", patches, -1), ("attn", heads, 0)])
+@pytest.mark.parametrize(("term", "function"), PAIR_TERMS, ids=lambda x: str(x))
+def test_pair_terms(
+    term: str,
+    function: Callable[..., float],
+    level: str,
+    items: Callable[[int], Tensor],
+    first: int,
+    layers: str,
+    pairs: list[tuple[int | str, int]],
+) -> None:
+    """One against many, or layer by layer; 'first' of patches is the input of block 0."""
+    blocks = [(first if a == "first" else int(a), b) for a, b in pairs]
+    expected = sum(loops(function, items(a), items(b)) for a, b in blocks)
+    assert value_of(f"{level}.{term}@{layers}").item() == pytest.approx(expected, rel=1e-10)
+
+
+def cno_loops(x: Tensor, normalize: bool, inverse: bool) -> float:
+    """Of [B, n, d]: standard normal probes, all for lambda_max, then all for lambda_min, and eps = 1e-6."""
+    n = x.shape[2 if inverse else 1]
+    first, second = (torch.randn(len(x), n, 1, dtype=torch.float64) for _ in range(2))
+    grams = [reference.gram(rows, normalize, inverse) for rows in x.tolist()]
+    return sum(reference.cno(g, p, q, 1e-6) for g, p, q in zip(grams, first, second, strict=True)) / len(x)
+
+
+@pytest.mark.parametrize(
+    ("text", "items", "blocks", "normalize", "inverse"),
+    [
+        ("patch.cno", patches, [3], True, False),
+        ("patch.cno@first,1", patches, [-1, 1], True, False),
+        ("patch.cno:raw@0", patches, [0], False, False),
+        ("patch.cno:inverse@0", patches, [0], True, True),
+        ("patch.cno:raw,inverse@0", patches, [0], False, True),
+        ("attn.cno@0,2", heads, [0, 2], False, False),
+        ("attn.cno:normalize", heads, [0], True, False),
+    ],
+)
+def test_cno_of_patches_and_heads(
+    text: str, items: Callable[[int], Tensor], blocks: list[int], normalize: bool, inverse: bool
+) -> None:
+    torch.manual_seed(5)
+    value = value_of(text)
+    torch.manual_seed(5)
+    expected = sum(cno_loops(items(block), normalize, inverse) for block in blocks)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_cno_of_weights(inverse: bool) -> None:
+    """Uniform probes, for each matrix one for lambda_max then one for lambda_min: block by block, q, k, v; no eps."""
+    weights = weights_by_shape([[(6, 4)] * 3])
+    term = diversity("weight.cno:inverse@1-3=1" if inverse else "weight.cno@1-3=1")
+    torch.manual_seed(5)
+    (value,) = (t.value for t in term(forward_pass(), lambda block: tuple(weights[block])).values())
+    torch.manual_seed(5)
+    expected = 0.0
+    for block in (1, 2, 3):
+        for matrix in weights[block]:
+            first, second = (torch.rand(matrix.shape[inverse], 1, dtype=torch.float64) for _ in range(2))
+            expected += reference.cno(reference.gram(matrix.tolist(), inverse=inverse), first, second, 0.0)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_terms_are_named_in_order_and_weighted() -> None:
+    texts = ["weight.so@0=0.125", "patch.cosine=0", "patch.mixing=1", "patch.cosine:abs=0.5", "attn.mhs=2"]
+    objective = diversity(*texts)
+    captured = forward_pass()
+    terms = objective(captured, projections)
+    assert list(terms) == objective.names == ["weight.so@0", "patch.cosine:abs@last", "attn.mhs@0"]
+    assert [term.weight for term in terms.values()] == [0.125, 0.5, 2.0]
+    assert objective.mixing == 1.0
+    expected = sum(term.weight * term.value.item() for term in terms.values())
+    assert total(terms).item() == pytest.approx(expected)
+    total(terms).backward()
+    assert captured.tokens[DEPTH - 1].grad is not None and WEIGHTS[0][0].grad is not None
+    assert (captured.tokens[DEPTH - 1].grad[:, :PREFIX] == 0).all()  # prefix tokens are not regularized
+    WEIGHTS[0][0].grad = None
+
+
+def test_total_is_the_weighted_sum() -> None:
+    a, b = (torch.tensor(value, requires_grad=True) for value in (3.0, 5.0))
+    value = total({"a": Term(a, 2.0), "b": Term(b, 0.5)})
+    assert value.item() == 8.5
+    assert [gradient.item() for gradient in torch.autograd.grad(value, [a, b])] == [2.0, 0.5]
+    assert total({"a": Term(a, 2.0)}).item() == 6
+
+
+@pytest.mark.parametrize("texts", [[], ["patch.cosine=0"], ["patch.mixing=0", "attn.cosine=0"]])
+def test_empty_objective(texts: list[str]) -> None:
+    """Plain DeiT: nothing is asked for, nothing is computed."""
+    empty = diversity(*texts, depth=0)
+    assert empty.needs == Needs() and not empty.needs
+    assert empty.mixing == 0 and empty.names == []
+    bare = Captured(torch.zeros(2, 3), None, None, {}, {}, 0)
+    assert empty(bare, no_projections) == {}
+
+
+@pytest.mark.parametrize("text", ["patch.cosine=1", "attn.cosine=1"])
+def test_weights_are_not_read_without_a_weight_term(text: str) -> None:
+    diversity(text)(forward_pass(), no_projections)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("term", [term for term in all_names() if term != MIXING and "gradient" not in term])
+def test_half_precision_captures_give_float32_terms(term: str, dtype: torch.dtype) -> None:
+    captured = forward_pass(dtype)
+    weights = {block: tuple(w.detach().to(dtype) for w in matrices) for block, matrices in WEIGHTS.items()}
+    (result,) = diversity(f"{term}=1")(captured, weights.__getitem__).values()  # type: ignore[arg-type]
+    assert result.value.dtype == torch.float32 and result.value.isfinite()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# With a real model
+
+
+def tiny_vit(needs: Needs, dtype: torch.dtype = torch.float32, **options: object) -> DiverseViT:
+    torch.manual_seed(0)
+    backbone = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, **options
+    )
+    return DiverseViT(backbone.to(dtype), needs)
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.tensor([0, 1, 2, 3])
+
+
+def step(model: DiverseViT, objective: Diversity, dtype: torch.dtype = torch.float32) -> dict[str, Term]:
+    """All terms of one training step, in the engine's order."""
+    images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch(dtype))
+    captured = model(images)
+    terms = LabelLoss(objective.mixing)(captured, labels)
+    return {**terms, **objective(captured, model.projections, total(terms))}
+
+
+EVERYTHING = [f"{term}=0.1" for term in all_names()]
+
+
+def test_every_term_on_a_real_model() -> None:
+    """Finite values, and a finite gradient at every parameter."""
+    objective = diversity(*EVERYTHING, depth=2)
+    model = tiny_vit(objective.needs)
+    terms = step(model, objective)
+    assert len(terms) == len(EVERYTHING) + 1  # and 'ce'
+    assert all(term.value.shape == () and term.value.isfinite() for term in terms.values())
+    total(terms).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_autocast_leaves_terms_in_float32() -> None:
+    objective = diversity(*EVERYTHING, depth=2)
+    model = tiny_vit(objective.needs)
+    images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = model(images)
+    assert captured.patch_logits is not None and captured.patch_logits.dtype == torch.bfloat16  # autocast was on
+    terms = LabelLoss(objective.mixing)(captured, labels)
+    terms |= objective(captured, model.projections, total(terms))
+    assert {name: term.value.dtype for name, term in terms.items()} == dict.fromkeys(terms, torch.float32)
+    assert all(term.value.isfinite() for term in terms.values())
+    total(terms).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_gradient_diversity_needs_patches_that_reach_the_label() -> None:
+    message = "patch.gradient_diversity@last: with a class-token head .* add patch.mixing=1 or choose an average"
+    with pytest.raises(UserError, match=message):
+        diversity("patch.gradient_diversity=1")
+    with pytest.raises(UserError, match=message):
+        diversity("patch.gradient_diversity=1", "patch.mixing=0")
+    diversity("patch.gradient_diversity=0")
+    diversity("patch.gradient_diversity=1", "patch.mixing=0.5")
+    diversity("patch.gradient_diversity=1", pooled=True)
+
+
+MIXED = ["patch.gradient_diversity=1", "patch.mixing=1"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [(MIXED, {}), (MIXED[:1], {"global_pool": "avg", "class_token": False}), (MIXED, {"reg_tokens": 2})],
+)
+def test_gradient_diversity_is_the_loops(texts: list[str], options: dict[str, object]) -> None:
+    """The gradient of the label loss, patch by patch, at the last block's output."""
+    objective = diversity(*texts, depth=2, pooled=True)
+    model = tiny_vit(objective.needs, torch.float64, **options)
+    images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch(torch.float64))
+    captured = model(images)
+    label_terms = LabelLoss(objective.mixing)(captured, labels)
+    (term,) = objective(captured, model.projections, total(label_terms)).values()
+    (gradient,) = torch.autograd.grad(total(label_terms), captured.tokens[1], retain_graph=True)
+    assert gradient.shape[1] - captured.prefix_tokens == 16
+    expected = reference.mean_over_leading(reference.gradient_diversity, gradient[:, -16:])
+    assert term.value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_gradient_diversity_trains_by_a_double_backward() -> None:
+    """Finite parameter gradients, and the slope along them is what finite differences say."""
+    objective = diversity(*MIXED, depth=2)
+    model = tiny_vit(objective.needs, torch.float64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def value() -> Tensor:
+        return step(model, objective, torch.float64)["patch.gradient_diversity@last"].value
+
+    gradients = torch.autograd.grad(value(), parameters, allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+    reached = {name for (name, _), g in zip(model.named_parameters(), gradients, strict=True) if g is not None}
+    assert {
+        "backbone.head.weight",
+        "backbone.blocks.0.attn.qkv.weight",
+        "backbone.patch_embed.proj.weight",
+    } <= reached
+
+    direction = [torch.zeros_like(p) if g is None else g / 10 for p, g in zip(parameters, gradients, strict=True)]
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True) if g is not None)
+    ends, size = [], 1e-6
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p += sign * size * d
+        ends.append(value().item())
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p -= sign * size * d
+    assert (ends[0] - ends[1]) / (2 * size) == pytest.approx(float(slope), rel=1e-5)
