@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# DeiT-B on ImageNet-1k, plain: the baseline of the diverse recipe.
+# The same as configs/deit_base.yaml.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+launch \
+    --model deit_base_patch16_224 \
+    --batch-size 128 \
+    --num_workers 32 \
+    --output_dir "$ROOT/experiment/deit_base" \
+    --data-path "$DATA" "$@"
