@@ -28,7 +28,7 @@ def cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
     """
     logits = full_precision(logits)
     if labels.mixed:
-        return SoftTargetCrossEntropy()(logits, labels.dense(logits.shape[1]))
+        return SoftTargetCrossEntropy()(logits, labels.dense(logits.shape[1], logits.dtype))
     if labels.smoothing > 0:
         return LabelSmoothingCrossEntropy(labels.smoothing)(logits, labels.own)
     return F.cross_entropy(logits, labels.own)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils import UserError
@@ -44,7 +43,8 @@ class Labels(NamedTuple):
 
     Attributes:
         own, partner: [B], class indices.
-        weight: [B], share of the own class in the image.
+        weight: [B], share of the own class in the image; float64 where the device has it, so that it and
+            1 - weight are rounded once, as DeiT rounds them.
         patch_weight: [B, P], share of the own class in each patch.
         smoothing: e.
         mixed: whether images of this run are mixed at all.
@@ -57,13 +57,16 @@ class Labels(NamedTuple):
     smoothing: float
     mixed: bool
 
-    def dense(self, num_classes: int) -> Tensor:
+    def dense(self, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The images' labels as probabilities.  [B, K]"""
-        own = F.one_hot(self.own, num_classes).to(self.weight.dtype)  # [B, K]
-        partner = F.one_hot(self.partner, num_classes).to(self.weight.dtype)  # [B, K]
+        off = self.smoothing / num_classes
+
+        def smoothed(label: Tensor) -> Tensor:
+            blank = torch.full((len(label), num_classes), off, dtype=dtype, device=label.device)
+            return blank.scatter_(1, label[:, None], 1 - self.smoothing + off)  # [B, K]
+
         weight = self.weight[:, None]  # [B, 1]
-        hard = weight * own + (1 - weight) * partner
-        return (1 - self.smoothing) * hard + self.smoothing / num_classes
+        return smoothed(self.own) * weight.to(dtype) + smoothed(self.partner) * (1 - weight).to(dtype)
 
 
 class Mixup:
@@ -195,18 +198,20 @@ class Mixup:
         """
         batch, _, height, width = images.shape
         partner = targets.flip(0)
-        weight = _to_device([mix.weight for mix in mixes], images).expand(batch)  # [B]
-        boxes = _boxes(mixes, images)  # [1 or B, 4], empty where there is no box
+        weight = _to_device([mix.weight for mix in mixes], images.device).expand(batch)  # [B]
+        boxes = _boxes(mixes, images.device)  # [1 or B, 4], empty where there is no box
         patch_weight = self._patch_weight(weight, boxes, mixes, height, width)  # [B, P]
+        patch_weight = patch_weight.to(torch.promote_types(images.dtype, torch.float32))
         labels = Labels(targets, partner, weight, patch_weight, self.smoothing, self.active)
         if all(mix == UNMIXED for mix in mixes):
             return images, labels
         flipped = images.flip(0)
         if len(mixes) == 1:
             return _mix_all(images, flipped, mixes[0]), labels
-        blend = _to_device([1.0 if mix.box else mix.weight for mix in mixes], images)[:, None, None, None]
+        blend = _to_device([1.0 if mix.box else mix.weight for mix in mixes], images.device)[:, None, None, None]
+        blended = images * blend.to(images.dtype) + flipped * (1 - blend).to(images.dtype)
         inside = _inside(boxes, height, width)[:, None]  # [B, 1, S, S]
-        return torch.where(inside, flipped, images * blend + flipped * (1 - blend)), labels
+        return torch.where(inside, flipped, blended), labels
 
     def _patch_weight(self, weight: Tensor, boxes: Tensor, mixes: list[Mix], height: int, width: int) -> Tensor:
         """Share of each patch's pixels that are the image's own; Mixup's weight everywhere.  [B, P]
@@ -221,20 +226,21 @@ class Mixup:
         columns = _overlap(left, right, pw, width // pw)  # [1 or B, P columns]
         covered = (rows[:, :, None] * columns[:, None, :]).flatten(1) / (ph * pw)  # [1 or B, P]
         own = (1 - covered.to(weight.dtype)).expand(batch, -1)
-        has_box = _to_device([float(mix.box is not None) for mix in mixes], weight).expand(batch)[:, None] > 0
+        has_box = (
+            _to_device([float(mix.box is not None) for mix in mixes], weight.device).expand(batch)[:, None] > 0
+        )
         return torch.where(has_box, own, weight[:, None])
 
 
-def _to_device(values: list[float], like: Tensor) -> Tensor:
-    """Host numbers onto the images' device without making the host wait for it."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    numbers = torch.tensor(values, dtype=dtype)
-    return numbers.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else numbers.to(like.device)
+def _to_device(values: list[float], device: torch.device) -> Tensor:
+    """Host numbers onto a device without making the host wait for it; float64, but float32 on MPS."""
+    numbers = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
-def _boxes(mixes: list[Mix], like: Tensor) -> Tensor:
+def _boxes(mixes: list[Mix], device: torch.device) -> Tensor:
     edges = [float(edge) for mix in mixes for edge in mix.box or (0, 0, 0, 0)]
-    return _to_device(edges, like).view(len(mixes), 4)
+    return _to_device(edges, device).view(len(mixes), 4)
 
 
 def _overlap(start: Tensor, end: Tensor, patch: int, count: int) -> Tensor:

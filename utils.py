@@ -177,9 +177,13 @@ class Meters:
 
     `update` only enqueues device work; `means`, `global_means` and `first_broken` wait for the device. Every
     update gives the same names in the same order.
+
+    Args:
+        total: the meter that is made of the others, and so is blamed last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, total: str = "loss") -> None:
+        self._total = total
         self._names: list[str] = []
         self._sums: Tensor | None = None  # [names]
         self._finite: Tensor | None = None  # [names], for how many updates the sum has stayed finite
@@ -215,8 +219,8 @@ class Meters:
         if self._finite is None:
             return None
         updates = all_reduce(self._finite.clone(), dist.ReduceOp.MIN).tolist()
-        earliest = min(range(len(updates)), key=updates.__getitem__)
-        return self._names[earliest] if updates[earliest] < self._count else None
+        steps, _, name = min((n, name == self._total, name) for n, name in zip(updates, self._names, strict=True))
+        return name if steps < self._count else None
 
 
 def clock(seconds: float) -> str:

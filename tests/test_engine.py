@@ -1,0 +1,391 @@
+"""The training loop, precision, evaluation, optimiser and schedule."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RECIPE, random_batch
+from timm.data import Mixup as TimmMixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import config
+import main
+from checkpoint import RunState
+from engine import Precision, Updater, evaluate, train_one_epoch
+from losses import LabelLoss
+from mixup import Mixup
+from models import DiverseViT
+from regularizers import Diversity, parse_spec
+from utils import TrainingDiverged, UserError
+
+CPU = Precision(torch.device("cpu"))
+
+
+def batches(count: int = 4, size: int = 4) -> list:
+    return [random_batch(size, seed=seed) for seed in range(count)]
+
+
+def adamw(model: DiverseViT, lr: float = 1e-3) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model.backbone, opt="adamw", lr=lr, weight_decay=0.05)
+
+
+def no_mixing(smoothing: float = 0.0) -> Mixup:
+    return Mixup(0, 0, smoothing=smoothing)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@pytest.mark.parametrize("kind", ["mixup", "smoothing", "plain"])
+def test_empty_objective_is_plain_deit(tiny, kind):
+    """Bit for bit what an ordinary loop over the stock timm model gives, dropout and drop path on."""
+    model, diversity = tiny(drop_path_rate=0.3, pos_drop_rate=0.1)
+    stock = copy.deepcopy(model.backbone)
+    assert isinstance(model.backbone, type(stock)) and not diversity.needs
+    mixup = (
+        Mixup(0.8, 0, smoothing=0.1, seed=7) if kind == "mixup" else no_mixing(0.1 if kind == "smoothing" else 0)
+    )
+    criterion = {
+        "mixup": SoftTargetCrossEntropy(),
+        "smoothing": LabelSmoothingCrossEntropy(0.1),
+        "plain": nn.CrossEntropyLoss(),
+    }[kind]
+    updater = Updater(adamw(model), CPU, ema=ModelEmaV3(model, decay=0.9))
+    torch.manual_seed(11)
+    means = train_one_epoch(model, LabelLoss(), diversity, batches(), updater, mixup)
+    assert set(means) == {"loss", "ce", "lr"} and means["loss"] == means["ce"]
+
+    optimizer = create_optimizer_v2(stock, opt="adamw", lr=1e-3, weight_decay=0.05)
+    ema = ModelEmaV3(stock, decay=0.9)
+    theirs = TimmMixup(0.8, 0, label_smoothing=0.1, num_classes=5) if kind == "mixup" else None
+    draws = Mixup(0.8, 0, smoothing=0.1, seed=7)
+    torch.manual_seed(11)
+    losses = []
+    stock.train()
+    for images, targets in batches():
+        if theirs is not None:
+            lam = draws.draw(4, 32, 32)[0].weight
+            theirs._params_per_batch = lambda lam=lam: (lam, False)
+            images, targets = theirs(images.clone(), targets)
+        loss = criterion(stock(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(stock)
+        losses.append(loss.item())
+    assert means["loss"] == sum(losses) / len(losses)
+    for (name, mine), other in zip(model.backbone.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    for mine, other in zip(ema.module.parameters(), updater.ema.module.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_means_are_named_terms(tiny):
+    model, diversity = tiny(*RECIPE)
+    mixup = Mixup(patch_size=(8, 8))
+    means = train_one_epoch(
+        model, LabelLoss(diversity.mixing), diversity, batches(), Updater(adamw(model), CPU), mixup
+    )
+    coefs = {spec.name: spec.coef for spec in map(parse_spec, RECIPE)}
+    label = (means["ce"] + 16 * means["patch.mixing"]) / 17
+    rest = sum(coefs[name] * means[name] for name in coefs if name != "patch.mixing")
+    assert means["loss"] == pytest.approx(label + rest, rel=1e-6)
+    assert means["lr"] == 1e-3
+
+
+def test_fine_tuning_mode_switches_dropout_off(tiny):
+    model, diversity = tiny("patch.cosine@last=0.5", drop_path_rate=0.9)
+    seen = []
+    model.backbone.blocks[2].register_forward_hook(lambda module, args, out: seen.append(module.training))
+    for mode in (True, False):
+        updater = Updater(adamw(model), CPU)
+        means = train_one_epoch(model, LabelLoss(), diversity, batches(1), updater, no_mixing(), training_mode=mode)
+        assert "patch.cosine@last" in means  # captured in evaluation mode too
+    assert seen == [True, False]
+
+
+def test_clip_grad_bounds_the_step(tiny):
+    model, diversity = tiny()
+    norms = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            norms.append(
+                math.sqrt(sum(p.grad.square().sum().item() for g in self.param_groups for p in g["params"]))
+            )
+            super().step(closure)
+
+    for clip in (None, 0.01):
+        updater = Updater(Spy(model.parameters(), lr=0.0), CPU, clip_grad=clip)
+        train_one_epoch(model, LabelLoss(), diversity, batches(1), updater, no_mixing())
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_diverged_loss_names_the_first_term(tiny):
+    model, diversity = tiny("patch.cosine@last=1", "attn.cosine@0=1")
+    real, calls = diversity.terms[1].function, []
+
+    def breaks_later(x):
+        calls.append(1)
+        return real(x) * (float("nan") if len(calls) >= 2 else 1.0)
+
+    diversity.terms[1].function = breaks_later
+    updater = Updater(adamw(model), CPU)
+    with pytest.raises(TrainingDiverged, match=r"first term to break was attn.cosine@0"):
+        train_one_epoch(model, LabelLoss(), diversity, batches(), updater, no_mixing())
+
+
+def test_no_step_waits_for_the_device(tiny, monkeypatch):
+    """Between prints no tensor is read by the host."""
+    model, diversity = tiny(*RECIPE)
+    reads = []
+    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu"):
+        original = getattr(torch.Tensor, method)
+
+        def spy(self, *args, _original=original, _method=method, **kwargs):
+            reads.append(_method)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, method, spy)
+    updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, ema=ModelEmaV3(model))
+    mixup = Mixup(patch_size=(8, 8))
+    counts = []
+    for steps in (6, 12):
+        reads.clear()
+        train_one_epoch(
+            model, LabelLoss(diversity.mixing), diversity, batches(steps), updater, mixup, print_freq=100
+        )
+        counts.append(len(reads))
+    assert counts[0] == counts[1]  # only the end of the epoch reads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_diversity_runs_in_float32_outside_autocast(tiny, dtype):
+    model, diversity = tiny(*RECIPE)
+    precision = Precision(torch.device("cpu"), dtype)
+    images, targets = random_batch()
+    images, labels = Mixup(patch_size=(8, 8))(images, targets)
+    with precision.autocast():
+        captured = model(images)
+    assert captured.attention[0].dtype == captured.logits.dtype == getattr(torch, dtype)
+    terms = LabelLoss(diversity.mixing)(captured, labels) | diversity(captured, model.projections)
+    assert {term.value.dtype for term in terms.values()} == {torch.float32}
+    updater = Updater(adamw(model), precision)
+    means = train_one_epoch(
+        model, LabelLoss(diversity.mixing), diversity, batches(), updater, Mixup(patch_size=(8, 8))
+    )
+    assert math.isfinite(means["loss"])
+
+
+def test_second_order_optimizers_get_their_graph(tiny):
+    model, diversity = tiny()
+    optimizer = create_optimizer_v2(model.backbone, opt="adahessian", lr=1e-3)
+    for block in model.backbone.blocks:
+        block.attn.fused_attn = False  # the fused kernel has no second derivative
+    with pytest.warns(UserWarning, match="create_graph=True"):
+        train_one_epoch(model, LabelLoss(), diversity, batches(2), Updater(optimizer, CPU), no_mixing())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def test_precision_by_device(monkeypatch):
+    assert Precision(torch.device("cpu")).dtype == torch.float32
+    assert Precision(torch.device("cpu"), "bfloat16").dtype == torch.bfloat16
+    assert not Precision(torch.device("cpu")).scaler.is_enabled()
+    with pytest.raises(UserError, match="--amp-dtype float16 needs a CUDA device, not cpu"):
+        Precision(torch.device("cpu"), "float16")
+    for native, name in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: ("scaler", device, enabled))
+        precision = Precision(torch.device("cuda"))
+        assert precision.name == name and precision.scaler == ("scaler", "cuda", name == "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_recipe_trains_on_a_gpu(tiny, dtype):
+    device = torch.device("cuda")
+    model, diversity = tiny(*RECIPE)
+    model.to(device)
+    updater = Updater(adamw(model), Precision(device, dtype), clip_grad=5.0, ema=ModelEmaV3(model))
+    data = batches(1) * 30
+    mixup = Mixup(0, 0, patch_size=(8, 8))
+    first = train_one_epoch(model, LabelLoss(1.0), diversity, data[:1], updater, mixup)
+    train_one_epoch(model, LabelLoss(1.0), diversity, data, updater, mixup)
+    last = train_one_epoch(model, LabelLoss(1.0), diversity, data[:1], updater, mixup)
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.gpu
+def test_gpu_step_equals_cpu_step_in_float32(tiny):
+    losses = []
+    for name in ("cpu", "cuda"):
+        specs = [spec for spec in RECIPE if "cno" not in spec]  # its probes are the device's own
+        model, diversity = tiny(*specs)
+        model.to(name)
+        updater = Updater(adamw(model), Precision(torch.device(name), "float32"))
+        mixup = Mixup(patch_size=(8, 8))
+        losses.append(train_one_epoch(model, LabelLoss(1.0), diversity, batches(), updater, mixup)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_evaluation_counts_every_sample_once(tiny):
+    model, _ = tiny()
+    measure = Diversity([parse_spec("patch.pairwise_cosine@last=1"), parse_spec("weight.cno=1")], depth=3)
+    model = DiverseViT(model.backbone, measure.needs)
+    data = [random_batch(size, seed=size) for size in (5, 5, 3, 1)]
+    state = torch.get_rng_state()
+    results = evaluate(model, data, CPU, measure)
+    assert torch.equal(torch.get_rng_state(), state)  # measuring CNO draws, but training draws the same
+    model.eval()
+    images, targets = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    with torch.no_grad():
+        logits = model.backbone(images)
+        shown = model(images)
+    assert results["acc1"] == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
+    assert results["acc5"] == 100.0  # five classes
+    assert results["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    patches = F.normalize(shown.tokens[2][:, 1:], dim=-1)
+    gram = (patches @ patches.mT).abs()
+    expected = (gram.sum((1, 2)) - 16).mean() / (16 * 15)
+    assert results["patch.pairwise_cosine@last"] == pytest.approx(expected.item(), rel=1e-5)
+    assert results["weight.cno@all"] > 0
+
+
+def test_evaluation_of_a_distilled_student_averages_its_heads(tiny):
+    model, _ = tiny(name="deit_tiny_distilled_patch16_224")
+    model.backbone.set_distilled_training(True)
+    images, targets = random_batch()
+    model.train()
+    shown = model(images)
+    assert shown.dist_logits.shape == (4, 5)
+    results = evaluate(model, [(images, targets)], CPU)
+    expected = F.cross_entropy((shown.logits + shown.dist_logits) / 2, targets)
+    assert results["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimiser and schedule
+
+
+def run_args(*argv: str):
+    return config.resolve(["--data-set", "DIGITS", "--device", "cpu", *argv])
+
+
+def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
+    """The learning rate of every epoch, through main's own schedule and loop."""
+    args = run_args(*argv)
+    model = DiverseViT(nn.Linear(2, 2))
+    run_state = main.build_run(args, model, CPU, None)
+    seen = []
+
+    def train_epoch(wrapped, updater, epoch):
+        seen.append(updater.optimizer.param_groups[0]["lr"])
+        return {"loss": 0.0}
+
+    main.train(args, run_state, CPU, train_epoch, lambda network: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0}, 1)
+    return seen
+
+
+def cosine_rate(epoch: int, epochs: int = 300) -> float:
+    """The reference's sequence, which lags one epoch: the rate of epoch e is the schedule at e - 1."""
+    t = max(epoch - 1, 0)
+    if t < 5:
+        return 1e-6 + t * (1e-3 - 1e-6) / 5
+    return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / epochs))
+
+
+def test_learning_rates_of_all_300_epochs(monkeypatch, capsys):
+    """8 processes x 128 images: 5e-4 * 1024 / 512 = 1e-3."""
+    monkeypatch.setattr(main, "world_size", lambda: 8)
+    monkeypatch.setattr(main, "distribute", lambda model, device: model)
+    seen = rates("--no-model-ema")
+    assert len(seen) == 300
+    assert seen == pytest.approx([cosine_rate(epoch) for epoch in range(300)], rel=1e-9)
+    published = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4, 9.990e-4]
+    assert seen[:8] == pytest.approx(published, rel=1e-4)
+    assert seen[-1] == pytest.approx(1.0109e-5, rel=1e-4)
+
+
+def test_rate_scaling_and_its_switch(capsys):
+    assert rates("--epochs", "1", "--warmup-epochs", "0", "--batch-size", "256") == [pytest.approx(2.5e-4)]
+    assert rates("--epochs", "1", "--warmup-epochs", "0", "--unscale-lr") == [pytest.approx(5e-4)]
+
+
+def test_start_epoch_continues_the_schedule(capsys):
+    full = rates("--epochs", "9", "--unscale-lr", "--no-model-ema")
+    late = rates("--epochs", "9", "--unscale-lr", "--no-model-ema", "--start_epoch", "6")
+    assert late == full[6:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--sched", "constant"], [1.0] * 5),
+        (["--sched", "step", "--decay-epochs", "2", "--decay-rate", "0.5"], [1, 1, 1, 0.5, 0.5]),
+        (["--sched", "poly", "--min-lr", "0", "--decay-rate", "1"], [1, 1, 0.8, 0.6, 0.4]),
+        (["--sched", "tanh"], None),
+        (["--sched", "multistep"], [1] * 5),
+    ],
+)
+def test_other_schedules(flags, expected, capsys):
+    seen = rates("--epochs", "5", "--lr", "1", "--unscale-lr", "--warmup-epochs", "0", *flags)
+    if expected is None:
+        assert seen[-1] < seen[0]
+    else:
+        assert seen == pytest.approx(expected)
+
+
+def test_plateau_follows_the_accuracy(capsys):
+    flags = ["--sched", "plateau", "--patience-epochs", "1", "--dr", "0.5", "--warmup-epochs", "1", "--epochs", "8"]
+    with pytest.warns(FutureWarning, match="PlateauLRScheduler is deprecated"):
+        seen = rates("--lr", "1", "--unscale-lr", *flags)  # the accuracy never improves
+    assert seen == pytest.approx([1e-6, 1e-6, 1, 1, 1, 0.5, 0.5, 0.25])
+
+
+def test_warmup_and_noise_flags(capsys):
+    base = ["--epochs", "4", "--lr", "1", "--unscale-lr", "--sched", "constant"]
+    assert rates(*base, "--warmup-epochs", "2", "--warmup-lr", "0.5") == pytest.approx([0.5, 0.5, 0.75, 1.0])
+    noisy = rates(
+        *base, "--warmup-epochs", "0", "--lr-noise", "0.2", "0.9", "--lr-noise-std", "0.5", "--lr-noise-pct", "0.3"
+    )
+    assert any(rate != 1 for rate in noisy) and all(abs(rate - 1) <= 0.3 for rate in noisy)
+
+
+def test_optimizer_flags(tiny):
+    model, _ = tiny()
+    args = run_args(
+        "--opt", "adamw", "--opt-eps", "1e-6", "--opt-betas", "0.8", "0.9", "--weight-decay", "0.1", "--lr", "1"
+    )
+    optimizer = main.build_run(args, model, CPU, None).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    for name, parameter in model.backbone.named_parameters():
+        spared = parameter.ndim <= 1 or name in ("pos_embed", "cls_token")
+        assert (id(parameter) in decayed) != spared, name
+    for group in optimizer.param_groups:
+        assert group["eps"] == 1e-6 and tuple(group["betas"]) == (0.8, 0.9)
+    sgd = main.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU, None).optimizer
+    assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.5
+
+
+def test_ema_flags(tiny):
+    model, _ = tiny()
+    assert main.build_run(run_args("--no-model-ema"), model, CPU, None).ema is None
+    ema = main.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU, None).ema
+    assert ema.decay == 0.5 and next(ema.module.parameters()).device.type == "cpu"
+    assert isinstance(main.build_run(run_args(), model, CPU, None), RunState)

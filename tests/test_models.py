@@ -1,0 +1,256 @@
+"""Names, state dicts, hooks and what they capture."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import RECIPE, TINY, random_batch
+from timm.utils import ModelEmaV3
+
+from models import VARIANTS, DiverseViT, Needs, build_model, check_name, find_layout
+from utils import UserError
+
+STOCK = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12)}
+
+# ------------------------------------------------------------------------------------------------------------
+# Names and weights
+
+
+@pytest.mark.parametrize("size", STOCK)
+def test_the_suffix_changes_nothing_but_the_name(size):
+    stock, diverse = f"deit_{size}_patch16_224", f"deit_{size}_patch16_224_diverse"
+    models = []
+    for name in (stock, diverse):
+        torch.manual_seed(3)
+        models.append(build_model(name, num_classes=10))
+    for (name, one), (other_name, other) in zip(
+        models[0].state_dict().items(), models[1].state_dict().items(), strict=True
+    ):
+        assert name == other_name and torch.equal(one, other)
+    assert (models[0].embed_dim, len(models[0].blocks)) == STOCK[size]
+
+
+def test_24_block_small_has_the_published_size():
+    for name in ("deit_small_layer24_patch16_224", "deit_small_layer24_patch16_224_diverse"):
+        model = build_model(name)
+        assert sum(p.numel() for p in model.parameters()) == 43_344_232
+        assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (384, 24, 6)
+    with pytest.raises(UserError, match="no pretrained weights for deit_small_layer24"):
+        timm.create_model("deit_small_layer24_patch16_224", pretrained=True)
+
+
+def test_weights_go_to_timm_and_back_by_name(tmp_path):
+    mine = build_model("deit_tiny_patch16_224_diverse")
+    theirs = timm.create_model("deit_tiny_patch16_224")
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(images), mine.eval()(images))
+    fresh = timm.create_model("deit_tiny_patch16_224")
+    mine.load_state_dict(fresh.state_dict(), strict=True)
+
+
+def test_initialisation_is_timms_but_for_the_class_token():
+    torch.manual_seed(5)
+    theirs = timm.create_model("deit_tiny_patch16_224")
+    after_theirs = torch.rand(3)
+    torch.manual_seed(5)
+    mine = build_model("deit_tiny_patch16_224")
+    assert torch.equal(torch.rand(3), after_theirs)  # the global stream is where it would have been
+    for name, value in mine.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]) == (name != "cls_token")
+    tokens = torch.cat([build_model("deit_tiny_patch16_224").cls_token.flatten() for _ in range(5)])
+    assert 0.017 < tokens.std().item() < 0.023  # the reference's truncated normal; timm's has 1e-6
+
+
+def test_unknown_names_and_arguments():
+    with pytest.raises(UserError, match=r"unknown model 'deit_smal_patch16_224'. Did you mean deit_small"):
+        check_name("deit_smal_patch16_224")
+    with pytest.raises(UserError, match="cannot be built with dept=3"):
+        build_model("deit_tiny_patch16_224", dept=3)
+    assert set(VARIANTS) <= set(timm.list_models())
+
+
+def test_image_size_is_left_to_models_that_take_it():
+    assert build_model("deit_tiny_patch16_224", img_size=32, patch_size=4).patch_embed.num_patches == 64
+    own_size = timm.get_pretrained_cfg("resnet10t").input_size[-1]
+    assert build_model("resnet10t", img_size=own_size, num_classes=3).num_classes == 3
+    with pytest.raises(UserError, match="img_size"):
+        build_model("resnet10t", img_size=own_size + 32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Capture
+
+
+def manual_pass(backbone, images):
+    """Tokens and attention maps recomputed layer by layer from the block's own weights."""
+    x = backbone._pos_embed(backbone.patch_embed(images))
+    tokens, maps = {-1: x}, {}
+    for index, block in enumerate(backbone.blocks):
+        attn = block.attn
+        normed = block.norm1(x)
+        b, n, d = normed.shape
+        q, k, _ = (attn.qkv(normed)).reshape(b, n, 3, attn.num_heads, d // attn.num_heads).permute(2, 0, 3, 1, 4)
+        maps[index] = torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) / (d // attn.num_heads) ** 0.5, dim=-1)
+        x = block(x)
+        tokens[index] = x
+    return tokens, maps
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"]
+)
+def test_capture_equals_a_manual_pass(name):
+    torch.manual_seed(0)
+    backbone = build_model(name, **TINY).double().eval()
+    images = random_batch()[0].double()
+    plain = backbone(images)
+    model = DiverseViT(
+        backbone, Needs(tokens=frozenset({-1, 0, 1, 2}), attention=frozenset({0, 2}), patch_logits=True)
+    ).eval()
+    shown = model(images)
+    tokens, maps = manual_pass(backbone, images)
+    torch.testing.assert_close(shown.logits, plain, rtol=0, atol=1e-12)
+    assert sorted(shown.tokens) == [-1, 0, 1, 2] and sorted(shown.attention) == [0, 2]
+    for layer, value in shown.tokens.items():
+        torch.testing.assert_close(value, tokens[layer], rtol=0, atol=1e-12)
+    for layer, value in shown.attention.items():
+        torch.testing.assert_close(value, maps[layer], rtol=0, atol=1e-12)
+    prefix = 2 if "distilled" in name else 1
+    assert shown.prefix_tokens == prefix and shown.patch_logits.shape == (4, 16, 5)
+    by_hand = backbone.head(backbone.norm(tokens[2]))[:, prefix:]
+    torch.testing.assert_close(shown.patch_logits, by_hand, rtol=0, atol=1e-12)
+
+
+def test_average_pooled_patches_pass_the_models_own_head():
+    torch.manual_seed(0)
+    backbone = build_model("vit_tiny_patch16_224", **TINY, global_pool="avg", class_token=False).double().eval()
+    shown = DiverseViT(backbone, Needs(tokens=frozenset({2}), patch_logits=True))(random_batch()[0].double())
+    by_hand = backbone.head(backbone.fc_norm(backbone.norm(shown.tokens[2])))
+    assert shown.prefix_tokens == 0
+    torch.testing.assert_close(shown.patch_logits, by_hand, rtol=0, atol=1e-12)
+
+
+def test_without_needs_nothing_is_hooked():
+    backbone = build_model("deit_tiny_patch16_224", **TINY)
+    fused = [block.attn.fused_attn for block in backbone.blocks]
+    model = DiverseViT(backbone)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [block.attn.fused_attn for block in backbone.blocks] == fused
+    images = random_batch()[0]
+    backbone.eval()
+    shown = model(images)
+    assert torch.equal(shown.logits, backbone(images))
+    assert shown.patch_logits is None and shown.dist_logits is None and not shown.tokens and not shown.attention
+
+
+def test_only_what_is_needed_is_hooked(tiny):
+    model, _ = tiny("attn.cosine@1=1", "patch.cosine@last=1")
+    hooked = {name for name, m in model.backbone.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    assert hooked == {"blocks.1.attn.attn_drop", "blocks.2"}
+    fused = timm.layers.use_fused_attn()
+    assert [bool(block.attn.fused_attn) for block in model.backbone.blocks] == [bool(fused), False, bool(fused)]
+
+
+def test_nothing_stays_on_the_module(tiny):
+    model, _ = tiny(*RECIPE)
+    model(random_batch()[0])
+    assert model._sink is None
+    assert not model(random_batch()[0], capture=False).tokens
+    with pytest.raises(AssertionError, match="Input height"):
+        model(torch.zeros(1, 3, 7, 7))
+    assert model._sink is None
+    copy.deepcopy(model)
+
+
+def test_the_ema_copy_captures_for_itself(tiny):
+    """Hooks are rebound by deepcopy: the average's forward pass must not write into the trained model."""
+    model, _ = tiny("patch.cosine@last=1")
+    ema = ModelEmaV3(model)
+    with torch.no_grad():
+        for parameter in ema.module.parameters():
+            parameter.zero_()
+    images = random_batch()[0]
+    assert ema.module(images).tokens[2].abs().sum() == 0
+    assert model(images).tokens[2].abs().sum() > 0
+    assert list(ema.module.backbone.state_dict()) == list(model.backbone.state_dict())
+
+
+def test_a_hook_that_never_fires_is_an_error(tiny):
+    model, _ = tiny("attn.cosine@1=1")
+    model.backbone.blocks[1].attn.fused_attn = True  # as a module that bypasses its dropout would
+    with pytest.raises(UserError, match="never showed its attention at block 1"):
+        model(random_batch()[0])
+
+
+def test_gradient_checkpointing_changes_nothing(tiny):
+    grads = []
+    for checkpointing in (False, True):
+        model, diversity = tiny("patch.cosine@all=1", "attn.cosine@0=1")
+        model.backbone.set_grad_checkpointing(checkpointing)
+        model.train()
+        shown = model(random_batch()[0])
+        sum(term.value for term in diversity(shown, model.projections).values()).backward()
+        assert model._sink is None
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 10
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def test_projections_are_views_of_the_parameters(tiny):
+    model, _ = tiny("weight.cosine=1")
+    q, k, v = model.projections(1)
+    weight = model.backbone.blocks[1].attn.qkv.weight
+    assert torch.equal(torch.cat([q, k, v]), weight) and q.shape == (24, 24)
+    q.sum().backward()
+    assert torch.equal(weight.grad[:24], torch.ones(24, 24)) and not weight.grad[24:].any()
+
+
+def test_projections_kept_apart():
+    backbone = build_model("eva02_base_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2, num_classes=3)
+    q, k, v = find_layout(backbone).projections(0)
+    attn = backbone.blocks[0].attn
+    assert q is attn.q_proj.weight and k is attn.k_proj.weight and v is attn.v_proj.weight
+
+
+@pytest.mark.parametrize(
+    ("needs", "name", "overrides", "message"),
+    [
+        (Needs(tokens=frozenset({0})), "resnet10t", {}, "ResNet is not a plain vision transformer"),
+        (
+            Needs(patch_logits=True),
+            "vit_tiny_patch16_224",
+            {"global_pool": "map", "class_token": False},
+            "cannot classify single patches",
+        ),
+    ],
+)
+def test_unsupported_backbones_are_refused(needs, name, overrides, message):
+    with pytest.raises(UserError, match=message):
+        DiverseViT(build_model(name, **overrides), needs)
+
+
+def test_blocks_without_a_visible_map_or_projections_are_refused():
+    class Opaque(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Module()])
+            self.blocks[0].attn = torch.nn.Linear(2, 2)
+            self.patch_embed = torch.nn.Module()
+            self.patch_embed.patch_size = 4
+            self.num_prefix_tokens = 0
+
+    assert find_layout(Opaque()).patch_size == (4, 4)
+    with pytest.raises(UserError, match=r"attention terms need blocks\[0\].attn.attn_drop, which Opaque"):
+        DiverseViT(Opaque(), Needs(attention=frozenset({0})))
+    with pytest.raises(UserError, match=r"weight terms need blocks\[0\].attn.qkv"):
+        DiverseViT(Opaque(), Needs(weights=frozenset({0})))
