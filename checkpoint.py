@@ -2,7 +2,8 @@
 
 A checkpoint is plain data (tensors, numbers, strings, lists, dicts): model, optimizer, lr_scheduler, epoch,
 model_ema, scaler, args, max_acc. `model` and `model_ema` carry timm's own parameter names, so
-`timm.create_model(..., checkpoint_path="checkpoint.pth")` and `torch.load(..., weights_only=True)` read them.
+`timm.create_model(..., checkpoint_path="checkpoint.pth")` (which takes the average, where there is one) and
+`torch.load(..., weights_only=True)` read them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,128 @@
+"""Launchers, devices, meters and progress."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import utils
+from utils import Launch, Meters, Progress, UserError, find_launch, pick_device
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Launch(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(3, 8, 1)),
+        ({"RANK": "1"}, Launch(1, 2, 0)),  # --world_size says how many
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, Launch(5, 16, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch(0, 1, 0)),  # an interactive shell
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Launch(0, 2, 0)),
+    ],
+)
+def test_launchers(env, expected):
+    assert find_launch(2 if env == {"RANK": "1"} else 1, env) == expected
+    assert expected.is_main == (expected.rank == 0)
+
+
+def test_several_processes_without_a_launcher():
+    with pytest.raises(UserError, match="--world_size 4, but no launcher set RANK: start with 'torchrun"):
+        find_launch(4, {})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("gpu[07-09,12],login1", "gpu07"), ("node1", "node1"), ("a-b-3,c", "a-b-3"), ("n[3,5]", "n3")],
+)
+def test_slurm_rendezvous(nodelist, host, monkeypatch):
+    joined = {}
+    monkeypatch.setattr(
+        utils.dist, "init_process_group", lambda backend, **options: joined.update(options, b=backend)
+    )
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
+    monkeypatch.setenv("SLURM_JOB_ID", "123456")
+    utils.init_distributed(Launch(1, 4, 1), torch.device("cpu"))
+    assert (utils.os.environ["MASTER_ADDR"], utils.os.environ["MASTER_PORT"]) == (host, "23456")
+    assert joined["b"] == "gloo" and (joined["rank"], joined["world_size"]) == (1, 4)
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.delenv("MASTER_PORT")
+
+
+def test_no_rendezvous(monkeypatch):
+    for name in ("MASTER_ADDR", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="no MASTER_ADDR: start with torchrun, or give --dist_url"):
+        utils.init_distributed(Launch(0, 2, 0), torch.device("cpu"))
+
+
+def test_devices(monkeypatch):
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda: no CUDA device is visible"):
+        pick_device("cuda")
+    with pytest.raises(UserError, match="--device mps: no MPS device"):
+        pick_device("mps")
+    with pytest.raises(UserError, match="--device tpuu: not a device name"):
+        pick_device("tpuu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert pick_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert pick_device("cuda:0", local_rank=1) == torch.device("cuda", 0)
+    with pytest.raises(UserError, match="local rank 2 has no GPU of its own: 2 visible"):
+        pick_device("cuda", local_rank=2)
+
+
+def test_seeds_make_draws_repeat():
+    draws = []
+    for seed in (3, 3, 4):
+        utils.seed_everything(seed)
+        draws.append((utils.random.random(), float(utils.np.random.rand()), float(torch.rand(()))))
+    assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[1], draws[2], strict=True))
+
+
+def test_meters_keep_means_and_find_the_first_break():
+    meters = Meters()
+    assert meters.means() == {} and meters.first_broken() is None
+    for step in range(4):
+        bad = float("inf") if step >= 2 else 1.0
+        meters.update({"loss": torch.tensor(bad), "a": torch.tensor(2.0 * step), "b": torch.tensor(bad)})
+        assert meters.first_broken() == (None if step < 2 else "b")
+    assert meters.means()["a"] == 3.0 == meters.global_means()["a"]
+    only_total = Meters()
+    only_total.update({"loss": torch.tensor(float("nan")), "a": torch.tensor(1.0)})
+    assert only_total.first_broken() == "loss"
+
+
+def test_meters_keep_float64():
+    meters = Meters()
+    for value in (1.0, 1e-12):
+        meters.update({"x": torch.tensor(value, dtype=torch.float64)})
+    assert meters.means()["x"] == (1 + 1e-12) / 2
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(utils.sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    meters = Meters()
+    progress = Progress("Epoch 1/3", interval=2, units_after=2)
+    for value in progress.over(range(5), 5, meters):
+        meters.update({"loss": torch.tensor(float(value))})
+    text = capsys.readouterr().out
+    shown = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    assert len(shown) == 3 and [s.split("[")[1].split("]")[0] for s in shown] == ["2/5", "4/5", "5/5"]
+    assert all(re.search(r"eta 0:00:0\d \(run 0:00:0\d\).*it/s  loss \d", s) for s in shown)
+    assert ("█" in text) == terminal and shown[-1].rstrip().endswith("loss 2")
+
+
+def test_clock():
+    assert [utils.clock(s) for s in (0, 61.9, 3600 * 30 + 59)] == ["0:00:00", "0:01:01", "30:00:59"]
