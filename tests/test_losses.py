@@ -102,8 +102,6 @@ def test_full_smoothing_is_uniform(mixed: bool) -> None:
 def test_precision_of_cross_entropy(dtype: torch.dtype, smoothing: float, mixed: bool) -> None:
     """Half precision is computed in float32; float64 stays."""
     logits, labels = draw(BATCH, CLASSES, dtype=dtype), make_labels(smoothing, mixed)
-    if dtype != torch.float64:
-        labels = labels._replace(weight=labels.weight.float(), patch_weight=labels.patch_weight.float())
     value = cross_entropy(logits, labels)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(value.double(), dense_image_loss(logits.double(), labels), rtol=2e-6, atol=0)
@@ -148,7 +146,7 @@ def test_mixing_of_a_mixed_batch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixing_in_half_precision(dtype: torch.dtype) -> None:
     patch_logits, labels = draw(BATCH, PATCHES, CLASSES, dtype=dtype), make_labels()
-    labels = labels._replace(weight=labels.weight.float(), patch_weight=labels.patch_weight.float())
+    labels = labels._replace(patch_weight=labels.patch_weight.float())
     value = mixing(patch_logits, labels)
     assert value.dtype == torch.float32
     expected = sum(loss.item() for loss in dense_patch_losses(patch_logits.double(), labels)) / PATCHES

@@ -314,6 +314,11 @@ def normalised_so(x: reference.Rows) -> float:
     return reference.so(x, normalize=True)
 
 
+def named(part: object) -> str:
+    """A case's name: the term's, or ''."""
+    return part if isinstance(part, str) else ""
+
+
 SET_TERMS: list[tuple[str, Callable[[reference.Rows], float]]] = [
     ("cosine", reference.cosine),
     ("cosine:signed", reference.cosine),
@@ -334,7 +339,7 @@ PAIR_TERMS: list[tuple[str, Callable[[reference.Rows, reference.Rows], float]]] 
 @pytest.mark.parametrize(
     ("layers", "blocks"), [("first", [-1]), ("last", [3]), ("all", [0, 1, 2, 3]), ("first,1-2", [-1, 1, 2])]
 )
-@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", normalised_so)], ids=lambda x: str(x))
+@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", normalised_so)], ids=named)
 def test_patch_terms(term: str, function: Callable[..., float], layers: str, blocks: list[int]) -> None:
     """Sum over layers of the mean over images; prefix tokens dropped."""
     expected = sum(loops(function, patches(block)) for block in blocks)
@@ -342,14 +347,14 @@ def test_patch_terms(term: str, function: Callable[..., float], layers: str, blo
 
 
 @pytest.mark.parametrize(("layers", "blocks"), [("first", [0]), ("last", [3]), ("1,2-3", [1, 2, 3])])
-@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", reference.so)], ids=lambda x: str(x))
+@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", reference.so)], ids=named)
 def test_attention_terms(term: str, function: Callable[..., float], layers: str, blocks: list[int]) -> None:
     expected = sum(loops(function, heads(block)) for block in blocks)
     assert value_of(f"attn.{term}@{layers}").item() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize(("layers", "blocks"), [("first", [0]), ("1", [1]), ("all", [0, 1, 2, 3]), ("0,3", [0, 3])])
-@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", reference.so)], ids=lambda x: str(x))
+@pytest.mark.parametrize(("term", "function"), [*SET_TERMS, ("so", reference.so)], ids=named)
 def test_weight_terms(term: str, function: Callable[..., float], layers: str, blocks: list[int]) -> None:
     """Sum over all matrices of the blocks, whose shapes differ."""
     expected = sum(loops(function, matrix) for block in blocks for matrix in WEIGHTS[block])
@@ -371,7 +376,7 @@ def test_weight_terms(term: str, function: Callable[..., float], layers: str, bl
     ],
 )
 @pytest.mark.parametrize(("level", "items", "first"), [("patch", patches, -1), ("attn", heads, 0)])
-@pytest.mark.parametrize(("term", "function"), PAIR_TERMS, ids=lambda x: str(x))
+@pytest.mark.parametrize(("term", "function"), PAIR_TERMS, ids=named)
 def test_pair_terms(
     term: str,
     function: Callable[..., float],
@@ -419,7 +424,7 @@ def test_cno_of_patches_and_heads(
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_cno_of_weights(inverse: bool) -> None:
-    """Uniform probes, for each matrix one for lambda_max then one for lambda_min: block by block, q, k, v; no eps."""
+    """Uniform probes for lambda_max, lambda_min of each matrix in turn: block by block, q, k, v. No eps."""
     weights = weights_by_shape([[(6, 4)] * 3])
     term = diversity("weight.cno:inverse@1-3=1" if inverse else "weight.cno@1-3=1")
     torch.manual_seed(5)
