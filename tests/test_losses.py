@@ -68,7 +68,7 @@ def dense_image_loss(logits: Tensor, labels: Labels) -> Tensor:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixed_images_have_soft_targets(smoothing: float) -> None:
-    """Even without smoothing, and in a batch that happens to stay unmixed."""
+    """With or without smoothing."""
     logits, labels = draw(BATCH, CLASSES), make_labels(smoothing)
     soft = mixup_target(labels.own, CLASSES, labels.weight[:, None], smoothing)
     value = cross_entropy(logits, labels)
