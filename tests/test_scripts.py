@@ -1,0 +1,302 @@
+"""script/, configs/ and .ci/: launchers equal their recipes, and the shell scripts do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import config
+
+ROOT = Path(config.__file__).parent
+SCRIPTS = sorted((ROOT / "script").glob("*.sh"))
+LAUNCHERS = sorted((ROOT / "script").glob("run_*.sh"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return path.stem
+
+
+def bash(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash outside any environment, but for what `env` says."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX", "NPROC")}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=clean | env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def fake_torchrun(tmp_path: Path) -> dict[str, str]:
+    """Environment variables under which `torchrun` prints its arguments, one a line."""
+    folder = tmp_path / "environment" / "bin"
+    folder.mkdir(parents=True)
+    program = folder / "torchrun"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": str(folder.parent)}
+
+
+def launched(launcher: Path, arguments: str, cwd: Path, env: dict[str, str]) -> tuple[list[str], list[str]]:
+    """torchrun's own arguments, and main.py's, of a launcher."""
+    run = bash(f"{launcher} {arguments}", cwd, **env)
+    assert run.returncode == 0, run.stderr
+    words = run.stdout.splitlines()
+    main = words.index(str(ROOT / "main.py"))
+    return words[:main], words[main + 1 :]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def test_the_reference_launchers_exist() -> None:
+    """The two names that the reference's users type."""
+    names = {path.name for path in LAUNCHERS}
+    assert {"run_deit_small_diverse.sh", "run_deit_small_24layer_diverse.sh"} <= names
+    assert len(names) == 8
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=name_of)
+def test_launcher_equals_its_recipe(launcher: Path, tmp_path: Path, fake_torchrun: dict[str, str]) -> None:
+    """Flags and YAML resolve to the same run; the output lies in the project's root."""
+    own, flags = launched(launcher, "images", tmp_path, fake_torchrun)
+    assert own == ["--standalone", "--nproc_per_node", "8"]
+    recipe = ROOT / "configs" / f"{launcher.stem.removeprefix('run_')}.yaml"
+    by_flags = config.plain(config.resolve(flags))
+    by_file = config.plain(config.resolve(["--config", str(recipe), "--data-path", "images"]))
+    assert Path(by_flags.pop("output_dir")) == ROOT / by_file.pop("output_dir")
+    assert (by_flags.pop("config"), by_file.pop("config")) == ("", str(recipe))
+    assert by_flags == by_file
+
+
+def test_launcher_passes_on_processes_folder_and_flags(tmp_path: Path, fake_torchrun: dict[str, str]) -> None:
+    """NPROC, a folder with a space relative to the caller, and flags that win over the recipe's."""
+    launcher = ROOT / "script" / "run_deit_small_diverse.sh"
+    arguments = "'my images' --epochs 7 --batch-size 64 --mixing_coef 0 --output_dir here"
+    own, flags = launched(launcher, arguments, tmp_path, fake_torchrun | {"NPROC": "3"})
+    args = config.resolve(flags)
+    assert own[-1] == "3"
+    assert (args.data_path, args.epochs, args.batch_size, args.output_dir) == ("my images", 7, 64, "here")
+    assert [spec.name for spec in args.terms] == [
+        "patch.cosine@last",
+        "patch.contrastive@first:last",
+        "attn.cosine@0",
+        "weight.cno@all",
+    ]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=name_of)
+@pytest.mark.parametrize("arguments", ["", "--epochs 3"])
+def test_launcher_without_data_shows_its_usage(launcher: Path, arguments: str, tmp_path: Path) -> None:
+    run = bash(f"{launcher} {arguments}", tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("usage: ")
+    assert launcher.name in run.stderr
+
+
+def test_launcher_without_torchrun_says_what_to_do(tmp_path: Path) -> None:
+    """Nothing but the tools the script itself needs is on PATH."""
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
+    run = bash(f"bash {LAUNCHERS[0]} images", tmp_path, PATH=str(tmp_path), VIRTUAL_ENV=str(tmp_path))
+    assert run.returncode == 2
+    assert "no torchrun on PATH" in run.stderr
+    assert "script/env.sh requirements.txt" in run.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+@pytest.mark.parametrize("recipe", CONFIGS, ids=name_of)
+def test_recipe_resolves_and_opens_with_its_command(recipe: Path) -> None:
+    config.resolve(["--config", str(recipe)])
+    head = recipe.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"main.py --config configs/{recipe.name}" in head
+    assert "Result" in head
+
+
+@pytest.mark.parametrize("recipe", [path for path in CONFIGS if "_diverse" in path.name], ids=name_of)
+def test_diverse_recipe_is_its_baseline_and_regularizers(recipe: Path) -> None:
+    """Between the two of a pair nothing else may differ but names, and the coefficients are the reference's."""
+    diverse = yaml.safe_load(recipe.read_text())
+    plain = yaml.safe_load(recipe.with_name(recipe.name.replace("_diverse", "")).read_text())
+    assert {spec: float(coef) for spec, coef in diverse.pop("regularizers").items()} == {
+        "patch.mixing": 1,
+        "patch.cosine@last": 0.5,
+        "patch.contrastive@first:last": 0.5,
+        "attn.cosine@0": 1e-4,
+        "weight.cno@all": 5e-4,
+    }
+    diverse["model"] = diverse["model"].removesuffix("_diverse")
+    if "output_dir" in diverse:
+        diverse["output_dir"] = diverse["output_dir"].removesuffix("_diverse")
+    assert diverse == plain
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shell scripts
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=name_of)
+def test_script_parses_and_is_executable_unless_sourced(script: Path, tmp_path: Path) -> None:
+    run = bash(f"bash -n {script}", tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert os.access(script, os.X_OK) == (script.name not in ("env.sh", "launch.sh"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of env.sh with requirements of its own."""
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "env.sh").write_text((ROOT / "script" / "env.sh").read_text())
+    (tmp_path / "requirements.txt").write_text("first\n")
+    (tmp_path / "requirements-more.txt").write_text("-r requirements.txt\nsecond\n")
+    return tmp_path
+
+
+def fake_environment(folder: Path, fails: bool = False) -> Path:
+    """An environment whose python is recent and notes each call of pip in pip.log."""
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ echo "$@" >> {folder}/pip.log; exit {int(fails)}; }}\n')
+    python.chmod(0o755)
+    return folder
+
+
+def calls(environment: Path) -> int:
+    log = environment / "pip.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+SOURCE = "set -euo pipefail; source {}/script/env.sh requirements-more.txt; command -v python"
+
+
+def test_env_installs_once_into_the_active_environment(project: Path) -> None:
+    """Again only if a requirements file changes, an included one too."""
+    environment = fake_environment(project / "active")
+    for expected in (1, 1):
+        run = bash(SOURCE.format(project), Path("/"), VIRTUAL_ENV=str(environment))
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1] == str(environment / "bin" / "python")
+        assert calls(environment) == expected
+    (project / "requirements.txt").write_text("first>=2\n")
+    bash(SOURCE.format(project), Path("/"), VIRTUAL_ENV=str(environment))
+    assert calls(environment) == 2
+    assert not (project / ".venv").exists()
+
+
+def test_env_takes_a_conda_environment_but_not_base(project: Path) -> None:
+    conda = fake_environment(project / "conda")
+    own = fake_environment(project / ".venv")
+    bash(SOURCE.format(project), project, CONDA_PREFIX=str(conda), CONDA_DEFAULT_ENV="vit")
+    assert (calls(conda), calls(own)) == (1, 0)
+    bash(SOURCE.format(project), project, CONDA_PREFIX=str(conda), CONDA_DEFAULT_ENV="base")
+    assert (calls(conda), calls(own)) == (1, 1)
+
+
+def test_env_repeats_a_failed_installation(project: Path) -> None:
+    environment = fake_environment(project / "active", fails=True)
+    for expected in (1, 2):
+        run = bash(SOURCE.format(project), project, VIRTUAL_ENV=str(environment))
+        assert run.returncode == 2
+        assert "run this again" in run.stderr
+        assert calls(environment) == expected
+
+
+def test_env_makes_an_unfinished_environment_anew(project: Path) -> None:
+    """Here the base Python is a fake that only makes the folder; a finished .venv is left alone."""
+    template = fake_environment(project / "template")
+    base = project / "base"
+    base.mkdir()
+    (base / "python3").write_text(f'#!/bin/sh\n[ "$1" = -c ] || cp -R {template}/bin "$3"\n')
+    (base / "python3").chmod(0o755)
+    env = {"PATH": f"{base}:{os.environ['PATH']}"}
+    (project / ".venv").mkdir()
+    (project / ".venv" / ".unfinished").touch()
+    (project / ".venv" / "leftover").touch()
+    first = bash(SOURCE.format(project), project, **env)
+    assert first.returncode == 0, first.stderr
+    assert "making" in first.stdout
+    assert not (project / ".venv" / "leftover").exists()
+    assert not (project / ".venv" / ".unfinished").exists()
+    second = bash(SOURCE.format(project), project, **env)
+    assert second.stdout == f"{project}/.venv/bin/python\n"
+
+
+def test_env_without_a_recent_python(project: Path) -> None:
+    """One line, exit code 2, and nothing is made."""
+    tools = project / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "sed", "cat", "cksum", "tr"):
+        (tools / tool).symlink_to(f"/usr/bin/{tool}")
+    run = bash(SOURCE.format(project), project, PATH=str(tools))
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "Python 3.10 or newer" in run.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_ci_calls_the_test_script() -> None:
+    assert (ROOT / ".ci" / "run").read_text().splitlines() == ["#!/usr/bin/env bash", "./script/test.sh"]
+    assert (ROOT / "script" / "test.sh").read_text().splitlines()[-1] == 'python -m pytest "$@"'
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The quickstart's report
+
+
+@pytest.fixture
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart_report", ROOT / "script" / "quickstart_report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder: Path, recipe: str, accuracies: list[float], patches: float) -> None:
+    """An output folder as main.py leaves it, as far as the report reads it."""
+    folder.mkdir(parents=True)
+    config.write_args(config.resolve(["--config", str(ROOT / "configs" / recipe)]), folder / "args.yaml")
+    lines: list[dict[str, Any]] = [
+        {
+            "epoch": epoch,
+            "test_loss": 2.0 / (epoch + 1),
+            "test_acc1": accuracy,
+            "test_patch.pairwise_cosine@last": patches,
+            "test_attn.pairwise_cosine@0": 0.25,
+        }
+        for epoch, accuracy in enumerate(accuracies)
+    ]
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_report(report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table shows last and best accuracy, similarities and seconds; the figure is a PNG."""
+    write_run(tmp_path / "plain", "digits.yaml", [50.0, 91.25, 90.5], 0.75)
+    write_run(tmp_path / "diverse", "digits_diverse.yaml", [40.0, 80.0, 92.5], 0.5)
+    report.main([str(tmp_path), "--seconds", "61", "75"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert any("12 blocks" in line for line in lines)
+    assert ["plain", "90.50", "91.25", "0.750", "0.250", "61"] in [line.split() for line in lines]
+    assert ["diverse", "92.50", "92.50", "0.500", "0.250", "75"] in [line.split() for line in lines]
+    assert rows["figure:"] == [str(tmp_path / "quickstart.png")]
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_uses_the_recipes() -> None:
+    """Its two runs are main.py's with the two recipes of digits."""
+    text = (ROOT / "script" / "quickstart.sh").read_text()
+    assert "train configs/digits.yaml" in text
+    assert "train configs/digits_diverse.yaml" in text
