@@ -27,12 +27,12 @@ STYLES = {
     "plain": {"color": "#4d4d4d", "linestyle": "--"},
     "diverse": {"color": "#0072b2", "linestyle": "-"},
 }
-PATCHES, HEADS = "test_patch.pairwise_cosine@last", "test_attn.pairwise_cosine@0"
+PATCHES, SIGNED, HEADS = "test_patch.pairwise_cosine@last", "test_patch.cosine@last", "test_attn.pairwise_cosine@0"
 PANELS = {
     "test_loss": "test cross-entropy (nats)",
-    "test_acc1": "test top-1 accuracy (%)",
-    PATCHES: "patch cosine, last block",
     HEADS: "head cosine, block 0",
+    PATCHES: "patch cosine, last block",
+    SIGNED: "signed patch cosine, last block",
 }
 
 Log = dict[str, list[float]]
@@ -41,7 +41,7 @@ Log = dict[str, list[float]]
 def read_log(path: Path) -> Log:
     """The columns of a log.txt, one value per epoch."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {key: [line[key] for line in lines] for key in ("epoch", *PANELS)}
+    return {key: [line[key] for line in lines] for key in ("epoch", "test_acc1", *PANELS)}
 
 
 def describe_model(args: dict[str, Any]) -> str:
@@ -64,12 +64,13 @@ def describe_device() -> str:
 
 def table(logs: dict[str, Log], seconds: dict[str, float]) -> str:
     """A row per run: the last epoch's numbers, and the seconds that the run took."""
-    header = f"{'':8} {'top-1 %':>8} {'best':>7} {'patch cosine':>13} {'head cosine':>12} {'seconds':>8}"
-    rows = [
-        f"{run:8} {log['test_acc1'][-1]:8.2f} {max(log['test_acc1']):7.2f} {log[PATCHES][-1]:13.3f} "
-        f"{log[HEADS][-1]:12.3f} {seconds[run]:8.0f}"
-        for run, log in logs.items()
-    ]
+    columns = ("top-1 %", "best", "patch cosine", "signed", "head cosine", "seconds")
+    header = " " * 8 + "".join(f"{column:>14}" for column in columns)
+    rows = []
+    for run, log in logs.items():
+        accuracies = f"{log['test_acc1'][-1]:14.2f}{max(log['test_acc1']):14.2f}"
+        cosines = "".join(f"{log[key][-1]:14.3f}" for key in (PATCHES, SIGNED, HEADS))
+        rows.append(f"{run:8}{accuracies}{cosines}{seconds[run]:14.0f}")
     return "\n".join([header, "-" * len(header), *rows])
 
 
@@ -78,15 +79,15 @@ def draw_panel(axes: Axes, logs: dict[str, Log], key: str) -> None:
     for run, log in logs.items():
         axes.plot([epoch + 1 for epoch in log["epoch"]], log[key], label=run, linewidth=1.8, **STYLES[run])
     axes.set_ylabel(PANELS[key])
-    axes.set_ylim(bottom=0)
-    axes.set_ylim(top=100 if key == "test_acc1" else 1 if key in (PATCHES, HEADS) else None)
+    axes.set_ylim(0, None if key == "test_loss" else 1)
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(logs: dict[str, Log], path: Path) -> None:
-    """The figure: loss, accuracy and the two similarities over the epochs."""
+    """The figure: loss and similarities over the epochs."""
     figure, grid = plt.subplots(2, 2, figsize=(7.2, 5.2), sharex=True, layout="constrained")
     for axes, key in zip(grid.flat, PANELS, strict=True):
         draw_panel(axes, logs, key)
@@ -114,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         "\ntop-1: of the last epoch, and the best of all epochs, on the 360 test images\n"
         "patch cosine: mean |cos| between different patches of an image, last block, before the final norm\n"
+        "signed: mean cos between patches, the form that is trained; opposite patches cancel out\n"
         "head cosine: mean |cos| between the attention maps of different heads of block 0\n"
-        "both on the test images; 1 is fully redundant, 0 is orthogonal\n"
+        "all on the test images; 1 is fully redundant\n"
     )
     for run in RUNS:
         print(f"{run + ':':8} {args.folder / run}/ (checkpoint.pth, checkpoint_best.pth, log.txt, args.yaml)")

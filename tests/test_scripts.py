@@ -274,6 +274,7 @@ def write_run(folder: Path, recipe: str, accuracies: list[float], patches: float
             "test_loss": 2.0 / (epoch + 1),
             "test_acc1": accuracy,
             "test_patch.pairwise_cosine@last": patches,
+            "test_patch.cosine@last": 0.125,
             "test_attn.pairwise_cosine@0": 0.25,
         }
         for epoch, accuracy in enumerate(accuracies)
@@ -289,8 +290,8 @@ def test_report(report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert any("12 blocks" in line for line in lines)
-    assert ["plain", "90.50", "91.25", "0.750", "0.250", "61"] in [line.split() for line in lines]
-    assert ["diverse", "92.50", "92.50", "0.500", "0.250", "75"] in [line.split() for line in lines]
+    assert ["plain", "90.50", "91.25", "0.750", "0.125", "0.250", "61"] in [line.split() for line in lines]
+    assert ["diverse", "92.50", "92.50", "0.500", "0.125", "0.250", "75"] in [line.split() for line in lines]
     assert rows["figure:"] == [str(tmp_path / "quickstart.png")]
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
