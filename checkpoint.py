@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,22 @@ from models.capture import DiverseViT
 from utils import UserError, print_main
 
 StateDict = dict[str, Tensor]
+
+# What reading arbitrary bytes may raise besides OSError, found by fuzzing: tests/test_checkpoint.py
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -53,14 +70,7 @@ def load(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-        except (
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-        ) as error:
+        except UNREADABLE as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise UserError(f"{path} is not a checkpoint, or a damaged one ({reason[:160]})") from error
 

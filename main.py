@@ -288,6 +288,9 @@ def train(
     samples: int,
 ) -> None:
     """The epochs: train, test the raw model and its EMA, log, save."""
+    if run_state.epoch + 1 >= args.epochs:
+        print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
+        return
     output = make_output_dir(args) if args.output_dir else None
     model, ema = run_state.model, run_state.ema
     updater = Updater(run_state.optimizer, precision, args.clip_grad, ema)

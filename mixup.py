@@ -100,15 +100,13 @@ class Mixup:
     ) -> None:
         if mode not in MODES:
             raise UserError(f"--mixup-mode {mode!r}: choose one of {', '.join(MODES)}")
-        for name, value in (
-            ("--mixup-prob", prob),
-            ("--mixup-switch-prob", switch_prob),
-            ("--smoothing", smoothing),
-        ):
+        for name, value in (("--mixup-prob", prob), ("--mixup-switch-prob", switch_prob)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} {value} is not between 0 and 1")
-        if mixup_alpha < 0 or cutmix_alpha < 0:
-            raise UserError("--mixup and --cutmix must not be negative; 0 switches them off")
+        if not 0 <= smoothing < 1:
+            raise UserError(f"--smoothing {smoothing} must be at least 0 and less than 1")
+        if not (0 <= mixup_alpha < np.inf and 0 <= cutmix_alpha < np.inf):
+            raise UserError("--mixup and --cutmix must be finite and not negative; 0 switches them off")
         if cutmix_minmax is not None and not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
             raise UserError(
                 f"--cutmix-minmax {cutmix_minmax}: give two shares of the image's side, 0 <= min < max <= 1"
@@ -176,8 +174,8 @@ class Mixup:
             low, high = self.cutmix_minmax
             rows = self.random.randint(int(height * low), max(int(height * high), int(height * low) + 1))
             columns = self.random.randint(int(width * low), max(int(width * high), int(width * low) + 1))
-            top = self.random.randint(0, max(height - rows, 1))
-            left = self.random.randint(0, max(width - columns, 1))
+            top = self.random.randint(0, height - rows + 1)
+            left = self.random.randint(0, width - columns + 1)
             return top, top + rows, left, left + columns
         side = np.sqrt(1 - weight)
         half_rows, half_columns = int(height * side) // 2, int(width * side) // 2

@@ -40,14 +40,14 @@ def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> 
 
     Args:
         name: any name that timm knows, among them the reference's (`models.backbones.VARIANTS`).
-        img_size: passed on only where it is not the model's own, since convolutional models do not take it.
+        img_size: passed on to models of a fixed input size; the others take images as they come.
         overrides: keyword arguments of the model's constructor, e.g. num_classes, drop_path_rate, depth.
     Raises:
         UserError: unknown name, or an argument that this model's constructor does not take.
     """
     check_name(name)
     own = get_pretrained_cfg(name)
-    if img_size is not None and (own is None or img_size != own.input_size[-1]):
+    if img_size is not None and (own is None or own.fixed_input_size):
         overrides["img_size"] = img_size
     try:
         backbone = timm.create_model(name, pretrained=False, **overrides)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,8 @@ def contrastive(x: Tensor, y: Tensor) -> Tensor:
     No temperature, and the first layer is not detached. O(n d): m_i comes from <u_i, sum_j v_j>. With n = 1
     there is nothing to contrast with, and R = 0.
 
-    Args: x, y [..., n, d], first and last layer.  Returns: scalar; in [log(1 + e^-2), log(1 + e^2)].
+    Args: x, y [..., n, d], first and last layer.
+    Returns: scalar; for n > 1 in [log(1 + e^-2), log(1 + e^2)].
     Source: [C22], after [G21] (which differs: raw dot products, detached target).
     """
     u, v = unit(x), unit(y)  # [..., n, d]
@@ -145,7 +146,8 @@ def mgd(x: Tensor) -> Tensor:
     kernel's small eigenvalues fall below float32's rounding of its entries (on MPS, which has no float64, on
     the CPU).
 
-    Args: x [..., n, d].  Returns: scalar, in the input's precision (at least float32); R >= 0.  O(n^2 d + n^3).
+    Args: x [..., n, d].
+    Returns: scalar, in the input's precision (at least float32); R >= -n log(1 + 1e-6).  O(n^2 d + n^3).
     Source: [C22], MGD.
     """
     wide = x.cpu() if x.device.type == "mps" else x
@@ -243,9 +245,9 @@ def gradient_diversity(g: Tensor) -> Tensor:
         R = - sum_i |g_i|^2 / | sum_i g_i |^2
 
     g_i is the gradient of the label loss at item i, so training on R needs a double backward. R does not
-    change when the loss is scaled.
+    change when the loss is scaled. Without any gradient R = 0.
 
-    Args: g [..., n, d].  Returns: scalar, <= -1/n.  O(n d).
+    Args: g [..., n, d].  Returns: scalar, <= -1/n, unbounded where the gradients cancel.  O(n d).
     Source: [C22], gradient diversity.
     """
     g = full_precision(g)
@@ -276,15 +278,19 @@ class Measure:
         takes: 'set' (one layer), 'pair' (two layers) or 'gradient' (of the label loss, at one layer).
         levels: where it makes sense.
         options: names from OPTIONS that `function` accepts.
+        defaults: the function's keyword arguments and their defaults.
     """
 
     function: Callable[..., Tensor]
     takes: Literal["set", "pair", "gradient"] = "set"
     levels: tuple[str, ...] = ("patch", "attn", "weight")
     options: tuple[str, ...] = field(init=False)
+    defaults: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         accepted = inspect.signature(self.function).parameters
+        defaults = {name: p.default for name, p in accepted.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        object.__setattr__(self, "defaults", defaults)
         object.__setattr__(
             self, "options", tuple(o for o, (argument, _) in OPTIONS.items() if argument in accepted)
         )

@@ -106,15 +106,28 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
         if match["options"] is not None or match["layers"] not in (None, "last"):
             raise UserError(f"{text!r}: {MIXING} takes no options and works on the last block's patches")
         return Spec(level, name, (), "last", coef)
+    options = _canonical_options(level, name, match["options"], text)
+    takes = MEASURES[name].takes
+    layers = match["layers"] if match["layers"] is not None else LEVELS[level].DEFAULT_LAYERS[takes]
+    _check_layers(layers, takes, text)
+    layers = re.sub(r"\d+", lambda number: str(int(number[0])), layers)  # 03 is 3
+    return Spec(level, name, options, layers, coef)
+
+
+def _canonical_options(level: str, name: str, options: str | None, spec: str) -> tuple[str, ...]:
+    """The options that change something, in one order."""
     measure = MEASURES[name]
-    options = tuple(match["options"].split(",")) if match["options"] is not None else ()
-    for option in options:
+    defaults = {**measure.defaults, **LEVELS[level].DEFAULT_ARGUMENTS.get(name, {})}
+    chosen: dict[str, str] = {}  # argument -> option
+    for option in options.split(",") if options is not None else ():
         if option not in measure.options:
             known = ", ".join(measure.options) or "none"
-            raise UserError(f"{text!r}: {name} has no option {option!r}; its options: {known}")
-    layers = match["layers"] if match["layers"] is not None else LEVELS[level].DEFAULT_LAYERS[measure.takes]
-    _check_layers(layers, measure.takes, text)
-    return Spec(level, name, options, layers, coef)
+            raise UserError(f"{spec!r}: {name} has no option {option!r}; its options: {known}")
+        argument, _ = OPTIONS[option]
+        if chosen.setdefault(argument, option) != option:
+            raise UserError(f"{spec!r}: {chosen[argument]} and {option} contradict each other")
+    changing = [option for argument, option in chosen.items() if defaults[argument] != OPTIONS[option][1]]
+    return tuple(sorted(changing, key=list(OPTIONS).index))
 
 
 def _example(with_coef: bool) -> str:
@@ -247,11 +260,17 @@ class Diversity:
         needs: what a forward pass has to capture.
         mixing: c, the weight of the mixing loss inside the label loss (`losses.LabelLoss`).
     Raises:
-        UserError: a layer out of range, or a term that cannot work with this model.
+        UserError: a layer out of range, a term given twice, or one that cannot work with this model.
     """
 
     def __init__(self, specs: Sequence[Spec], depth: int, patches_reach_label: bool = False) -> None:
         specs = [spec for spec in specs if spec.coef > 0]
+        names = [spec.name for spec in specs]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(
+                f"{twice[0]} is given twice: keep one, with the sum of the coefficients if both are meant"
+            )
         self.mixing = sum(spec.coef for spec in specs if spec.name == MIXING)
         self.terms = [_Bound(spec, depth) for spec in specs if spec.name != MIXING]
         self.needs = Needs(patch_logits=self.mixing > 0)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import pickle
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import TINY, random_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -138,6 +144,33 @@ def test_what_is_no_checkpoint_is_refused_and_never_executed(tmp_path, monkeypat
         checkpoint.load(str(path))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.filterwarnings("default:Detected pickle protocol")  # torch warns of what random bytes look like
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_read_or_refused(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.pth"
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            checkpoint.load(str(path))
+
+
+@pytest.mark.filterwarnings("default:Detected pickle protocol")
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_flipped_bytes_are_read_or_refused(data):
+    buffer = io.BytesIO()
+    torch.save({"model": {"w": torch.arange(4.0)}, "epoch": 3, "args": {"lr": 1e-3}}, buffer)
+    content = bytearray(buffer.getvalue())
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=5)):
+        content[position] ^= data.draw(st.integers(1, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.pth"
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            checkpoint.load(str(path))
 
 
 def test_addresses_are_downloaded_without_running_code(monkeypatch):

@@ -173,7 +173,7 @@ def test_precedence_defaults_file_command_line(tmp_path):
 
 
 def test_yaml_types(tmp_path):
-    text = "clip_grad: 1\nopt_betas: [0.9, 99e-2]\nclip-grad: null\nmodel_kwargs: {depth: 6, patch_size: 4}\naa: none\n"
+    text = "opt_betas: [0.9, 99e-2]\nclip-grad: null\nmodel_kwargs: {depth: 6, patch_size: 4}\naa: none\n"
     args = config.resolve(["--config", write(tmp_path / "c.yaml", text)])
     assert args.opt_betas == [0.9, 0.99] and args.clip_grad is None and args.aa == "none"
     assert args.model_kwargs == {"depth": 6, "patch_size": 4}

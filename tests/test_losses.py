@@ -90,13 +90,6 @@ def test_without_smoothing_it_is_plain() -> None:
     assert torch.equal(cross_entropy(logits, labels), nn.CrossEntropyLoss()(logits, labels.own))
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-def test_full_smoothing_is_uniform(mixed: bool) -> None:
-    """--smoothing 1 is allowed: every class is asked for alike."""
-    logits, labels = draw(BATCH, CLASSES), make_labels(1.0, mixed=mixed)
-    torch.testing.assert_close(cross_entropy(logits, labels), -logits.log_softmax(dim=1).mean())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("smoothing", "mixed"), [(0.1, True), (0.1, False), (0.0, False)])
 def test_precision_of_cross_entropy(dtype: torch.dtype, smoothing: float, mixed: bool) -> None:

@@ -90,6 +90,26 @@ def test_name_parses_to_the_same_term(term: str) -> None:
     assert parse_spec(f"{spec.name}={spec.coef!r}") == spec
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("patch.cosine:signed", "patch.cosine@last"),
+        ("patch.cosine:abs,abs@03,07-11", "patch.cosine:abs@3,7-11"),
+        ("patch.cno:inverse,raw", "patch.cno:raw,inverse@last"),
+        ("patch.cno:normalize", "patch.cno@last"),  # patches are normalised by default
+        ("weight.cno:raw", "weight.cno@all"),  # weights are not
+        ("weight.cno:normalize", "weight.cno:normalize@all"),
+    ],
+)
+def test_equal_terms_have_equal_names(text: str, name: str) -> None:
+    assert parse_spec(f"{text}=1").name == name
+
+
+def test_a_term_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"patch.cosine@last is given twice: keep one"):
+        diversity("patch.cosine=1", "patch.cosine:signed@last=2")
+
+
 @pytest.mark.parametrize(("flag", "text"), REFERENCE_FLAGS.items())
 def test_reference_flags_parse(flag: str, text: str) -> None:
     spec = parse_spec(f"{text}=0.5")
@@ -130,6 +150,7 @@ def test_reference_flags_are_the_recipe() -> None:
         ("patch.cosine:abs,=1", "cosine has no option ''"),
         ("patch.mhs:abs=1", "mhs has no option 'abs'; its options: none"),
         ("patch.cosine:inverse=1", "no option 'inverse'"),
+        ("patch.cosine:abs,signed=1", "abs and signed contradict each other"),
         ("patch.cosine=", "'' is not a number"),
         ("patch.cosine=half", "'half' is not a number"),
         ("patch.cosine=1=2", "'1=2' is not a number"),

@@ -1,0 +1,110 @@
+"""Several gloo processes, started as users start them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from models import build_model
+
+ROOT = Path(__file__).parents[1]
+NO_LAUNCHER = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "MASTER_"))}
+
+
+def torchrun(processes: int, script: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**NO_LAUNCHER, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(ROOT / script), *argv],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("graph", ["", "--static-graph"])
+def test_gradients_are_the_mean_of_the_processes(graph):
+    process = torchrun(2, "tests/ddp_step.py", *([graph] if graph else []))
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """17 validation images in 5 classes (17 divides by neither 2 nor 3), and weights to evaluate."""
+    root = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for i in range(17):
+        for split in ("train", "val"):
+            path = root / split / str(i % 5) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(path)
+    torch.manual_seed(0)
+    torch.save(build_model("deit_tiny_patch16_224", **TINY).state_dict(), root / "weights.pth")
+    return root
+
+
+def flags(folder: Path) -> list[str]:
+    kwargs = [f"{key}={value}" for key, value in TINY.items() if key not in ("img_size", "num_classes")]
+    base = ["--data-path", str(folder), "--model", "deit_tiny_patch16_224", "--input-size", "32", "--device", "cpu"]
+    return [*base, "--num_workers", "0", "--model-kwargs", *kwargs, "--batch-size", "2"]
+
+
+def test_accuracy_is_the_same_on_1_2_and_3_processes(folder):
+    """Every sample counts once, whatever the number of processes."""
+    argv = [*flags(folder), "--eval", "--resume", str(folder / "weights.pth"), "--dist-eval"]
+    argv += ["--measure", "patch.pairwise_cosine@last"]
+    outputs = []
+    for processes in (1, 2, 3):
+        process = torchrun(processes, "main.py", *argv)
+        assert process.returncode == 0, process.stderr[-3000:]
+        outputs.append(process.stdout)
+    assert re.search(r"\* Acc@1 \d+\.\d{3} Acc@5 100\.000 loss 1\.\d{3}", outputs[0]), outputs[0]
+    assert "on the 17 test images" in outputs[0] and "patch.pairwise_cosine@last 0." in outputs[0]
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_two_processes_train_as_one_run(folder, tmp_path):
+    """torchrun end to end: one log, one checkpoint, the global batch and rate of both processes."""
+    argv = [*flags(folder), "--no-repeated-aug", "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    process = torchrun(
+        2, "main.py", *argv, "--mixing_coef", "1", "--weight_mha_cond_orth_coef", "5e-4", "--dist-eval"
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("Max accuracy") == 1 and "global batch 4" in process.stdout
+    assert "2 process(es)" in process.stdout
+    assert len((tmp_path / "run/log.txt").read_text().splitlines()) == 1
+    assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["epoch"] == 0
+
+
+def test_slurm_variables_start_a_run(folder, tmp_path):
+    """Two processes as srun would start them: SLURM's variables and no launcher."""
+    processes = []
+    for rank in range(2):
+        slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
+        slurm |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "main.py", *flags(folder), "--no-repeated-aug", "--epochs", "1"]
+        command += ["--output_dir", str(tmp_path / "run")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env={**NO_LAUNCHER, **slurm}, **pipes))
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:]
+    assert "2 process(es)" in outputs[0][0] and outputs[1][0] == ""
+    assert len((tmp_path / "run/log.txt").read_text().splitlines()) == 1
+
+
+def test_a_mistake_is_reported_once(folder):
+    process = torchrun(2, "main.py", *flags(folder), "--model", "deit_smal_patch16_224")
+    assert process.returncode != 0
+    assert process.stderr.count("main.py: error: unknown model 'deit_smal_patch16_224'") == 1
