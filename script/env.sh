@@ -40,7 +40,7 @@ env_checksum() {
 env_make() {
     local base
     [[ -e "$1/bin/python" && ! -e "$1/.unfinished" ]] && return
-    base="$(env_find_python)" || env_fail "Python 3.10 or newer is needed, and none was found: install it first"
+    base="$(env_find_python)" || env_fail "Python 3.10 or newer is needed, but none was found"
     echo "making $1 with $base"
     rm -rf "$1"
     mkdir "$1"
@@ -63,7 +63,7 @@ env_use() {
     export PATH="$environment/bin:$PATH"
     stamp="$environment/.installed-$(env_checksum "$root/$1")"
     [[ -e "$stamp" ]] && return
-    env_is_recent "$environment/bin/python" || env_fail "$environment holds no Python 3.10 or newer: use another one"
+    env_is_recent "$environment/bin/python" || env_fail "Python 3.10 or newer is needed in $environment"
     echo "installing $1 into $environment"
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$root/$1" ||
         env_fail "the installation failed; run this again"

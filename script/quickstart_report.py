@@ -30,9 +30,9 @@ STYLES = {
 PATCHES, SIGNED, HEADS = "test_patch.pairwise_cosine@last", "test_patch.cosine@last", "test_attn.pairwise_cosine@0"
 PANELS = {
     "test_loss": "test cross-entropy (nats)",
-    HEADS: "head cosine, block 0",
-    PATCHES: "patch cosine, last block",
-    SIGNED: "signed patch cosine, last block",
+    HEADS: "head cosine, mean |cos|",
+    PATCHES: "patch cosine, mean |cos|",
+    SIGNED: "patch cosine, signed",
 }
 
 Log = dict[str, list[float]]
@@ -91,6 +91,7 @@ def draw(logs: dict[str, Log], path: Path) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(7.2, 5.2), sharex=True, layout="constrained")
     for axes, key in zip(grid.flat, PANELS, strict=True):
         draw_panel(axes, logs, key)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
