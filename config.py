@@ -46,6 +46,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=40, width=112)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = isinstance(action.const, bool) or action.default in (None, "", [], {})
+        return action.help if says_nothing else super()._get_help_string(action)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         spellings = list(action.option_strings)
         action.option_strings = [
@@ -83,6 +87,8 @@ class _Group:
         self._group.add_argument(*both, help=help, **options)
 
     def value(self, name: str, type: Any, default: Any, help: str, **options: Any) -> None:
+        if "choices" not in options:
+            options["metavar"] = {float: "X", int: "N", str: "TEXT"}[type]
         self.flag(name, type=type, default=default, help=help, **options)
 
     def switch(self, name: str, dest: str, sets: bool, default: bool, help: str) -> None:
@@ -105,6 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The parser of main.py's command line."""
     parser = _Parser(
         prog="main.py",
+        usage="main.py --data-path FOLDER [--config FILE.yaml] [FLAGS]",
         description="Train and evaluate vision transformers, diverse at the patch, attention and weight level.",
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -165,7 +172,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.value("--input-size", int, 224, "image size in pixels")
     group.value("--drop", float, 0.0, "dropout after the position embedding and in the blocks' projections")
     group.value("--drop-path", float, 0.1, "stochastic depth rate of the last block")
-    group.switch("--model-ema", "model_ema", True, True, "keep a moving average of the weights")
+    group.switch("--model-ema", "model_ema", True, True, "keep a moving average of the weights (the default)")
     group.switch("--no-model-ema", "model_ema", False, True, "keep none")
     group.value("--model-ema-decay", float, 0.99996, "decay of the moving average, per step")
     group.switch("--model-ema-force-cpu", "model_ema_force_cpu", True, False, "keep the average in host memory")
@@ -180,9 +187,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.value("--inat-category", str, "name", "which label of iNaturalist", choices=list(INAT_CATEGORIES))
     group.value("--batch-size", int, 128, "images per process; evaluation takes 1.5 times as many")
     group.value("--num_workers", int, 10, "loader processes per process")
-    group.switch("--pin-mem", "pin_mem", True, True, "pin host memory for faster transfer to CUDA")
+    group.switch("--pin-mem", "pin_mem", True, True, "pin host memory for faster transfer to CUDA (the default)")
     group.switch("--no-pin-mem", "pin_mem", False, True, "do not pin")
-    group.switch("--repeated-aug", "repeated_aug", True, True, "three differently augmented copies of each image")
+    group.switch(
+        "--repeated-aug",
+        "repeated_aug",
+        True,
+        True,
+        "three differently augmented copies of each image (the default)",
+    )
     group.switch("--no-repeated-aug", "repeated_aug", False, True, "each image once an epoch")
 
 
@@ -298,6 +311,7 @@ def resolve(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: an unknown flag or key, or a value that cannot be.
     """
     parser = get_args_parser()
+    parser.parse_args(argv)  # --help and errors, with the defaults in place
     defaults = vars(parser.parse_args([]))
     given = _given_on_command_line(argv)
     file = read_config(given["config"], parser) if given.get("config") else {}

@@ -35,7 +35,7 @@ class TrainingDiverged(Exception):
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     """' Did you mean a, b or c?' for the nearest known words, or '' if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=count)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

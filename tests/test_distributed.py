@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,16 +89,27 @@ def test_two_processes_train_as_one_run(folder, tmp_path):
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["epoch"] == 0
 
 
-def test_slurm_variables_start_a_run(folder, tmp_path):
-    """Two processes as srun would start them: SLURM's variables and no launcher."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "own"])
+def test_other_launchers(folder, tmp_path, launcher):
+    """Two processes as srun would start them, or by hand: RANK, --world_size and --dist_url."""
     processes = []
+    address = f"tcp://127.0.0.1:{free_port()}"
     for rank in range(2):
         slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
-        slurm |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+        slurm |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+        env = slurm if launcher == "slurm" else {"RANK": str(rank)}
         command = [sys.executable, "main.py", *flags(folder), "--no-repeated-aug", "--epochs", "1"]
         command += ["--output_dir", str(tmp_path / "run")]
+        command += [] if launcher == "slurm" else ["--world_size", "2", "--dist_url", address]
+        env = {**NO_LAUNCHER, **env, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env={**NO_LAUNCHER, **slurm}, **pipes))
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:]
     assert "2 process(es)" in outputs[0][0] and outputs[1][0] == ""

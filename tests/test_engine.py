@@ -321,6 +321,11 @@ def test_learning_rates_of_all_300_epochs(monkeypatch, capsys):
     assert seen[-1] == pytest.approx(1.0109e-5, rel=1e-4)
 
 
+def test_cooldown_epochs_never_run(capsys):
+    """As in the reference: exactly --epochs epochs are trained, at the same rates."""
+    assert rates("--epochs", "4", "--cooldown-epochs", "50") == rates("--epochs", "4", "--cooldown-epochs", "0")
+
+
 def test_rate_scaling_and_its_switch(capsys):
     assert rates("--epochs", "1", "--warmup-epochs", "0", "--batch-size", "256") == [pytest.approx(2.5e-4)]
     assert rates("--epochs", "1", "--warmup-epochs", "0", "--unscale-lr") == [pytest.approx(5e-4)]
