@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def model_weights(checkpoint: Any, path: str, ema: bool = False) -> StateDict:
         found = next((checkpoint[key] for key in candidates if key in checkpoint), checkpoint)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path} holds no model weights: expected a dict of tensors under 'model' or by itself")
-    return {str(key).removeprefix("module."): value for key, value in found.items()}
+    prefixes = re.compile(r"^(module\.|_orig_mod\.)+")  # left by DDP and torch.compile
+    return {prefixes.sub("", str(key)): value for key, value in found.items()}
 
 
 def load_weights(model: nn.Module, weights: StateDict, path: str) -> None:

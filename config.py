@@ -404,7 +404,7 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
     many = action.nargs == "+" or isinstance(action, argparse._AppendAction)
     if many != isinstance(value, list):
         raise UserError(f"{path}: {name} must be {'a list' if many else 'one value'}, not {value!r}")
-    convert = action.type if callable(action.type) else str
+    convert: Any = action.type or str
     try:
         result = [convert(str(one)) for one in value] if many else convert(str(value))
     except ValueError as error:
@@ -427,20 +427,12 @@ def check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "epochs", "input_size", "print_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{_dashed(name)} must be at least 1, not {getattr(args, name)}")
-    for name in (
-        "start_epoch",
-        "warmup_epochs",
-        "num_workers",
-        "weight_decay",
-        "lr",
-        "drop",
-        "drop_path",
-        "reprob",
-    ):
+    for name in ("start_epoch", "warmup_epochs", "num_workers", "weight_decay", "lr", "drop", "drop_path"):
         if getattr(args, name) < 0:
             raise UserError(f"--{_dashed(name)} must not be negative, not {getattr(args, name)}")
-    if args.opt.lower() not in list_optimizers():
-        raise UserError(f"unknown optimizer {args.opt!r}.{did_you_mean(args.opt, list_optimizers())}")
+    optimizers = [str(name) for name in list_optimizers()]
+    if args.opt.lower() not in optimizers:
+        raise UserError(f"unknown optimizer {args.opt!r}.{did_you_mean(args.opt, optimizers)}")
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UserError("--cutmix-minmax takes two numbers, the smallest and the largest share of the sides")
     if mixing_is_on(args) and args.batch_size % 2 and not args.eval:

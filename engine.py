@@ -187,11 +187,11 @@ def evaluate(
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
-            captured = model(images, capture=measure is not None and bool(measure.terms))
+            captured = model(images, capture=bool(measure))
         logits = full_precision(captured.logits)  # [B, K]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
         row = [F.cross_entropy(logits, targets, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()]
-        if measure is not None:
+        if measure:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training draws the same
                 terms = measure(captured, model.projections)
             row += [term.value * len(targets) for term in terms.values()]

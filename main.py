@@ -115,8 +115,10 @@ def run_training(
     val_loader = build_eval_loader(args, val_set, world_size(), rank())
     print_plan(args, model, precision, len(train_set), run_state)
 
+    sampler: Any = train_loader.sampler  # torch's type has no set_epoch
+
     def train_epoch(wrapped: nn.Module, updater: Updater, epoch: int) -> dict[str, float]:
-        train_loader.sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         return train_one_epoch(
             wrapped,
             label_loss,
@@ -140,14 +142,14 @@ def run_training(
 # Building
 
 
-def build_backbone(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
     """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size}
     if args.drop_path > 0:
         options |= {"drop_path_rate": args.drop_path}
     if args.drop > 0:
         options |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
-    backbone = build_model(args.model, **options | args.model_kwargs)
+    backbone: Any = build_model(args.model, **options | args.model_kwargs)
     if args.distillation_type != "none":
         if not hasattr(backbone, "set_distilled_training"):
             raise UserError(

@@ -263,14 +263,20 @@ class Progress:
         each = elapsed / step
         eta = f"eta {clock(each * (total - step))}"
         if self.units_after:
-            eta += f" (run {clock(each * (total - step + total * self.units_after))})"
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        line = f"{self.header}  [{step}/{total}]  {eta}  {1 / each:.2f} it/s  {numbers}"
+            eta += f", run {clock(each * (total - step + total * self.units_after))}"
+        entries = [f"[{step}/{total}]", eta, f"{1 / each:.2f} it/s"]
+        entries += [f"{name} {value:.4g}" for name, value in means.items()]
         if not self._terminal:
-            print(line, flush=True)
+            print("  ".join([self.header, *entries]), flush=True)
             return
         done = round(self.BAR * step / max(total, 1))
-        line = f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}| {line[len(self.header) + 2 :]}"
-        line = line[: max(shutil.get_terminal_size().columns - 1, 20)]
+        line, room = (
+            f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}|",
+            shutil.get_terminal_size().columns - 1,
+        )
+        for entry in entries:
+            if len(line) + 2 + len(entry) > room:
+                break
+            line += "  " + entry
         print("\r" + line.ljust(self._shown_width), end="", flush=True)
         self._shown_width = len(line)

@@ -282,6 +282,9 @@ class Diversity:
                     "label; add patch.mixing=1 or choose an average-pooled model"
                 )
 
+    def __len__(self) -> int:
+        return len(self.terms)
+
     @property
     def names(self) -> list[str]:
         """The names of the terms, in the order of `__call__`'s."""

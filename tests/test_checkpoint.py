@@ -226,8 +226,8 @@ def test_a_file_without_weights(tiny):
         checkpoint.model_weights({"epoch": 3}, "x.pth")
     with pytest.raises(UserError, match="holds no model weights"):
         checkpoint.model_weights([1, 2], "x.pth")
-    weights = {"module.head.weight": torch.zeros(2)}
-    assert list(checkpoint.model_weights({"state_dict": weights}, "x.pth")) == ["head.weight"]
+    weights = {"module.head.weight": torch.zeros(2), "_orig_mod.head.bias": torch.zeros(2)}
+    assert list(checkpoint.model_weights({"state_dict": weights}, "x.pth")) == ["head.weight", "head.bias"]
 
 
 # ------------------------------------------------------------------------------------------------------------

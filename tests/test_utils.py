@@ -120,8 +120,18 @@ def test_progress(capsys, monkeypatch, terminal):
     text = capsys.readouterr().out
     shown = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     assert len(shown) == 3 and [s.split("[")[1].split("]")[0] for s in shown] == ["2/5", "4/5", "5/5"]
-    assert all(re.search(r"eta 0:00:0\d \(run 0:00:0\d\).*it/s  loss \d", s) for s in shown)
+    assert all(re.search(r"eta 0:00:0\d, run 0:00:0\d  .*it/s  loss \d", s) for s in shown)
     assert ("█" in text) == terminal and shown[-1].rstrip().endswith("loss 2")
+
+
+def test_a_narrow_terminal_drops_whole_entries(capsys, monkeypatch):
+    monkeypatch.setattr(utils.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    meters = Meters()
+    for value in Progress("Epoch 1/3").over(range(1), 1, meters):
+        meters.update({name: torch.tensor(float(value)) for name in ("loss", "a_long_name_of_a_term", "another")})
+    line = capsys.readouterr().out.strip("\r\n")
+    assert len(line) < 80 and line.endswith("it/s  loss 0")
 
 
 def test_clock():
