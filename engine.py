@@ -183,7 +183,7 @@ def evaluate(
     device = precision.device
     names = ["loss", "acc1", "acc5", *(measure.names if measure else [])]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts samples
-    sums = sums.to(device) if device.type != "mps" else sums
+    sums = sums if device.type == "mps" else sums.to(device)
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
@@ -196,7 +196,7 @@ def evaluate(
                 terms = measure(captured, model.projections)
             row += [term.value * len(targets) for term in terms.values()]
         row.append(torch.full((), len(targets), device=device))
-        sums += torch.stack([value.to(sums) for value in row])
+        sums += torch.stack([value.to(sums.device).to(sums.dtype) for value in row])  # MPS has no float64
     *totals, count = all_reduce(sums).tolist()
     return {name: value / count for name, value in zip(names, totals, strict=True)}
 

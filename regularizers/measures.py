@@ -154,7 +154,7 @@ def mgd(x: Tensor) -> Tensor:
     u = _twice_normalised(wide.double())  # [..., n, d]
     kernel = torch.exp(-(2 - 2 * (u @ u.mT)))  # [..., n, n]
     jitter = 1e-6 * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    return -torch.logdet(kernel + jitter).mean().to(full_precision(x[..., :0, :0]))
+    return -torch.logdet(kernel + jitter).mean().to(full_precision(x[..., :0, :0]).dtype).to(x.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
