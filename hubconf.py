@@ -16,7 +16,7 @@ from models.backbones import REFERENCE_NAMES as _REFERENCE_NAMES
 from models.backbones import VARIANTS as _VARIANTS
 from utils import UserError as _UserError
 
-dependencies = ["torch", "timm"]
+dependencies = ["torch", "timm", "numpy"]
 
 
 def _entry_point(name: str) -> _Callable[..., _nn.Module]:

@@ -3,10 +3,22 @@
 # Leaves `python` an interpreter (3.10 or newer) with those requirements installed: the virtual or conda
 # environment that is active, else .venv in the project's root, which is made if need be. A stamp inside the
 # environment, written only after a successful installation, makes the next call return at once.
+# With --define as argument it only defines its functions.
 
 env_fail() {
     echo "script/env.sh: $*" >&2
     exit 2
+}
+
+# The folder of the virtual or conda environment that is active; conda's base counts as none.
+env_active() {
+    if [[ -n "${VIRTUAL_ENV:-}" ]]; then
+        echo "$VIRTUAL_ENV"
+    elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-}" != base ]]; then
+        echo "$CONDA_PREFIX"
+    else
+        return 1
+    fi
 }
 
 env_is_recent() {
@@ -52,11 +64,7 @@ env_use() {
     local root environment stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     [[ -f "$root/$1" ]] || env_fail "no file $root/$1"
-    if [[ -n "${VIRTUAL_ENV:-}" ]]; then
-        environment="$VIRTUAL_ENV"
-    elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-}" != base ]]; then
-        environment="$CONDA_PREFIX"
-    else
+    if ! environment="$(env_active)"; then
         environment="$root/.venv"
         env_make "$environment"
     fi
@@ -71,4 +79,6 @@ env_use() {
     rm -f "$environment/.unfinished"
 }
 
-env_use "${1:?usage: source script/env.sh REQUIREMENTS}"
+if [[ "${1:?usage: source script/env.sh REQUIREMENTS}" != --define ]]; then
+    env_use "$1"
+fi

@@ -13,9 +13,10 @@ fi
 DATA="$1"
 shift
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/script/env.sh" --define
 
 launch() {
-    if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -d "$ROOT/.venv/bin" ]]; then
+    if ! env_active >/dev/null && [[ -d "$ROOT/.venv/bin" ]]; then
         export PATH="$ROOT/.venv/bin:$PATH"
     fi
     if ! command -v torchrun >/dev/null; then

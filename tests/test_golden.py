@@ -7,7 +7,7 @@ coefficients are read from them. All in float64 at rtol 1e-9.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,19 @@ from engine import Precision, Updater, train_one_epoch
 from losses import LabelLoss
 from mixup import Mix, Mixup
 from models import DiverseViT
-from regularizers import Diversity, attention, measures, parse_spec, patch, total, weight
+from regularizers import Diversity, attention, measures, parse_spec, patch, weight
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 RTOL = 1e-9
-PATCH_SIZE = 16  # of every model in the golden files; their images are 224 pixels wide
 RECIPE = (0.5, 0.5, 1e-4, 5e-4)  # patch cosine, patch contrastive, attention cosine, weight CNO; mixing is on
+TERMS = {  # name -> key in the files of whole steps; the trajectory's columns are in this order
+    "ce": "ce",
+    "patch.mixing": "mixing_sum",
+    "patch.cosine@last": "patch_cosine",
+    "patch.contrastive@first:last": "patch_contrastive",
+    "attn.cosine@0": "attn_cosine",
+    "weight.cno@all": "weight_cno",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -120,26 +127,7 @@ def test_every_golden_measure_is_tested() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Whole steps
-
-
-def build(cfg: np.ndarray, parameters: dict[str, np.ndarray], coefs: Any) -> tuple[DiverseViT, Diversity]:
-    """The reference's small ViT under timm's names, and the recipe's objective."""
-    width, depth, num_heads, classes = (int(number) for number in cfg)
-    backbone = VisionTransformer(
-        img_size=224, patch_size=PATCH_SIZE, embed_dim=width, depth=depth, num_heads=num_heads, num_classes=classes
-    )
-    backbone.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()}, strict=True)
-    cosine, contrastive, heads_cosine, cno = (float(coef) for coef in coefs)
-    specs = (
-        "patch.mixing=1",
-        f"patch.cosine@last={cosine!r}",
-        f"patch.contrastive@first:last={contrastive!r}",
-        f"attn.cosine@0={heads_cosine!r}",
-        f"weight.cno@all={cno!r}",
-    )
-    diversity = Diversity([parse_spec(spec) for spec in specs], depth)
-    return DiverseViT(backbone, diversity.needs), diversity
+# What whole steps and the trajectory share
 
 
 def starting_with(golden: Any, prefix: str) -> dict[str, np.ndarray]:
@@ -150,115 +138,176 @@ def normalise(images: np.ndarray) -> Tensor:
     return torch.tensor((images / 255.0 - 0.5) / 0.25)
 
 
-@pytest.mark.parametrize("name", ["step_cutmix", "step_mixup"])
-def test_whole_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with np.load(GOLDEN / f"{name}.npz") as golden:
-        model, diversity = build(golden["cfg"], starting_with(golden, "param/"), RECIPE)
-        probes = [torch.tensor(golden[f"probe{i}"]) for i in range(6 * int(golden["cfg"][1]))]
-        give_probes(monkeypatch, torch.stack(probes[0::2]), torch.stack(probes[1::2]))
+class RecordedMixup(Mixup):
+    """Mixes as recorded, one a step."""
 
-        box = None
-        if "bbox_yl_yh_xl_xh" in golden.files:
-            box = tuple(int(edge) for edge in golden["bbox_yl_yh_xl_xh"])
-        mixup = Mixup(patch_size=(PATCH_SIZE, PATCH_SIZE), smoothing=0.1)
-        images, labels = mixup.mix(
-            normalise(golden["images_u8"]), torch.tensor(golden["labels"]), [Mix(float(golden["lam"]), box)]
+    def __init__(self, mixes: Iterable[Mix], patch_size: tuple[int, int]) -> None:
+        super().__init__(patch_size=patch_size, smoothing=0.1)
+        self.mixes = iter(mixes)
+
+    def draw(self, batch: int, height: int, width: int) -> list[Mix]:
+        return [next(self.mixes)]
+
+
+class Run:
+    """The reference's small ViT under timm's names, the recipe's objective, and how to train them.
+
+    Args:
+        cfg: width, depth, heads, classes.
+        parameters: the backbone's, by timm's names; they tell the patch size.
+        image_size: height and width in pixels.
+        coefs: as RECIPE.
+    """
+
+    def __init__(
+        self, cfg: np.ndarray, parameters: dict[str, np.ndarray], image_size: tuple[int, int], coefs: Any
+    ) -> None:
+        width, self.depth, num_heads, self.classes = (int(number) for number in cfg)
+        self.patch_size = patch_size_of(parameters)
+        self.backbone = VisionTransformer(
+            img_size=image_size,
+            patch_size=self.patch_size,
+            embed_dim=width,
+            depth=self.depth,
+            num_heads=num_heads,
+            num_classes=self.classes,
         )
-        captured = model(images)
-        terms = LabelLoss(diversity.mixing)(captured, labels)
-        terms |= diversity(captured, model.projections)
-        loss = total(terms)
-        loss.backward()
+        self.backbone.load_state_dict({k: torch.tensor(value) for k, value in parameters.items()}, strict=True)
+        cosine, contrastive, heads_cosine, cno = (float(coef) for coef in coefs)
+        specs = (
+            "patch.mixing=1",
+            f"patch.cosine@last={cosine!r}",
+            f"patch.contrastive@first:last={contrastive!r}",
+            f"attn.cosine@0={heads_cosine!r}",
+            f"weight.cno@all={cno!r}",
+        )
+        self.diversity = Diversity([parse_spec(spec) for spec in specs], self.depth)
+        self.model = DiverseViT(self.backbone, self.diversity.needs)
 
-        assert captured.patch_logits is not None
-        patches = captured.patch_logits.shape[1]
+    @property
+    def patches(self) -> int:
+        return self.backbone.patch_embed.num_patches
+
+    def train(self, batches: list[tuple[Tensor, Tensor]], updater: Updater, mixup: Mixup) -> dict[str, float]:
+        """Through the real loop; the reference sums the mixing loss over patches, so that is what returns here."""
+        means = train_one_epoch(
+            self.model, LabelLoss(self.diversity.mixing), self.diversity, batches, updater, mixup
+        )
+        return means | {"patch.mixing": means["patch.mixing"] * self.patches}
+
+
+def patch_size_of(parameters: dict[str, np.ndarray]) -> tuple[int, int]:
+    height, width = parameters["patch_embed.proj.weight"].shape[2:]
+    return height, width
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole steps
+
+STEPS = ("step_cutmix", "step_mixup")
+
+
+def whole_step(golden: Any) -> tuple[Run, tuple[Tensor, Tensor], Mixup]:
+    """What the recorded step starts from: model and objective, the batch, and how it is mixed."""
+    run = Run(golden["cfg"], starting_with(golden, "param/"), golden["images_u8"].shape[2:], RECIPE)
+    box = None
+    if "bbox_yl_yh_xl_xh" in golden.files:
+        top, bottom, left, right = (int(edge) for edge in golden["bbox_yl_yh_xl_xh"])
+        box = top, bottom, left, right
+    mixup = RecordedMixup([Mix(float(golden["lam"]), box)], run.patch_size)
+    return run, (normalise(golden["images_u8"]), torch.tensor(golden["labels"])), mixup
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_whole_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every term, the total and every gradient, as the training loop leaves them."""
+    with np.load(GOLDEN / f"{name}.npz") as golden:
+        run, batch, mixup = whole_step(golden)
+        probes = [torch.tensor(golden[f"probe{i}"]) for i in range(6 * run.depth)]
+        give_probes(monkeypatch, torch.stack(probes[0::2]), torch.stack(probes[1::2]))
+        stays = torch.optim.SGD(run.model.parameters(), lr=0.0)
+        means = run.train([batch], Updater(stays, Precision(torch.device("cpu"))), mixup)
+
+        assert set(means) == {"loss", "lr", *TERMS}
+        for term, key in {"loss": "total", **TERMS}.items():
+            assert_close(torch.tensor(means[term]), golden[key], term)
+        grads = starting_with(golden, "grad/")
+        parameters = dict(run.backbone.named_parameters())
+        assert set(grads) == set(parameters)
+        for parameter, grad in grads.items():
+            assert_close(parameters[parameter].grad, grad, f"gradient of {parameter}")
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_whole_step_forward(name: str) -> None:
+    """What the step's terms are computed from: labels, logits, tokens and attention."""
+    with np.load(GOLDEN / f"{name}.npz") as golden:
+        run, batch, mixup = whole_step(golden)
+        images, labels = mixup(*batch)
+        captured = run.model(images)
+
+        assert int(golden["mixing_tokens"]) == run.patches + 1
         assert_close(labels.patch_weight[0], golden["patch_lam"], "patch weights")
-        assert_close(labels.dense(int(golden["cfg"][3]), torch.float64), golden["targets"], "image labels")
+        assert_close(labels.dense(run.classes, torch.float64), golden["targets"], "image labels")
         assert_close(captured.logits, golden["logits"][:, 0], "logits")
         assert_close(captured.patch_logits, golden["logits"][:, 1:], "patch logits")
         for mine, theirs in (
             (captured.tokens[-1], "h_first"),
-            (captured.tokens[int(golden["cfg"][1]) - 1], "h_last"),
+            (captured.tokens[run.depth - 1], "h_last"),
             (captured.attention[0][:1], "attn_first"),
         ):  # these three are stored in float32
             np.testing.assert_allclose(mine.detach().numpy(), golden[theirs], rtol=1e-5, atol=1e-6, err_msg=theirs)
-        assert int(golden["mixing_tokens"]) == patches + 1
-        assert_close(terms["ce"].value, golden["ce"], "ce")
-        assert_close(terms["patch.mixing"].value * patches, golden["mixing_sum"], "mixing")
-        assert_close(terms["patch.cosine@last"].value, golden["patch_cosine"], "patch cosine")
-        assert_close(terms["patch.contrastive@first:last"].value, golden["patch_contrastive"], "contrastive")
-        assert_close(terms["attn.cosine@0"].value, golden["attn_cosine"], "attention cosine")
-        assert_close(terms["weight.cno@all"].value, golden["weight_cno"], "weight CNO")
-        assert_close(loss, golden["total"], "total")
-        for parameter, grad in starting_with(golden, "grad/").items():
-            assert_close(model.backbone.get_parameter(parameter).grad, grad, f"gradient of {parameter}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The trajectory
 
 
-TERM_NAMES = (
-    "ce",
-    "patch.mixing",
-    "patch.cosine@last",
-    "patch.contrastive@first:last",
-    "attn.cosine@0",
-    "weight.cno@all",
-)
+class Trajectory(Run):
+    """The golden run, ready to train: besides model and objective, the updater with its EMA and the batches.
 
+    The images are stored at one pixel a patch.
+    """
 
-class Trajectory:
-    """The golden run, ready to train: model, objective, updater and batches."""
-
-    def __init__(self, golden: Any, mixup: Mixup) -> None:
-        self.model, self.diversity = build(golden["cfg"], starting_with(golden, "init/"), golden["coefs"])
+    def __init__(self, golden: Any) -> None:
+        parameters = starting_with(golden, "init/")
+        height, width = patch_size_of(parameters)
+        enlarged = golden["images_u8_14"].repeat(height, axis=3).repeat(width, axis=4)  # [S, B, 3, H, W]
+        super().__init__(golden["cfg"], parameters, enlarged.shape[3:], golden["coefs"])
         optimizer = create_optimizer_v2(
-            self.model.backbone, opt="adamw", lr=float(golden["lr"]), weight_decay=0.05, eps=1e-8
+            self.backbone, opt="adamw", lr=float(golden["lr"]), weight_decay=0.05, eps=1e-8
         )
         self.ema = ModelEmaV3(self.model, decay=float(golden["ema_decay"]))
         self.updater = Updater(optimizer, Precision(torch.device("cpu")), ema=self.ema)
-        enlarged = golden["images_u8_14"].repeat(16, axis=3).repeat(16, axis=4)  # [S, B, 3, 224, 224]
         self.batches = [
             (normalise(images), torch.tensor(labels))
             for images, labels in zip(enlarged, golden["labels"], strict=True)
         ]
-        self.mixup = mixup
-
-    def train(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        return train_one_epoch(
-            self.model, LabelLoss(self.diversity.mixing), self.diversity, batches, self.updater, self.mixup
-        )
 
     def check_end(self, golden: Any) -> None:
         for parameter, value in starting_with(golden, "final/").items():
-            assert_close(self.model.backbone.get_parameter(parameter), value, f"final {parameter}")
+            assert_close(self.backbone.get_parameter(parameter), value, f"final {parameter}")
         for parameter, value in starting_with(golden, "ema/").items():
             assert_close(self.ema.module.backbone.get_parameter(parameter), value, f"EMA {parameter}")
 
 
-class RecordedMixup(Mixup):
-    """Mixes as recorded: rows (1 = CutMix, lam, yl, yh, xl, xh), one a step."""
-
-    def __init__(self, rows: np.ndarray) -> None:
-        super().__init__(patch_size=(PATCH_SIZE, PATCH_SIZE), smoothing=0.1)
-        self.rows = iter(rows)
-
-    def draw(self, batch: int, height: int, width: int) -> list[Mix]:
-        cutmix, lam, *box = next(self.rows)
-        return [Mix(float(lam), tuple(int(edge) for edge in box) if cutmix else None)]  # type: ignore[arg-type]
+def recorded(row: np.ndarray) -> Mix:
+    """A Mix of a row (1 = CutMix, lam, yl, yh, xl, xh)."""
+    cutmix, weight, *box = row
+    top, bottom, left, right = (int(edge) for edge in box)
+    return Mix(float(weight), (top, bottom, left, right) if cutmix else None)
 
 
 def test_trajectory_step_by_step() -> None:
     """Each step's losses through train_one_epoch with one batch, mixed as recorded."""
     with np.load(GOLDEN / "trajectory.npz") as golden:
-        run = Trajectory(golden, RecordedMixup(golden["mixes"]))
+        run = Trajectory(golden)
+        mixup = RecordedMixup(map(recorded, golden["mixes"]), run.patch_size)
         torch.manual_seed(int(golden["train_seed"]))
-        patches = (224 // PATCH_SIZE) ** 2
         for step, batch in enumerate(run.batches):
-            means = run.train([batch])
+            means = run.train([batch], run.updater, mixup)
             np.testing.assert_allclose(means["loss"], golden["losses"][step], rtol=RTOL, err_msg=f"step {step}")
-            values = [means[name] * (patches if name == "patch.mixing" else 1) for name in TERM_NAMES]
+            values = [means[name] for name in TERMS]
             np.testing.assert_allclose(values, golden["terms"][step], rtol=RTOL, err_msg=f"terms of step {step}")
         run.check_end(golden)
 
@@ -266,9 +315,8 @@ def test_trajectory_step_by_step() -> None:
 def test_trajectory_in_one_epoch_drawing_its_own_mixes() -> None:
     """All steps in one call; Mixup and CutMix draw from the seed alone, in the reference's order."""
     with np.load(GOLDEN / "trajectory.npz") as golden:
-        seed = int(golden["train_seed"])
-        run = Trajectory(golden, Mixup(patch_size=(PATCH_SIZE, PATCH_SIZE), smoothing=0.1, seed=seed))
+        run, seed = Trajectory(golden), int(golden["train_seed"])
         torch.manual_seed(seed)
-        means = run.train(run.batches)
+        means = run.train(run.batches, run.updater, Mixup(patch_size=run.patch_size, smoothing=0.1, seed=seed))
         np.testing.assert_allclose(means["loss"], golden["losses"].mean(), rtol=RTOL)
         run.check_end(golden)

@@ -29,6 +29,23 @@ print(json.dumps({
 }))
 """
 
+# Prints the top-level packages besides the standard library that hubconf.py and what it loads import.
+IMPORTS = """
+import ast, sys
+from pathlib import Path
+import hubconf
+root = Path(hubconf.__file__).parent
+own = {path.stem for path in root.iterdir()}
+for module in list(sys.modules.values()):
+    path = Path(getattr(module, "__file__", None) or "/")
+    if path.suffix != ".py" or module.__name__.partition(".")[0] not in own or root not in path.parents:
+        continue
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        print(*({name.partition(".")[0] for name in names} - own - sys.stdlib_module_names), sep="\\n")
+"""
+
 
 def test_hub_loads_from_another_process(tmp_path: Path) -> None:
     """The project's folder need not be the working directory; constructor arguments are passed on."""
@@ -37,6 +54,13 @@ def test_hub_loads_from_another_process(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     loaded = json.loads(run.stdout.splitlines()[-1])
     assert (loaded["depth"], loaded["classes"], loaded["patches"]) == (24, [1, 7], 16)
+
+
+def test_dependencies_are_what_the_entry_points_import() -> None:
+    """torch.hub checks them before it imports hubconf.py, so that a missing one is named."""
+    run = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert set(run.stdout.split()) == set(hubconf.dependencies)
 
 
 def test_entry_points_are_the_reference_names() -> None:

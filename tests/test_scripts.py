@@ -27,7 +27,8 @@ def name_of(path: Path) -> str:
 
 def bash(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a line of bash outside any environment, but for what `env` says."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX", "NPROC")}
+    outside = ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "NPROC")
+    clean = {key: value for key, value in os.environ.items() if key not in outside}
     return subprocess.run(
         ["bash", "-c", command], cwd=cwd, env=clean | env, capture_output=True, text=True, check=False
     )
@@ -110,6 +111,34 @@ def test_launcher_without_torchrun_says_what_to_do(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "no torchrun on PATH" in run.stderr
     assert "script/env.sh requirements.txt" in run.stderr
+
+
+CONDA_BASE = {"CONDA_DEFAULT_ENV": "base", "CONDA_PREFIX": "/opt/conda"}
+CONDA_OWN = {"CONDA_DEFAULT_ENV": "vit", "CONDA_PREFIX": "/opt/conda/envs/vit"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [({}, ".venv"), (CONDA_BASE, ".venv"), (CONDA_OWN, "active"), ({"VIRTUAL_ENV": "/venv"}, "active")],
+    ids=["no environment", "conda base", "conda", "virtual environment"],
+)
+def test_launcher_takes_the_environment_that_env_takes(env: dict[str, str], expected: str, tmp_path: Path) -> None:
+    """.venv in the project's root, unless an environment other than conda's base is active."""
+    launcher = tmp_path / "script" / LAUNCHERS[0].name
+    launcher.parent.mkdir()
+    for name in (launcher.name, "launch.sh", "env.sh"):
+        (tmp_path / "script" / name).write_text((ROOT / "script" / name).read_text())
+    for environment in (".venv", "active"):
+        program = tmp_path / environment / "bin" / "torchrun"
+        program.parent.mkdir(parents=True)
+        program.write_text('#!/bin/sh\necho "$0" "$@"\n')
+        program.chmod(0o755)
+    path = f"{tmp_path / 'active' / 'bin'}:{os.environ['PATH']}"
+    run = bash(f"bash {launcher} images --epochs 3", tmp_path, PATH=path, **env)
+    assert run.returncode == 0, run.stderr
+    words = run.stdout.split()
+    assert words[0] == str(tmp_path / expected / "bin" / "torchrun")
+    assert words[-2:] == ["--epochs", "3"]
 
 
 # ------------------------------------------------------------------------------------------------------------
