@@ -9,6 +9,7 @@ model_ema, scaler, args, max_acc. `model` and `model_ema` carry timm's own param
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import pickle
 import re
@@ -25,7 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from models.capture import DiverseViT
-from utils import UserError, print_main
+from utils import BAD_ARGUMENT, UserError, print_main
 
 StateDict = dict[str, Tensor]
 
@@ -47,13 +48,21 @@ UNREADABLE = (
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that `path` holds either the old file or the new one, whole, at any moment."""
+    """Write a checkpoint so that `path` holds either the old file or the new one, whole, at any moment.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot save {path}: {error.strerror}; what was there before is still there") from error
 
 
 def load(path: str) -> Any:
@@ -72,8 +81,7 @@ def load(path: str) -> Any:
         except OSError as error:
             raise UserError(f"cannot read the checkpoint {path}: {error}") from error
         except UNREADABLE as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise UserError(f"{path} is not a checkpoint, or a damaged one ({reason[:160]})") from error
+            raise UserError(f"{path} is not a checkpoint, or a damaged one ({type(error).__name__})") from error
 
 
 def model_weights(checkpoint: Any, path: str, ema: bool = False) -> StateDict:
@@ -136,6 +144,12 @@ def load_for_finetuning(model: nn.Module, weights: StateDict, path: str) -> list
     if position is not None and "pos_embed" in own and position.shape[1] != own["pos_embed"].shape[1]:
         prefix = own["pos_embed"].shape[1] - model.patch_embed.num_patches  # type: ignore[union-attr]
         grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+        side = math.isqrt(max(position.shape[1] - int(prefix), 0))
+        if side**2 != position.shape[1] - int(prefix):
+            raise UserError(
+                f"{path} has {position.shape[1]} position embeddings, which are no square grid after this model's "
+                f"{prefix} prefix tokens: choose the model that the weights were trained with"
+            )
         weights["pos_embed"] = resample_abs_pos_embed(
             position, new_size=grid, num_prefix_tokens=int(prefix), antialias=False
         )
@@ -143,6 +157,11 @@ def load_for_finetuning(model: nn.Module, weights: StateDict, path: str) -> list
     fresh = {name: own[name] for name in not_loaded if name.startswith("head")}
     load_weights(model, {**weights, **fresh}, path)
     return not_loaded
+
+
+# Flags that a resumed run must keep, and flags whose old values live on in the restored optimizer and schedule.
+FIXED = ("opt", "sched")
+OVERRULED = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "batch_size", "decay_rate")
 
 
 @dataclass
@@ -194,19 +213,35 @@ class RunState:
                 f"{path} cannot be resumed, it has no {', '.join(missing)}; --finetune starts from its weights, "
                 "--eval --resume evaluates them"
             )
+        self._compare_args(state.get("args"), path)
         load_weights(self.model.backbone, model_weights(state, path), path)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} was trained with another optimizer than --opt says: {error}") from error
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if "scaler" in state and self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            if "model_ema" in state:
-                load_weights(self.ema.module.backbone, model_weights(state, path, ema=True), path)
-            else:
-                print_main(f"warning: {path} holds no EMA; the average starts anew from its weights")
-                self.ema.set(self.model)
-        self.epoch = int(state["epoch"])
-        self.max_acc = float(state.get("max_acc", 0.0))
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.scaler.is_enabled() and state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
+            self.epoch = int(state["epoch"])
+            self.max_acc = float(state.get("max_acc", 0.0))
+        except BAD_ARGUMENT as error:
+            raise UserError(
+                f"the optimizer or schedule in {path} is not what --opt and --sched say ({error}); "
+                "repeat the flags of its args.yaml, or start from its weights with --finetune"
+            ) from error
+        if self.ema is not None and "model_ema" in state:
+            load_weights(self.ema.module.backbone, model_weights(state, path, ema=True), path)
+        elif self.ema is not None:
+            print_main(f"warning: {path} holds no EMA; the average starts anew from its weights")
+            self.ema.set(self.model)
+
+    def _compare_args(self, saved: Any, path: str) -> None:
+        """Refuse another optimizer or schedule; say which other flags the checkpoint's state overrules."""
+        then = vars(saved) if isinstance(saved, argparse.Namespace) else saved or {}
+        changed = {key: then[key] for key in FIXED + OVERRULED if key in then and then[key] != self.args.get(key)}
+        for key in FIXED:
+            if key in changed:
+                raise UserError(
+                    f"{path} was trained with --{key} {changed[key]}, not {self.args.get(key)}: keep it"
+                )
+        for key, value in changed.items():
+            name = key.replace("_", "-")
+            print_main(f"warning: --{name} {self.args.get(key)} has no effect: the checkpoint's {value} goes on")

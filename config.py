@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,21 @@ from utils import UserError, did_you_mean
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
+LARGEST = sys.float_info.max
+LARGEST_SEED = 2**31
+# Smallest and largest value of each number that has limits here; the data's and Mixup's are checked there.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("batch_size", "epochs", "input_size", "print_freq", "world_size"), (1, LARGEST)),
+    **dict.fromkeys(
+        ("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs", "num_workers"), (0, LARGEST)
+    ),
+    **dict.fromkeys(("lr", "min_lr", "warmup_lr", "weight_decay", "opt_eps", "lr_noise_std"), (0, LARGEST)),
+    **dict.fromkeys(("model_ema_decay", "momentum", "distillation_alpha", "drop", "drop_path"), (0, 1)),
+    **dict.fromkeys(
+        ("clip_grad", "decay_epochs", "decay_rate", "distillation_tau", "lr_noise_pct"), (1e-9, LARGEST)
+    ),
+    "seed": (0, LARGEST_SEED),
+}
 # What `resolve` adds to the namespace; everything else is a flag's value and is written to args.yaml.
 DERIVED = ("terms", "measures")
 
@@ -66,13 +82,15 @@ def _dashed(option: str) -> str:
 
 
 class _KeyValues(ParseKwargs):
-    """timm's KEY=VALUE pairs, with an error for a word that is none."""
+    """timm's KEY=VALUE pairs, added to those given before, with an error for a word that is none."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for word in values:
             if "=" not in word:
                 raise argparse.ArgumentError(self, f"{word!r} is not KEY=VALUE")
+        before = getattr(namespace, self.dest, None) or {}
         super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, {**before, **getattr(namespace, self.dest)})
 
 
 class _Group:
@@ -316,6 +334,7 @@ def resolve(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = _given_on_command_line(argv)
     file = read_config(given["config"], parser) if given.get("config") else {}
     args = argparse.Namespace(**{**defaults, **file, **given})
+    args.model_kwargs = {**file.get("model_kwargs", {}), **given.get("model_kwargs", {})}
     terms = _collect_terms(file, given.get("config", "")) | _collect_terms(given, "the command line")
     args.terms = [spec for spec in terms.values() if spec.coef > 0]
     args.reg = [f"{spec.name}={spec.coef!r}" for spec in args.terms]
@@ -357,7 +376,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         UserError: no such file, not YAML, an unknown key (with the nearest), or a value of the wrong type.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -374,6 +393,8 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name == "regularizers":
             values["reg"] = [*values.get("reg", []), *_regularizer_list(value, path)]
+        elif name in actions and actions[name].dest in values and name != "reg":
+            raise UserError(f"{path}: {key} says again what another key says: keep one")
         elif name in actions:
             values[actions[name].dest] = _cast(actions[name], name, value, path)
         else:
@@ -399,7 +420,7 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{path}: {name} must map names to values, not {value!r}")
         return value
-    if value is None:
+    if value is None and action.default is None:
         return None
     many = action.nargs == "+" or isinstance(action, argparse._AppendAction)
     if many != isinstance(value, list):
@@ -424,18 +445,21 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: with what to do instead.
     """
-    for name in ("batch_size", "epochs", "input_size", "print_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{_dashed(name)} must be at least 1, not {getattr(args, name)}")
-    for name in ("start_epoch", "warmup_epochs", "num_workers", "weight_decay", "lr", "drop", "drop_path"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{_dashed(name)} must not be negative, not {getattr(args, name)}")
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low:g}" if high in (LARGEST, LARGEST_SEED) else f"between {low:g} and {high:g}"
+            raise UserError(f"--{_dashed(name)} must be {limit}, not {value}")
     optimizers = [str(name) for name in list_optimizers()]
-    if args.opt.lower() not in optimizers:
+    if args.opt.lower().removeprefix("lookahead_") not in optimizers:
         raise UserError(f"unknown optimizer {args.opt!r}.{did_you_mean(args.opt, optimizers)}")
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UserError("--cutmix-minmax takes two numbers, the smallest and the largest share of the sides")
-    if mixing_is_on(args) and args.batch_size % 2 and not args.eval:
+    if args.opt_betas is not None and not (len(args.opt_betas) >= 2 and all(0 <= b < 1 for b in args.opt_betas)):
+        raise UserError("--opt-betas takes two (or, for some optimizers, three) numbers from 0 to less than 1")
+    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= n <= 1 for n in args.lr_noise)):
+        raise UserError("--lr-noise takes one or two shares of the epochs, from 0 to 1")
+    if mixing_is_on(args) and args.batch_size % 2 and not (args.eval or args.teacher_eval):
         raise UserError(
             f"--batch-size {args.batch_size} is odd, but Mixup and CutMix mix images in pairs: "
             "choose an even one, or switch mixing off with --mixup 0 --cutmix 0"
@@ -447,7 +471,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("resume", "finetune", "teacher_path"):
         path = getattr(args, name)
         if path and not path.startswith("https://") and not Path(path).is_file():
-            raise UserError(f"--{_dashed(name)} {path}: no such file")
+            raise UserError(f"--{_dashed(name)} {path}: no such file (and not an https address)")
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UserError(f"--output_dir {args.output_dir} is a file, not a folder")
 
@@ -476,7 +500,7 @@ def write_args(args: argparse.Namespace, path: Path) -> None:
     for flag in REFERENCE_FLAGS:  # `reg` says the same
         del values[flag]
     lines = [f"# {name}: {value}" for name, value in provenance().items()]
-    path.write_text("\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=True))
+    path.write_text("\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=True), encoding="utf-8")
 
 
 def provenance() -> dict[str, str]:
@@ -486,7 +510,7 @@ def provenance() -> dict[str, str]:
     import torchvision
 
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv).replace("\n", "\\n"),
         "revision": _git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -28,7 +28,7 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import find_classes
 
 from samplers import RASampler, ShardSampler
-from utils import UserError, did_you_mean
+from utils import LocalError, UserError, did_you_mean
 
 DATA_SETS = ("CIFAR", "IMNET", "INAT", "INAT19", "DIGITS")
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
@@ -44,7 +44,7 @@ MapDataset = Any  # a torch Dataset with a length, which torch's type leaves out
 # Images
 
 
-class ImageError(UserError):
+class ImageError(LocalError):
     """An image file that cannot be decoded; the message names it.
 
     A DataLoader worker's exception is rebuilt in the main process as `type(error)(traceback)`, a text that

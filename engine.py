@@ -2,7 +2,8 @@
 
     loss = label loss (cross-entropy, mixing, distillation) + sum of coefficient * diversity term
 
-Nothing here knows which measures exist. No step waits for the device: numbers are read when they are printed.
+Nothing here knows which measures exist. No step waits for the device: numbers are read when they are printed. (Two
+options wait by their nature: float16's gradient scaler, and an EMA kept in host memory.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losses import LabelLoss
 from mixup import Mixup
-from models.capture import DiverseViT
+from models.capture import DiverseViT, Needs
 from regularizers import Diversity, total
 from regularizers.measures import full_precision
 from utils import Meters, Progress, TrainingDiverged, UserError, all_reduce, print_main
@@ -184,14 +185,15 @@ def evaluate(
     names = ["loss", "acc1", "acc5", *(measure.names if measure else [])]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts samples
     sums = sums if device.type == "mps" else sums.to(device)
+    needs = measure.needs if measure else Needs()
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
-            captured = model(images, capture=bool(measure))
+            captured = model(images, needs=needs)
         logits = full_precision(captured.logits)  # [B, K]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
         row = [F.cross_entropy(logits, targets, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()]
-        if measure:
+        if measure and measure.terms:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training draws the same
                 terms = measure(captured, model.projections)
             row += [term.value * len(targets) for term in terms.values()]

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,8 +37,12 @@ from mixup import Mixup
 from models import DiverseViT, Layout, build_model, check_name, find_layout
 from regularizers import Diversity
 from utils import (
+    BAD_ARGUMENT,
+    LocalError,
     TrainingDiverged,
     UserError,
+    agree,
+    broadcast_from_main,
     clock,
     find_launch,
     init_distributed,
@@ -57,11 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(config.resolve(argv))
     except (UserError, TrainingDiverged) as error:
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:
+        # all processes meet the same mistake, and one of each machine reports it; but a LocalError is its own
+        if (
+            isinstance(error, LocalError)
+            or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+        ):
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("\nmain.py: interrupted; --resume continues after the last finished epoch", file=sys.stderr)
+        print("\nmain.py: interrupted", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
@@ -87,14 +94,15 @@ def run(args: argparse.Namespace) -> None:
         return
     backbone = build_backbone(args, num_classes)
     diversity, measure = build_diversity(args, backbone)
-    model = DiverseViT(backbone, diversity.needs | measure.needs).to(device)
-    state = checkpoint.load(args.resume) if args.resume else None
+    model = DiverseViT(backbone, diversity.needs, measure.needs).to(device)
+    model.check(args.input_size, num_classes, diversity.needs | measure.needs)
+    broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     if args.eval:
         val_loader = build_eval_loader(args, val_set, world_size(), rank())
-        evaluate_checkpoint(args, model, state, val_loader, len(val_set), precision, measure)
+        evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
     label_loss = build_label_loss(args, diversity, num_classes, device)
-    run_training(args, model, label_loss, diversity, measure, state, val_set, precision)
+    run_training(args, model, label_loss, diversity, measure, val_set, precision)
 
 
 def run_training(
@@ -103,14 +111,13 @@ def run_training(
     label_loss: LabelLoss,
     diversity: Diversity,
     measure: Diversity,
-    state: Any,
     val_set: Any,
     precision: Precision,
 ) -> None:
     """Build what only training needs, and bind one epoch's training and testing for `train`."""
     train_set, _ = build_dataset(True, args)
     mixup = build_mixup(args, model.backbone, diversity)
-    run_state = build_run(args, model, precision, state)
+    run_state = build_run(args, model, precision)
     train_loader = build_train_loader(args, train_set, world_size(), rank())
     val_loader = build_eval_loader(args, val_set, world_size(), rank())
     print_plan(args, model, precision, len(train_set), run_state)
@@ -206,25 +213,29 @@ def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Divers
     )
 
 
-def build_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """timm's schedule; stepped after each epoch with that epoch's number, as the reference does."""
-    scheduler, _ = create_scheduler(args, optimizer)
-    return scheduler
-
-
-def build_run(args: argparse.Namespace, model: DiverseViT, precision: Precision, state: Any) -> RunState:
+def build_run(args: argparse.Namespace, model: DiverseViT, precision: Precision) -> RunState:
     """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues."""
     ema = None
     if args.model_ema:
         device = torch.device("cpu") if args.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
     scaled = argparse.Namespace(**vars(args) | {"lr": scaled_lr(args)})
-    optimizer = create_optimizer(scaled, model.backbone)
-    run_state = RunState(
-        model, optimizer, build_schedule(scaled, optimizer), precision.scaler, ema, config.plain(args)
-    )
-    if state is not None:
-        run_state.load_state_dict(state, args.resume)
+    try:
+        optimizer = create_optimizer(scaled, model.backbone)
+        schedule, _ = create_scheduler(scaled, optimizer)  # stepped after each epoch, as the reference does
+    except BAD_ARGUMENT as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--opt {args.opt} and --sched {args.sched} cannot be built: {reason}") from error
+    if getattr(optimizer, "is_second_order", False) and any(
+        getattr(m, "fused_attn", False) for m in model.modules()
+    ):
+        raise UserError(
+            f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
+            "set the environment variable TIMM_FUSED_ATTN=0"
+        )
+    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args))
+    if args.resume:
+        run_state.load_state_dict(checkpoint.load(args.resume), args.resume)
         print_main(
             f"resumed {args.resume}: epoch {run_state.epoch + 1} is done, best top-1 {run_state.max_acc:.2f}%"
         )
@@ -246,16 +257,16 @@ def scaled_lr(args: argparse.Namespace) -> float:
 def evaluate_checkpoint(
     args: argparse.Namespace,
     model: DiverseViT,
-    state: Any,
     loader: Loader,
     samples: int,
     precision: Precision,
     measure: Diversity,
 ) -> None:
     """--eval: print the accuracy of --resume's weights, and of its EMA if it has one."""
-    if state is not None:
+    state = checkpoint.load(args.resume) if args.resume else None
+    if args.resume:
         checkpoint.load_weights(model.backbone, checkpoint.model_weights(state, args.resume), args.resume)
-    else:
+    elif not args.finetune:
         print_main("warning: --eval without --resume evaluates untrained weights")
     results = evaluate(model, loader, precision, measure)
     report(results, samples)
@@ -331,14 +342,17 @@ def on_device(model: DiverseViT, device: torch.device) -> DiverseViT:
 
 
 def make_output_dir(args: argparse.Namespace) -> Path:
-    """Create --output_dir and write args.yaml into it."""
-    output = Path(args.output_dir)
+    """Create --output_dir and write args.yaml into it; a fresh run sets the log of an earlier one aside."""
+    output, failure = Path(args.output_dir), None
     if is_main():
         try:
             output.mkdir(parents=True, exist_ok=True)
             config.write_args(args, output / "args.yaml")
+            if not args.resume and (output / "log.txt").exists():
+                (output / "log.txt").replace(output / "log.old.txt")
         except OSError as error:
-            raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
+            failure = f"cannot write to --output_dir {output}: {error.strerror}"
+    agree(failure)
     return output
 
 
@@ -360,7 +374,7 @@ def write_epoch(
     line |= {f"test_{name}": value for name, value in tested.items()}
     line |= {f"ema_test_{name}": value for name, value in averaged.items()}
     line |= {"max_acc": run_state.max_acc, "epoch": run_state.epoch, "n_parameters": parameters}
-    with open(output / "log.txt", "a") as log:
+    with open(output / "log.txt", "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
 
 

@@ -20,13 +20,31 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
 
 class UserError(Exception):
     """Something the user gave cannot work. The message says what, and what to do about it."""
+
+
+class LocalError(UserError):
+    """A UserError that perhaps only this process meets: every process prints its own."""
+
+
+# What libraries raise for an argument that they cannot use.
+BAD_ARGUMENT = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+)
 
 
 class TrainingDiverged(Exception):
@@ -51,10 +69,6 @@ class Launch:
     world_size: int
     local_rank: int
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 def _first_slurm_host(nodelist: str) -> str:
     """First host of a SLURM node list: 'gpu[07-09,12],login1' -> 'gpu07'."""
@@ -74,10 +88,12 @@ def find_launch(world_size: int = 1, env: Mapping[str, str] = os.environ) -> Lau
         UserError: several processes are asked for but nothing says which one this is.
     """
     if "RANK" in env:
-        size = int(env.get("WORLD_SIZE", world_size))
-        return Launch(int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)))
+        values = [env["RANK"], env.get("WORLD_SIZE", str(world_size)), env.get("LOCAL_RANK", "0")]
+        if not all(value.isdigit() for value in values):
+            raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK are {values}: start with torchrun, or unset RANK")
+        return Launch(*(int(value) for value in values))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun sets it; a batch script by itself is one process
+        return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
     if world_size > 1:
         raise UserError(
             f"--world_size {world_size}, but no launcher set RANK: start with "
@@ -95,13 +111,32 @@ def init_distributed(launch: Launch, device: torch.device, dist_url: str = "env:
             raise UserError("several processes, but no MASTER_ADDR: start with torchrun, or give --dist_url")
         os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_JOB_NODELIST"])
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=dist_url,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{launch.world_size} processes cannot meet at --dist_url {dist_url}: {error}") from error
+
+
+def broadcast_from_main(module: nn.Module) -> None:
+    """Give every process the main one's parameters and buffers."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def agree(failure: str | None) -> None:
+    """Raise the main process's failure, if it has one, on every process."""
+    told = [failure]
+    if world_size() > 1:
+        dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise UserError(told[0])
 
 
 def world_size() -> int:
@@ -150,7 +185,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             raise UserError(f"--device {name}: no CUDA device is visible; use --device auto or cpu")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise UserError(
+            raise LocalError(
                 f"process with local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} "
                 "visible; start fewer processes per machine"
             )
@@ -158,6 +193,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: no MPS device is available; use --device auto or cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or mps")
     return device
 
 

@@ -59,7 +59,7 @@ class Variant:
         self.diversity, _ = main.build_diversity(args, backbone)
         model = DiverseViT(backbone, self.diversity.needs).to(device)
         self.precision = Precision(device, args.amp_dtype)
-        run_state = main.build_run(args, model, self.precision, None)
+        run_state = main.build_run(args, model, self.precision)
         self.model, self.ema = model, run_state.ema
         self.updater = Updater(run_state.optimizer, self.precision, args.clip_grad, run_state.ema)
         self.label_loss = main.build_label_loss(args, self.diversity, 1000, device)

@@ -11,7 +11,7 @@ from torch import nn
 from models.adapters import Layout, find_layout
 from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
 from models.capture import Captured, DiverseViT, Needs
-from utils import UserError, did_you_mean
+from utils import BAD_ARGUMENT, UserError, did_you_mean
 
 __all__ = [
     "VARIANTS",
@@ -46,14 +46,15 @@ def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> 
         UserError: unknown name, or an argument that this model's constructor does not take.
     """
     check_name(name)
-    own = get_pretrained_cfg(name)
-    if img_size is not None and (own is None or own.fixed_input_size):
-        overrides["img_size"] = img_size
     try:
+        own = get_pretrained_cfg(name)
+        if img_size is not None and (own is None or own.fixed_input_size):
+            overrides = {"img_size": img_size, **overrides}
         backbone = timm.create_model(name, pretrained=False, **overrides)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except BAD_ARGUMENT as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-        raise UserError(f"{name} cannot be built with {shown}: {error}") from error
-    if name in REFERENCE_NAMES:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} cannot be built with {shown}: {reason}") from error
+    if name.partition(".")[0] in REFERENCE_NAMES and getattr(backbone, "cls_token", None) is not None:
         reference_init(backbone)
     return backbone

@@ -102,6 +102,8 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
         raise UserError(f"unknown regularizer {term!r}.{did_you_mean(term, all_names())} Known: {_summary()}")
     coef = _number(match["coef"], text) if with_coef else 1.0
     level, _, name = term.partition(".")
+    if not with_coef and (term == MIXING or MEASURES[name].takes == "gradient"):
+        raise UserError(f"{text!r} depends on the training labels: it can be trained on (--reg), not measured")
     if term == MIXING:
         if match["options"] is not None or match["layers"] not in (None, "last"):
             raise UserError(f"{text!r}: {MIXING} takes no options and works on the last block's patches")
@@ -184,12 +186,13 @@ def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int
             layers += range(depth)
         else:
             low, _, high = part.partition("-")
-            layers += range(int(low), int(high or low) + 1)
-            if int(high or low) < int(low):
+            start, end = int(low), int(high or low)
+            if end < start:
                 raise UserError(f"{spec!r}: the range {part} is empty")
-    for layer in layers:
-        if layer >= depth:
-            raise UserError(f"{spec!r}: layer {layer} is out of range, the model has blocks 0 to {depth - 1}")
+            if end >= depth:
+                outside = max(start, depth)
+                raise UserError(f"{spec!r}: layer {outside} is out of range, the model has blocks 0 to {depth - 1}")
+            layers += range(start, end + 1)
     return list(dict.fromkeys(layers))
 
 
@@ -225,6 +228,11 @@ class _Bound:
             self.layers = resolve_layers(spec.layers, depth, level.FIRST, spec.name)
 
     @property
+    def key(self) -> tuple[object, ...]:
+        """What the term computes: equal keys are the same term, however it is spelled."""
+        return self.spec.level, self.spec.measure, self.spec.options, tuple(self.layers), tuple(self.pairs)
+
+    @property
     def needs(self) -> Needs:
         used = frozenset(self.layers) | {layer for pair in self.pairs for layer in pair}
         if self.spec.level == "patch":
@@ -242,6 +250,15 @@ class _Bound:
             assert label_loss is not None
             return _sum(self.function(patch.gradients(captured, i, label_loss)) for i in self.layers)
         return _sum(self.function(items(captured, i)) for i in self.layers)
+
+
+def _refuse_repetition(terms: Sequence[tuple[object, str]]) -> None:
+    seen: dict[object, str] = {}
+    for key, name in terms:
+        if key in seen:
+            both = f"{name} is" if seen[key] == name else f"{seen[key]} and {name} are the same term,"
+            raise UserError(f"{both} given twice: keep one, with the sum of the coefficients if both are meant")
+        seen[key] = name
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
@@ -265,14 +282,10 @@ class Diversity:
 
     def __init__(self, specs: Sequence[Spec], depth: int, patches_reach_label: bool = False) -> None:
         specs = [spec for spec in specs if spec.coef > 0]
-        names = [spec.name for spec in specs]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise UserError(
-                f"{twice[0]} is given twice: keep one, with the sum of the coefficients if both are meant"
-            )
         self.mixing = sum(spec.coef for spec in specs if spec.name == MIXING)
         self.terms = [_Bound(spec, depth) for spec in specs if spec.name != MIXING]
+        _refuse_repetition([(term.key, term.spec.name) for term in self.terms])
+        _refuse_repetition([(spec.name, spec.name) for spec in specs])
         self.needs = Needs(patch_logits=self.mixing > 0)
         for term in self.terms:
             self.needs |= term.needs
@@ -281,9 +294,6 @@ class Diversity:
                     f"{term.spec.name}: with a class-token head the last block's patches get no gradient from the "
                     "label; add patch.mixing=1 or choose an average-pooled model"
                 )
-
-    def __len__(self) -> int:
-        return len(self.terms)
 
     @property
     def names(self) -> list[str]:

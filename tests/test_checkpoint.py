@@ -208,7 +208,7 @@ def test_another_optimizers_checkpoint_is_refused(tiny):
     run = make_run(tiny)
     state = run.state_dict()
     state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
-    with pytest.raises(UserError, match="another optimizer"):
+    with pytest.raises(UserError, match="is not what --opt and --sched say"):
         run.load_state_dict(state, "x.pth")
 
 

@@ -161,6 +161,12 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def test_model_kwargs_are_merged(tmp_path):
+    file = write(tmp_path / "c.yaml", "model_kwargs: {depth: 6, patch_size: 4}\n")
+    args = config.resolve(["-c", file, "--model-kwargs", "depth=2", "--model-kwargs", "num_heads=3"])
+    assert args.model_kwargs == {"depth": 2, "patch_size": 4, "num_heads": 3}
+
+
 def test_precedence_defaults_file_command_line(tmp_path):
     file = write(
         tmp_path / "c.yaml", "epochs: 7\nbatch-size: 32\nlr: 5e-4\nrepeated_aug: false\nno_model_ema: true\n"
@@ -199,6 +205,10 @@ def test_yaml_types(tmp_path):
         ("- epochs\n", "must hold 'flag: value' lines"),
         ("epochs: [\n", "is not YAML"),
         ("config: other.yaml\n", "unknown key 'config'"),
+        ("seed: null\n", "seed must be of type int, not None"),
+        ("measure: null\n", "measure must be a list"),
+        ("batch_size: 4\nbatch-size: 8\n", "batch-size says again what another key says"),
+        ("model_ema: true\nno_model_ema: true\n", "no_model_ema says again"),
     ],
 )
 def test_bad_yaml_is_one_clear_error(tmp_path, text, message):
@@ -293,8 +303,19 @@ def test_one_term_twice_in_one_source_is_refused():
         (["--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--num_workers", "-1"], "--num-workers must not be negative"),
-        (["--lr", "-1"], "--lr must not be negative"),
+        (["--num_workers", "-1"], "--num-workers must be at least 0"),
+        (["--lr", "-1"], "--lr must be at least 0, not -1.0"),
+        (["--lr", "nan"], "--lr must be at least 0, not nan"),
+        (["--lr", "inf"], "--lr must be at least 0, not inf"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--drop-path", "1.5"], "--drop-path must be between 0 and 1"),
+        (["--model-ema-decay", "2"], "--model-ema-decay must be between 0 and 1"),
+        (["--distillation-alpha", "5"], "--distillation-alpha must be between 0 and 1"),
+        (["--clip-grad", "-1"], "--clip-grad must be at least"),
+        (["--decay-epochs", "0"], "--decay-epochs must be at least"),
+        (["--opt-betas", "0.9"], "--opt-betas takes two"),
+        (["--opt-betas", "0.9", "2"], "--opt-betas takes two"),
+        (["--lr-noise", "0.1", "0.2", "0.3"], "--lr-noise takes one or two"),
         (["--batch-size", "63"], "--batch-size 63 is odd.*--mixup 0 --cutmix 0"),
         (["--batch-size", "63", "--mixup", "0"], "is odd"),
         (["--opt", "adamww"], "unknown optimizer 'adamww'. Did you mean adamw"),
@@ -316,6 +337,10 @@ def test_refused(argv, message):
     with pytest.raises(UserError, match=message) as error:
         config.resolve(argv)
     assert "\n" not in str(error.value)
+
+
+def test_lookahead_optimizers_are_timms():
+    assert config.resolve(["--opt", "lookahead_adamw"]).opt == "lookahead_adamw"
 
 
 @pytest.mark.parametrize("off", [["--mixup", "0", "--cutmix", "0"], ["--mixup-prob", "0"], ["--eval"]])

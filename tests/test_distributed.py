@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -89,6 +90,27 @@ def test_two_processes_train_as_one_run(folder, tmp_path):
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["epoch"] == 0
 
 
+def test_every_process_averages_the_same_weights(folder, tmp_path):
+    """The EMA that two processes evaluate together is the one in the checkpoint."""
+    argv = [*flags(folder), "--no-repeated-aug", "--epochs", "1", "--output_dir", str(tmp_path), "--dist-eval"]
+    process = torchrun(2, "main.py", *argv, "--model-ema-decay", "0.9")
+    assert process.returncode == 0, process.stderr[-3000:]
+    trained = re.findall(r"Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+", process.stdout)
+    alone = torchrun(1, "main.py", *flags(folder), "--eval", "--resume", str(tmp_path / "checkpoint.pth"))
+    assert trained == re.findall(r"Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+", alone.stdout) and len(trained) == 2
+
+
+def test_a_mistake_of_one_process_is_reported_by_it(folder, tmp_path):
+    """A damaged image in the second process's share."""
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in sorted((tmp_path / "copy" / "val").glob("*/*.png"))[1::2]:
+        path.write_bytes(b"no image")
+    argv = [*flags(tmp_path / "copy"), "--eval", "--dist-eval", "--resume", str(folder / "weights.pth")]
+    process = torchrun(2, "main.py", *argv)
+    assert process.returncode != 0
+    assert process.stderr.count("main.py: error: cannot decode image") == 1, process.stderr[-3000:]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -101,7 +123,7 @@ def test_other_launchers(folder, tmp_path, launcher):
     processes = []
     address = f"tcp://127.0.0.1:{free_port()}"
     for rank in range(2):
-        slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
+        slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
         slurm |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
         env = slurm if launcher == "slurm" else {"RANK": str(rank)}
         command = [sys.executable, "main.py", *flags(folder), "--no-repeated-aug", "--epochs", "1"]

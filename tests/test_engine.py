@@ -185,11 +185,15 @@ def test_diversity_runs_in_float32_outside_autocast(tiny, dtype):
     assert math.isfinite(means["loss"])
 
 
-def test_second_order_optimizers_get_their_graph(tiny):
+def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
     model, diversity = tiny()
-    optimizer = create_optimizer_v2(model.backbone, opt="adahessian", lr=1e-3)
+    with pytest.raises(
+        UserError, match=r"second derivatives, which fused attention does not have: set .*TIMM_FUSED"
+    ):
+        main.build_run(run_args("--opt", "adahessian"), model, CPU)
     for block in model.backbone.blocks:
-        block.attn.fused_attn = False  # the fused kernel has no second derivative
+        block.attn.fused_attn = False
+    optimizer = main.build_run(run_args("--opt", "adahessian"), model, CPU).optimizer
     with pytest.warns(UserWarning, match="create_graph=True"):
         train_one_epoch(model, LabelLoss(), diversity, batches(2), Updater(optimizer, CPU), no_mixing())
 
@@ -246,7 +250,7 @@ def test_gpu_step_equals_cpu_step_in_float32(tiny):
 def test_evaluation_counts_every_sample_once(tiny):
     model, _ = tiny()
     measure = Diversity([parse_spec("patch.pairwise_cosine@last=1"), parse_spec("weight.cno=1")], depth=3)
-    model = DiverseViT(model.backbone, measure.needs)
+    model = DiverseViT(model.backbone, measured=measure.needs)
     data = [random_batch(size, seed=size) for size in (5, 5, 3, 1)]
     state = torch.get_rng_state()
     results = evaluate(model, data, CPU, measure)
@@ -255,7 +259,7 @@ def test_evaluation_counts_every_sample_once(tiny):
     images, targets = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
     with torch.no_grad():
         logits = model.backbone(images)
-        shown = model(images)
+        shown = model(images, needs=measure.needs)
     assert results["acc1"] == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
     assert results["acc5"] == 100.0  # five classes
     assert results["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -290,7 +294,7 @@ def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
     """The learning rate of every epoch, through main's own schedule and loop."""
     args = run_args(*argv)
     model = DiverseViT(nn.Linear(2, 2))
-    run_state = main.build_run(args, model, CPU, None)
+    run_state = main.build_run(args, model, CPU)
     seen = []
 
     def train_epoch(wrapped, updater, epoch):
@@ -376,7 +380,7 @@ def test_optimizer_flags(tiny):
     args = run_args(
         "--opt", "adamw", "--opt-eps", "1e-6", "--opt-betas", "0.8", "0.9", "--weight-decay", "0.1", "--lr", "1"
     )
-    optimizer = main.build_run(args, model, CPU, None).optimizer
+    optimizer = main.build_run(args, model, CPU).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
     for name, parameter in model.backbone.named_parameters():
@@ -384,13 +388,13 @@ def test_optimizer_flags(tiny):
         assert (id(parameter) in decayed) != spared, name
     for group in optimizer.param_groups:
         assert group["eps"] == 1e-6 and tuple(group["betas"]) == (0.8, 0.9)
-    sgd = main.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU, None).optimizer
+    sgd = main.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU).optimizer
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.5
 
 
 def test_ema_flags(tiny):
     model, _ = tiny()
-    assert main.build_run(run_args("--no-model-ema"), model, CPU, None).ema is None
-    ema = main.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU, None).ema
+    assert main.build_run(run_args("--no-model-ema"), model, CPU).ema is None
+    ema = main.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU).ema
     assert ema.decay == 0.5 and next(ema.module.parameters()).device.type == "cpu"
-    assert isinstance(main.build_run(run_args(), model, CPU, None), RunState)
+    assert isinstance(main.build_run(run_args(), model, CPU), RunState)

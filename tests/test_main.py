@@ -108,12 +108,14 @@ def test_resume_continues(trained, tmp_path, capsys):
     """Two epochs, then two more: schedule, best accuracy, EMA and log go on where they stopped."""
     flags = [*RUN, *RECIPE, "--model-ema-decay", "0.9", "--output_dir", str(tmp_path)]
     assert main.main([*flags, "--epochs", "4", "--resume", str(trained / "checkpoint.pth")]) == 0
-    assert "resumed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "resumed" in shown
     lines = log_of(tmp_path)
     assert [line["epoch"] for line in lines] == [2, 3]
     before = log_of(trained)[-1]
     assert lines[0]["max_acc"] >= before["max_acc"]
     assert abs(lines[0]["ema_test_loss"] - before["ema_test_loss"]) < abs(2.4 - before["ema_test_loss"])
+    assert "--epochs 4 has no effect: the checkpoint's 2 goes on" in shown
     assert main.main([*flags, "--epochs", "2", "--resume", str(trained / "checkpoint.pth")]) == 0
     assert "nothing to train: 2 of 2 epochs are done" in capsys.readouterr().out
 
@@ -268,7 +270,7 @@ def test_more_bad_input(tmp_path, trained, images, capsys):
         ([*RUN, *teacher], "needs a student with a distillation token"),
         ([*RUN, *teacher, "--model", "deit_tiny_distilled_patch16_224"], "does not fit ResNet"),
         (
-            [*RUN, "--model", "resnet10t", "--model-kwargs", "--input-size", "176", "--reg", "patch.so=1"],
+            [*DIGITS, *QUICK, "--model", "resnet10t", "--reg", "patch.so=1"],
             "not a plain",
         ),
         ([*RUN, "--model-kwargs", "dept=2"], "cannot be built with"),
@@ -277,9 +279,22 @@ def test_more_bad_input(tmp_path, trained, images, capsys):
         ([*folder, "--no-repeated-aug"], "fewer than one batch of 64"),
         ([*RUN, "--output_dir", "/proc/forbidden"], "cannot write to --output_dir"),
         ([*RUN, "--world_size", "2"], "no launcher set RANK"),
+        ([*RUN, "--model-kwargs", "in_chans=1"], "cannot take images of 3 x 16 x 16 pixels"),
+        ([*RUN, "--model-kwargs", "num_classes=5"], "returns [5] numbers an image, the data has 10 classes"),
+        ([*RUN, "--model-kwargs", "patch_size=0"], "cannot be built"),
+        ([*RUN, "--model-kwargs", "norm_layer=foo"], "cannot be built"),
+        ([*RUN, "--model", "deit_tiny_patch16_224.foo"], "cannot be built"),
+        ([*RUN, "--model", "local-dir:/nowhere"], "cannot be built"),
+        ([*RUN, "--opt", "bnbadam8bit"], "--opt bnbadam8bit and --sched cosine cannot be built"),
+        ([*RUN, "--opt", "adahessian"], "set the environment variable TIMM_FUSED_ATTN=0"),
+        ([*RUN, "--resume", best, "--opt", "sgd"], "was trained with --opt adamw, not sgd"),
+        ([*RUN, "--resume", best, "--sched", "step"], "was trained with --sched cosine, not step"),
+        ([*RUN, "--measure", "patch.gradient_diversity"], "not measured"),
     ]
     for argv, message in cases:
-        argv = argv if "--output_dir" in argv else [*argv, "--output_dir", str(tmp_path / "never")]
+        argv = [*argv, "--epochs", "1"] + (
+            [] if "--output_dir" in argv else ["--output_dir", str(tmp_path / "never")]
+        )
         assert message in one_error(capsys, argv), argv
     assert not (tmp_path / "never").exists()
 
@@ -302,13 +317,33 @@ def test_divergence_stops_with_exit_code_1_and_keeps_the_last_checkpoint(trained
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_interruption_says_how_to_continue(monkeypatch, capsys):
+def test_a_fresh_run_sets_the_old_log_aside(tmp_path):
+    for _ in range(2):
+        assert main.main([*RUN, "--epochs", "1", "--output_dir", str(tmp_path)]) == 0
+    assert (
+        len(log_of(tmp_path)) == 1 and (tmp_path / "log.old.txt").read_text() == (tmp_path / "log.txt").read_text()
+    )
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    checkpoint.save({"epoch": 1}, tmp_path / "checkpoint.pth")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    assert "No space left on device" in one_error(capsys, [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)])
+    assert checkpoint.load(str(tmp_path / "checkpoint.pth")) == {"epoch": 1}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_interruption(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "run", interrupted)
     assert main.main(DIGITS) == 130
-    assert "--resume continues" in capsys.readouterr().err
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_exported_weights_load_into_timm(trained):

@@ -156,12 +156,56 @@ def test_only_what_is_needed_is_hooked(tiny):
 def test_nothing_stays_on_the_module(tiny):
     model, _ = tiny(*RECIPE)
     model(random_batch()[0])
-    assert model._sink is None
-    assert not model(random_batch()[0], capture=False).tokens
+    assert not model._sink and not model._wanted
+    assert not model(random_batch()[0], needs=Needs()).tokens
     with pytest.raises(AssertionError, match="Input height"):
         model(torch.zeros(1, 3, 7, 7))
-    assert model._sink is None
+    assert not model._sink and not model._wanted
     copy.deepcopy(model)
+
+
+def test_measuring_leaves_training_alone():
+    """What is only measured is captured on demand, and training keeps its fused attention."""
+    backbone = build_model("deit_tiny_patch16_224", **TINY)
+    fused = [block.attn.fused_attn for block in backbone.blocks]
+    measured = Needs(tokens=frozenset({2}), attention=frozenset({0, 1}))
+    model = DiverseViT(backbone, Needs(attention=frozenset({1})), measured).eval()
+    images = random_batch()[0]
+    trained = model(images)
+    assert not trained.tokens and list(trained.attention) == [1]
+    shown = model(images, needs=measured)
+    assert list(shown.tokens) == [2] and list(shown.attention) == [0, 1]
+    torch.testing.assert_close(shown.logits, trained.logits)
+    assert [block.attn.fused_attn for block in backbone.blocks] == [fused[0], False, fused[2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "message"),
+    [
+        (
+            "cait_xxs24_224",
+            Needs(tokens=frozenset({0})),
+            r"patch terms take the tokens of Cait at layer 0 for \[B, 5,",
+        ),
+        ("cait_xxs24_224", Needs(attention=frozenset({0})), "its rows do not sum to 1"),
+        ("xcit_nano_12_p16_224", Needs(attention=frozenset({0})), "attention is not supported"),
+    ],
+)
+def test_families_that_are_not_what_terms_take_them_for_are_refused(name, needs, message):
+    model = DiverseViT(build_model(name, img_size=32, num_classes=3), needs)
+    with pytest.raises(UserError, match=message):
+        model.check(32, 3, needs)
+
+
+def test_check_refuses_other_images_and_classes(tiny):
+    model, _ = tiny(*RECIPE)
+    model.train()
+    model.check(32, 5, model.needs)
+    assert model.training
+    with pytest.raises(UserError, match=r"cannot take images of 3 x 36 x 36 pixels: Input height"):
+        model.check(36, 5, model.needs)
+    with pytest.raises(UserError, match=r"returns \[5\] numbers an image, the data has 7 classes"):
+        model.check(32, 7, model.needs)
 
 
 def test_the_ema_copy_captures_for_itself(tiny):
@@ -192,7 +236,7 @@ def test_gradient_checkpointing_changes_nothing(tiny):
         model.train()
         shown = model(random_batch()[0])
         sum(term.value for term in diversity(shown, model.projections).values()).backward()
-        assert model._sink is None
+        assert not model._sink
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1]) > 10
     for one, other in zip(*grads, strict=True):

@@ -108,6 +108,19 @@ def test_equal_terms_have_equal_names(text: str, name: str) -> None:
 def test_a_term_given_twice_is_refused() -> None:
     with pytest.raises(UserError, match=r"patch.cosine@last is given twice: keep one"):
         diversity("patch.cosine=1", "patch.cosine:signed@last=2")
+    with pytest.raises(UserError, match=r"patch.cosine@last and patch.cosine@1 are the same term, given twice"):
+        diversity("patch.cosine@last=1", "patch.cosine@1=1", depth=2)
+
+
+@pytest.mark.parametrize("text", ["patch.mixing", "patch.gradient_diversity"])
+def test_what_depends_on_labels_cannot_be_measured(text: str) -> None:
+    with pytest.raises(UserError, match=r"can be trained on .*, not measured"):
+        parse_spec(text, with_coef=False)
+
+
+def test_absurd_ranges_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match="is out of range, the model has blocks 0 to"):
+        diversity("patch.cosine@0-999999999999=1")
 
 
 @pytest.mark.parametrize(("flag", "text"), REFERENCE_FLAGS.items())

@@ -17,19 +17,21 @@ from utils import Launch, Meters, Progress, UserError, find_launch, pick_device
         ({}, Launch(0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(3, 8, 1)),
         ({"RANK": "1"}, Launch(1, 2, 0)),  # --world_size says how many
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, Launch(5, 16, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch(0, 1, 0)),  # an interactive shell
-        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Launch(0, 2, 0)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}, Launch(5, 16, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Launch(0, 1, 0)),  # a batch script, before any srun
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launch(0, 1, 0)),  # an interactive shell
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, Launch(0, 2, 0)),
     ],
 )
 def test_launchers(env, expected):
     assert find_launch(2 if env == {"RANK": "1"} else 1, env) == expected
-    assert expected.is_main == (expected.rank == 0)
 
 
 def test_several_processes_without_a_launcher():
     with pytest.raises(UserError, match="--world_size 4, but no launcher set RANK: start with 'torchrun"):
         find_launch(4, {})
+    with pytest.raises(UserError, match=r"RANK, WORLD_SIZE, LOCAL_RANK are \['x', '1', '0'\]"):
+        find_launch(1, {"RANK": "x"})
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_devices(monkeypatch):
         pick_device("mps")
     with pytest.raises(UserError, match="--device tpuu: not a device name"):
         pick_device("tpuu")
+    with pytest.raises(UserError, match="--device meta is not supported"):
+        pick_device("meta")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
