@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import build
 import config
-import main
 from engine import Precision, Updater, train_one_epoch
 from models import DiverseViT
 from utils import pick_device, seed_everything
@@ -55,15 +55,15 @@ class Variant:
         argv = ["--config", str(CONFIGS / recipe), "--batch-size", str(flags.batch_size)]
         args = config.resolve([*argv, "--amp-dtype", flags.amp_dtype])
         seed_everything(args.seed)
-        backbone = main.build_backbone(args, 1000)
-        self.diversity, _ = main.build_diversity(args, backbone)
+        backbone = build.build_backbone(args, 1000)
+        self.diversity, _ = build.build_diversity(args, backbone)
         model = DiverseViT(backbone, self.diversity.needs).to(device)
         self.precision = Precision(device, args.amp_dtype)
-        run_state = main.build_run(args, model, self.precision)
+        run_state = build.build_run(args, model, self.precision)
         self.model, self.ema = model, run_state.ema
         self.updater = Updater(run_state.optimizer, self.precision, args.clip_grad, run_state.ema)
-        self.label_loss = main.build_label_loss(args, self.diversity, 1000, device)
-        self.mixup = main.build_mixup(args, backbone, self.diversity)
+        self.label_loss = build.build_label_loss(args, self.diversity, 1000, device)
+        self.mixup = build.build_mixup(args, backbone, self.diversity)
         self.batches = Batches(flags.batch_size, flags.steps, args.input_size, device)
 
     def round(self) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import config
+import flags
 from utils import UserError
 
 # The reference's command line: (flag, destination, type, default, choices, takes several values). Switches have
@@ -93,7 +94,7 @@ SAMPLES = {float: "0.25", int: "3", str: "word"}
 
 
 def parse(*argv: str) -> argparse.Namespace:
-    return config.get_args_parser().parse_args(argv)
+    return flags.get_args_parser().parse_args(argv)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_reference_flag(flag, dest, kind, default, choices, many):
 
 
 def test_every_flag_has_both_spellings_and_a_help_text():
-    for action in config.get_args_parser()._actions:
+    for action in flags.get_args_parser()._actions:
         assert action.help and len(action.help) > 3
         for option in (o for o in action.option_strings if o.startswith("--")):
             assert "--" + option[2:].replace("-", "_") in action.option_strings
@@ -128,7 +129,7 @@ def test_every_flag_has_both_spellings_and_a_help_text():
 
 def test_help_shows_groups_and_one_spelling(capsys):
     with pytest.raises(SystemExit) as stop:
-        config.get_args_parser().parse_args(["--help"])
+        flags.get_args_parser().parse_args(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for group in (

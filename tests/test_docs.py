@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY
 
-import config
+import flags
 from regularizers import MEASURES, REFERENCE_FLAGS, parse_spec
 from regularizers.objective import LEVELS, MIXING
 
@@ -26,7 +26,7 @@ def test_links_lead_somewhere():
 
 
 def test_flags_and_scripts_exist():
-    known = set(config.get_args_parser()._option_string_actions)
+    known = set(flags.get_args_parser()._option_string_actions)
     for line in README.splitlines():
         foreign = "torchrun" in line or "srun" in line
         for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line):

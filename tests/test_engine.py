@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import build
 import config
 import main
 from checkpoint import RunState
@@ -190,10 +191,10 @@ def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
     with pytest.raises(
         UserError, match=r"second derivatives, which fused attention does not have: set .*TIMM_FUSED"
     ):
-        main.build_run(run_args("--opt", "adahessian"), model, CPU)
+        build.build_run(run_args("--opt", "adahessian"), model, CPU)
     for block in model.backbone.blocks:
         block.attn.fused_attn = False
-    optimizer = main.build_run(run_args("--opt", "adahessian"), model, CPU).optimizer
+    optimizer = build.build_run(run_args("--opt", "adahessian"), model, CPU).optimizer
     with pytest.warns(UserWarning, match="create_graph=True"):
         train_one_epoch(model, LabelLoss(), diversity, batches(2), Updater(optimizer, CPU), no_mixing())
 
@@ -294,7 +295,7 @@ def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
     """The learning rate of every epoch, through main's own schedule and loop."""
     args = run_args(*argv)
     model = DiverseViT(nn.Linear(2, 2))
-    run_state = main.build_run(args, model, CPU)
+    run_state = build.build_run(args, model, CPU)
     seen = []
 
     def train_epoch(wrapped, updater, epoch):
@@ -315,7 +316,7 @@ def cosine_rate(epoch: int, epochs: int = 300) -> float:
 
 def test_learning_rates_of_all_300_epochs(monkeypatch, capsys):
     """8 processes x 128 images: 5e-4 * 1024 / 512 = 1e-3."""
-    monkeypatch.setattr(main, "world_size", lambda: 8)
+    monkeypatch.setattr(build, "world_size", lambda: 8)
     monkeypatch.setattr(main, "distribute", lambda model, device: model)
     seen = rates("--no-model-ema")
     assert len(seen) == 300
@@ -380,7 +381,7 @@ def test_optimizer_flags(tiny):
     args = run_args(
         "--opt", "adamw", "--opt-eps", "1e-6", "--opt-betas", "0.8", "0.9", "--weight-decay", "0.1", "--lr", "1"
     )
-    optimizer = main.build_run(args, model, CPU).optimizer
+    optimizer = build.build_run(args, model, CPU).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
     for name, parameter in model.backbone.named_parameters():
@@ -388,13 +389,13 @@ def test_optimizer_flags(tiny):
         assert (id(parameter) in decayed) != spared, name
     for group in optimizer.param_groups:
         assert group["eps"] == 1e-6 and tuple(group["betas"]) == (0.8, 0.9)
-    sgd = main.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU).optimizer
+    sgd = build.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU).optimizer
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.5
 
 
 def test_ema_flags(tiny):
     model, _ = tiny()
-    assert main.build_run(run_args("--no-model-ema"), model, CPU).ema is None
-    ema = main.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU).ema
+    assert build.build_run(run_args("--no-model-ema"), model, CPU).ema is None
+    ema = build.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU).ema
     assert ema.decay == 0.5 and next(ema.module.parameters()).device.type == "cpu"
-    assert isinstance(main.build_run(run_args(), model, CPU), RunState)
+    assert isinstance(build.build_run(run_args(), model, CPU), RunState)

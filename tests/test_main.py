@@ -15,7 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
+import build
 import checkpoint
+import config
 import main
 from models import build_model
 
@@ -197,8 +199,8 @@ def test_flags_train(tmp_path, flags):
 
 
 def test_drop_reaches_the_model():
-    args = main.config.resolve([*RUN, "--drop", "0.3", "--drop-path", "0.2"])
-    backbone = main.build_backbone(args, 10)
+    args = config.resolve([*RUN, "--drop", "0.3", "--drop-path", "0.2"])
+    backbone = build.build_backbone(args, 10)
     assert backbone.pos_drop.p == backbone.blocks[0].attn.proj_drop.p == backbone.blocks[0].mlp.drop1.p == 0.3
     assert backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2) and backbone.head_drop.p == 0
 

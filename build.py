@@ -1,0 +1,123 @@
+"""From flags to objects: model, objective, label loss, Mixup, optimizer, schedule and EMA. No loop lives here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import checkpoint
+import config
+from checkpoint import RunState
+from engine import Precision
+from losses import LabelLoss
+from mixup import Mixup
+from models import DiverseViT, Layout, build_model, find_layout
+from regularizers import Diversity
+from utils import BAD_ARGUMENT, UserError, print_main, rank, world_size
+
+
+def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
+    """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size}
+    if args.drop_path > 0:
+        options |= {"drop_path_rate": args.drop_path}
+    if args.drop > 0:
+        options |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
+    backbone: Any = build_model(args.model, **options | args.model_kwargs)
+    if args.distillation_type != "none":
+        if not hasattr(backbone, "set_distilled_training"):
+            raise UserError(
+                f"--distillation-type {args.distillation_type} needs a student with a distillation token, which "
+                f"{args.model} lacks: choose e.g. --model deit_small_distilled_patch16_224"
+            )
+        backbone.set_distilled_training(True)
+    if args.finetune:
+        weights = checkpoint.model_weights(checkpoint.load(args.finetune), args.finetune)
+        fresh = checkpoint.load_for_finetuning(backbone, weights, args.finetune)
+        print_main(f"fine-tuning from {args.finetune}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    return backbone
+
+
+def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Diversity, Diversity]:
+    """The terms to train on, and those to measure only."""
+    if not (args.terms or args.measures):
+        return Diversity([], depth=0), Diversity([], depth=0)
+    layout: Layout = find_layout(backbone)
+    depth, pooled = len(layout.blocks), layout.pools_patches
+    return Diversity(args.terms, depth, pooled), Diversity(args.measures, depth, pooled)
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+    """The teacher, with its weights, in evaluation mode."""
+    teacher = build_model(args.teacher_model, num_classes=num_classes, img_size=args.input_size)
+    weights = checkpoint.model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
+    checkpoint.load_weights(teacher, weights, args.teacher_path)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def build_label_loss(
+    args: argparse.Namespace, diversity: Diversity, num_classes: int, device: torch.device
+) -> LabelLoss:
+    """Cross-entropy, with the mixing loss and a teacher if the flags ask for them."""
+    teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
+    return LabelLoss(
+        diversity.mixing, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
+    )
+
+
+def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Diversity) -> Mixup:
+    """Mixup and CutMix as the flags say; patches are labelled only where the mixing loss asks for it."""
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=tuple(args.cutmix_minmax) if args.cutmix_minmax else None,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        patch_size=find_layout(backbone).patch_size if diversity.mixing else None,
+        seed=args.seed + rank(),
+    )
+
+
+def build_run(args: argparse.Namespace, model: DiverseViT, precision: Precision) -> RunState:
+    """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues."""
+    ema = None
+    if args.model_ema:
+        device = torch.device("cpu") if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
+    scaled = argparse.Namespace(**vars(args) | {"lr": scaled_lr(args)})
+    try:
+        optimizer = create_optimizer(scaled, model.backbone)
+        schedule, _ = create_scheduler(scaled, optimizer)  # stepped after each epoch, as the reference does
+    except BAD_ARGUMENT as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--opt {args.opt} and --sched {args.sched} cannot be built: {reason}") from error
+    if getattr(optimizer, "is_second_order", False) and any(
+        getattr(m, "fused_attn", False) for m in model.modules()
+    ):
+        raise UserError(
+            f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
+            "set the environment variable TIMM_FUSED_ATTN=0"
+        )
+    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args))
+    if args.resume:
+        run_state.load_state_dict(checkpoint.load(args.resume), args.resume)
+        print_main(
+            f"resumed {args.resume}: epoch {run_state.epoch + 1} is done, best top-1 {run_state.max_acc:.2f}%"
+        )
+    elif args.start_epoch > 0:
+        run_state.epoch = args.start_epoch - 1
+        run_state.lr_scheduler.step(run_state.epoch)
+    return run_state
+
+
+def scaled_lr(args: argparse.Namespace) -> float:
+    """--lr is for 512 images; scale it to the global batch unless told not to."""
+    return args.lr * args.batch_size * world_size() / 512.0 if args.scale_lr_flag else args.lr
