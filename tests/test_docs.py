@@ -25,6 +25,10 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"^\W*[A-Z]+_[A-Z]+\W*$", README, flags=re.M)
+
+
 def test_flags_and_scripts_exist():
     known = set(flags.get_args_parser()._option_string_actions)
     for line in README.splitlines():
