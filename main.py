@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +49,7 @@ from utils import (
     clock,
     find_launch,
     init_distributed,
+    is_first_on_machine,
     is_main,
     pick_device,
     print_main,
@@ -65,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config.resolve(argv))
     except (UserError, TrainingDiverged) as error:
         # all processes meet the same mistake, and one of each machine reports it; but a LocalError is its own
-        if (
-            isinstance(error, LocalError)
-            or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
-        ):
+        if isinstance(error, LocalError) or is_first_on_machine():
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:

@@ -139,6 +139,11 @@ def agree(failure: str | None) -> None:
         raise UserError(told[0])
 
 
+def is_first_on_machine(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the first process of its machine; known before any process group is."""
+    return env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) == "0"
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
