@@ -194,13 +194,6 @@ def draw_probes(x: Tensor, distribution: Literal["normal", "uniform"]) -> tuple[
     return first, second
 
 
-def _dominant(product: Callable[[Tensor], Tensor], probe: Tensor, eps: float) -> Tensor:
-    """Rayleigh quotient (A y . y) / (y . y + eps) after one product y = A probe.  [..., n, 1] -> [..., 1, 1]"""
-    y = product(probe)  # [..., n, 1]
-    norm = (y * y).sum(dim=(-2, -1), keepdim=True)
-    return (product(y) * y).sum(dim=(-2, -1), keepdim=True) / (norm + eps).clamp_min(torch.finfo(y.dtype).tiny)
-
-
 def cno(
     x: Tensor,
     *,
@@ -215,8 +208,9 @@ def cno(
         lambda_max = dominant(G, p),   lambda_min = lambda_max + dominant(G - lambda_max I, p')
         dominant(A, p) = (A y . y) / (y . y + eps),   y = A p
 
-    G = X X^T, or with `inverse` X^T X; neither is ever formed: G v = X (X^T v), so O(n d). The probes p and p'
-    are random (`draw_probes`); gradients flow through both products.
+    G = X X^T, or with `inverse` X^T X; neither is ever formed: G v = X (X^T v), so O(n d). Both power iterations
+    start side by side, and (G y . y) is |X^T y|^2, so four products with X are enough. The probes p and p' are
+    random (`draw_probes`); gradients flow through all products.
 
     Args: x [..., n, d]; `normalize` replaces x_i by u_i first (the patch level's default); `distribution` and
         `eps` follow the reference: uniform probes and eps = 0 for weights, normal and 1e-6 elsewhere.
@@ -225,14 +219,22 @@ def cno(
     """
     x = unit(x) if normalize else full_precision(x)
     x = x.mT if inverse else x
-    first, second = draw_probes(x, distribution)
+    first, second = draw_probes(x, distribution)  # each [..., n, 1]
+    products = x @ (x.mT @ torch.cat([first, second], dim=-1))  # [..., n, 2], G p and G p'
 
-    def gram(v: Tensor) -> Tensor:
-        return x @ (x.mT @ v)  # [..., n, 1] -> [..., n, 1]
+    def quotient(numerator: Tensor, squared_norm: Tensor) -> Tensor:
+        return numerator / (squared_norm + eps).clamp_min(torch.finfo(x.dtype).tiny)
 
-    largest = _dominant(gram, first, eps)  # [..., 1, 1]
-    smallest = largest + _dominant(lambda v: gram(v) - largest * v, second, eps)
-    return (largest - smallest).square().mean()
+    y = products[..., :1]  # [..., n, 1]
+    largest = quotient(_squared_norm(x.mT @ y), _squared_norm(y))  # [..., 1, 1]
+    u = products[..., 1:] - largest * second  # [..., n, 1], (G - lambda_max I) p'
+    difference = quotient(_squared_norm(x.mT @ u) - largest * _squared_norm(u), _squared_norm(u))  # min - max
+    return difference.square().mean()
+
+
+def _squared_norm(v: Tensor) -> Tensor:
+    """[..., n, 1] -> [..., 1, 1]"""
+    return v.square().sum(dim=(-2, -1), keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
