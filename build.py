@@ -19,7 +19,7 @@ from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, Layout, build_model, find_layout
 from regularizers import Diversity
-from utils import BAD_ARGUMENT, UserError, print_main, rank, world_size
+from utils import BAD_ARGUMENT, UserError, did_you_mean, print_main, rank, world_size
 
 
 def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
@@ -37,6 +37,8 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
                 f"{args.model} lacks: choose e.g. --model deit_small_distilled_patch16_224"
             )
         backbone.set_distilled_training(True)
+    if args.grad_checkpointing:
+        use_grad_checkpointing(backbone)
     if args.finetune:
         weights = checkpoint.model_weights(checkpoint.load(args.finetune), args.finetune)
         fresh = checkpoint.load_for_finetuning(backbone, weights, args.finetune)
@@ -44,13 +46,44 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
     return backbone
 
 
+def use_grad_checkpointing(backbone: Any) -> None:
+    """Let the backbone recompute its blocks in the backward pass instead of keeping their activations."""
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{type(backbone).__name__} has no gradient checkpointing: drop --grad-checkpointing"
+        ) from error
+    # when a compiled block is recomputed, its hooks have nothing to store
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def compile_model(args: argparse.Namespace, model: DiverseViT, diversity: Diversity) -> None:
+    """Compile the forward pass in place, so that parameter names, DDP and the EMA see the model they know.
+
+    Raises:
+        UserError: an unknown backend, or a term that differentiates twice.
+    """
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if args.torchcompile not in backends:
+        raise UserError(
+            f"unknown --torchcompile backend {args.torchcompile!r}.{did_you_mean(args.torchcompile, backends)} "
+            f"Known: {', '.join(torch.compiler.list_backends())}"
+        )
+    if diversity.differentiates_twice:
+        raise UserError(
+            "patch.gradient_diversity differentiates twice, which compiled models cannot: drop --torchcompile"
+        )
+    model.compile(backend=args.torchcompile, fullgraph=True)
+
+
 def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Diversity, Diversity]:
     """The terms to train on, and those to measure only."""
     if not (args.terms or args.measures):
         return Diversity([], depth=0), Diversity([], depth=0)
     layout: Layout = find_layout(backbone)
-    depth, pooled = len(layout.blocks), layout.pools_patches
-    return Diversity(args.terms, depth, pooled), Diversity(args.measures, depth, pooled)
+    depth, reached = layout.depth, layout.patches_reach_label
+    return Diversity(args.terms, depth, reached), Diversity(args.measures, depth, reached)
 
 
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:

@@ -133,7 +133,7 @@ def train_one_epoch(
         TrainingDiverged: a loss was not finite; the message names the first term.
     """
     model.train(training_mode)
-    projections = unwrap(model).projections
+    weights = unwrap(model).weights
     meters = Meters()
     device, steps = updater.precision.device, len(loader)
     progress = Progress(header, print_freq, epochs_after)
@@ -145,7 +145,7 @@ def train_one_epoch(
             captured = model(images)  # logits, and what the objective asked for
             teacher_logits = label_loss.ask_teacher(images)
         terms = label_loss(captured, labels, teacher_logits)  # float32, outside autocast
-        terms |= diversity(captured, projections, total(terms))
+        terms |= diversity(captured, weights, total(terms))
         loss = total(terms)
 
         updater.step(loss, model)
@@ -195,7 +195,7 @@ def evaluate(
         row = [F.cross_entropy(logits, targets, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()]
         if measure and measure.terms:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training draws the same
-                terms = measure(captured, model.projections)
+                terms = measure(captured, model.weights)
             row += [term.value * len(targets) for term in terms.values()]
         row.append(torch.full((), len(targets), device=device))
         sums += torch.stack([value.to(sums.device).to(sums.dtype) for value in row])  # MPS has no float64

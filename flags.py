@@ -167,6 +167,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.switch("--model-ema-force-cpu", "model_ema_force_cpu", True, False, "keep the average in host memory")
     dtypes = "autocast's dtype; auto: on CUDA bfloat16 where it has it, else float16; elsewhere float32"
     group.value("--amp-dtype", str, "auto", dtypes, choices=["auto", *AMP_DTYPES])
+    group.flag(
+        "--torchcompile",
+        nargs="?",
+        type=str,
+        const="inductor",
+        default="",
+        metavar="BACKEND",
+        help="compile the model's forward pass as one graph (inductor if no backend is named)",
+    )
+    recompute = "recompute the blocks in the backward pass: less memory, about a third more time"
+    group.switch("--grad-checkpointing", "grad_checkpointing", True, False, recompute)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ from build import (
     build_mixup,
     build_run,
     build_teacher,
+    compile_model,
     scaled_lr,
 )
 from checkpoint import RunState
@@ -68,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, LocalError) or is_first_on_machine():
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except torch._dynamo.exc.TorchDynamoException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"main.py: error: --torchcompile does not work here, drop it: {' '.join(lines[:2])}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nmain.py: interrupted", file=sys.stderr)
         return 130
@@ -96,7 +101,9 @@ def run(args: argparse.Namespace) -> None:
     backbone = build_backbone(args, num_classes)
     diversity, measure = build_diversity(args, backbone)
     model = DiverseViT(backbone, diversity.needs, measure.needs).to(device)
-    model.check(args.input_size, num_classes, diversity.needs | measure.needs)
+    tried = model.check(args.input_size, num_classes, diversity.needs | measure.needs)
+    diversity.check(tried)
+    measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     if args.eval:
         val_loader = build_eval_loader(args, val_set, world_size(), rank())
@@ -121,6 +128,8 @@ def run_training(
     run_state = build_run(args, model, precision)
     train_loader = build_train_loader(args, train_set, world_size(), rank())
     val_loader = build_eval_loader(args, val_set, world_size(), rank())
+    if args.torchcompile:
+        compile_model(args, model, diversity)
     print_plan(args, model, precision, len(train_set), run_state)
 
     sampler: Any = train_loader.sampler  # torch's type has no set_epoch

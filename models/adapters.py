@@ -1,92 +1,372 @@
-"""Where a timm vision transformer keeps its blocks, attention map, projections and prefix tokens.
+"""Where a timm vision transformer keeps its blocks, attention maps, weights and prefix tokens.
 
-`find_layout` looks at the model itself, never at its name. To support another family, teach it here and add the
-family to tests/test_models.py.
+`find_layout` looks at the model itself, never at its name. What differs between families is in the lower half of
+this file: where the blocks are (`_find_blocks`), which module's input is the softmax map (`_map_tap`), how the
+projections are called and fused (`_PROJECTIONS`, `_split_rows`), from which block on there are prefix tokens
+(`_first_with_prefix`). To support another family, teach it there and add the family to tests/families.py.
+
+Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads, L blocks, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import UserError
+
+INPUT = -1  # index of the tokens entering block 0
+MATRICES = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+class MapTap(NamedTuple):
+    """A place where a softmax map can be seen.
+
+    Attributes:
+        attention: the module that computes the map; its flag `fused_attn`, if any, must be off.
+        hooked: the module whose input is the map.
+        heads_first: brings that input into the form [..., H, n, m].
+    """
+
+    attention: Any
+    hooked: nn.Module
+    heads_first: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A plain (single-scale) vision transformer: `blocks[i].attn` with a softmax map and fused q/k/v weights.
+    """A vision transformer of any family, seen as one list of blocks.
+
+    The stages of a hierarchical model follow each other in the list. Blocks in which only the class token attends
+    (at the end of CaiT, XCiT and VOLO) and downsampling layers are not part of it.
 
     Attributes:
-        name: the model's class, for error messages.
+        backbone: the timm model.
         blocks: the transformer blocks, first to last.
-        prefix_tokens: T, the tokens before the patches (class, distillation, registers).
-        patch_size: height and width of a patch in pixels.
-        pools_patches: whether the head sees the patch tokens of the last block (average pooling and the like).
+        first_with_prefix: the first block whose tokens include the prefix tokens; L if none does.
     """
 
-    name: str
+    backbone: Any
     blocks: tuple[nn.Module, ...]
-    prefix_tokens: int
-    patch_size: tuple[int, int]
-    pools_patches: bool
+    first_with_prefix: int
 
-    def attention_dropout(self, block: int) -> tuple[Any, nn.Module]:
-        """The attention module of a block, and its dropout, whose input is the softmax map [B, H, N, N].
+    @property
+    def name(self) -> str:
+        """The model's class, for error messages."""
+        return type(self.backbone).__name__
+
+    @property
+    def depth(self) -> int:
+        """L, the number of blocks."""
+        return len(self.blocks)
+
+    def prefix_tokens(self, layer: int) -> int:
+        """T, the tokens before the patches in a block's output; -1 is the input of block 0."""
+        joined = max(layer, 0) >= self.first_with_prefix
+        return _final_prefix_tokens(self.backbone) if joined else 0
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width in pixels of a patch of the last block.
 
         Raises:
-            UserError: the block has no such dropout, so its map cannot be seen.
+            UserError: the model does not say.
         """
-        attention = getattr(self.blocks[block], "attn", None)
-        dropout = getattr(attention, "attn_drop", None)
-        if attention is None or not isinstance(dropout, nn.Module):
+        info = self._part("feature_info")
+        size = info[-1]["reduction"] if info else None
+        embedded = getattr(self._part("patch_embed"), "patch_size", None)
+        if isinstance(embedded, (tuple, list)) and max(embedded) == size:  # timm's reduction is the longer side
+            size = embedded
+        if not size:
             raise UserError(
-                f"attention terms need blocks[{block}].attn.attn_drop, which {self.name} does not have; "
-                "use patch or weight terms with this model"
+                f"patch.mixing labels patches by {self.name}.feature_info, which the model lacks; drop patch.mixing"
             )
-        return attention, dropout
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return int(height), int(width)
 
-    def projections(self, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """W_q, W_k, W_v of a block, each [D_out, D_in]; a row is a neuron.
+    @property
+    def patches_reach_label(self) -> bool:
+        """Whether the label depends on the patch tokens of the last block, even without patch.mixing."""
+        pooled_token = getattr(self.backbone, "global_pool", "avg") in ("token", "")
+        return not pooled_token or self.prefix_tokens(self.depth - 1) == 0
 
-        Views of the parameters, so gradients reach them.
+    def _part(self, name: str) -> Any:
+        return getattr(self.backbone, name, None)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Tokens
+
+    def expose_tokens(self, block: int, value: Any) -> tuple[Tensor, Any]:
+        """The tokens [B, N, D] in what goes into, or comes out of, a block, and what is to go on in its place.
+
+        Grids [B, h, w, D] (or [B, D, h, w] where the projections are convolutions) are seen as [B, h * w, D]; the
+        model goes on with a view of the same tensor, so that the gradient at the tokens is the whole gradient.
+        The second value is None where nothing has to be put in place.
+        """
+        several = isinstance(value, tuple)
+        stream = 1 if several and hasattr(self.blocks[block], "attn_out") else 0  # TNT: (pixels, patches)
+        raw: Tensor = value[stream] if several else value
+        if raw.ndim != 4:
+            return raw, None
+        if _has_convolutions(self.blocks[block]):
+            tokens = raw.flatten(2).mT  # [B, D, h, w] -> [B, N, D]
+            rest = tokens.mT.view(raw.shape)
+        else:
+            tokens = raw.flatten(1, 2)  # [B, h, w, D] -> [B, N, D]
+            rest = tokens.view(raw.shape)
+        return tokens, (*value[:stream], rest, *value[stream + 1 :]) if several else rest
+
+    # ------------------------------------------------------------------------------------------------------
+    # Attention maps
+
+    def map_taps(self, block: int) -> list[MapTap]:
+        """Where a block's softmax map can be seen; several places where attentions run side by side.
 
         Raises:
-            UserError: the block keeps its projections neither fused (qkv) nor apart (q_proj, k_proj, v_proj).
+            UserError: nowhere.
         """
-        attention = getattr(self.blocks[block], "attn", None)
-        fused = getattr(attention, "qkv", None)
-        if isinstance(fused, nn.Linear):
-            q, k, v = fused.weight.chunk(3, dim=0)
-            return q, k, v
-        apart = [getattr(attention, f"{name}_proj", None) for name in "qkv"]
-        if all(isinstance(linear, nn.Linear) for linear in apart):
-            q, k, v = (linear.weight for linear in apart if linear is not None)
-            return q, k, v
-        raise UserError(
-            f"weight terms need blocks[{block}].attn.qkv, or q_proj, k_proj and v_proj, as nn.Linear; "
-            f"{self.name} has neither"
-        )
+        attentions = _attentions(self.blocks[block])
+        taps = [tap for tap in map(_map_tap, attentions) if tap is not None]
+        if not taps or len(taps) < len(attentions):
+            raise UserError(
+                f"attention terms cannot see the map of {self.name} at block {block}: its "
+                f"{type(attentions[0]).__name__} passes its softmax to no module that could be hooked (attn_drop, "
+                "or proj_w after talking heads); use patch or weight terms with this model"
+            )
+        return taps
+
+    # ------------------------------------------------------------------------------------------------------
+    # Weights
+
+    def weights(self, block: int, matrix: str) -> list[Tensor]:
+        """The weight matrices of one kind in a block, each [n, d]; a row is a neuron.
+
+        Views of the parameters, so gradients reach them. Fused projections are split into their parts. Blocks with
+        attentions side by side have one matrix for each, gated MLPs have two fc1 (gate and value).
+
+        Args:
+            matrix: 'q', 'k', 'v', 'proj' (after attention), 'fc1' or 'fc2' (of the MLP).
+        Raises:
+            UserError: the block has no such matrix.
+        """
+        found = _matrices(self.blocks[block])
+        if matrix not in found:
+            attention, *_ = _attentions(self.blocks[block])
+            raise UserError(
+                f"weight terms find no {matrix} in block {block} of {self.name}: its {type(attention).__name__} "
+                f"and MLP have {', '.join(found) or 'no linear layers'}; choose other layers, or other matrices as "
+                "in weight.cno:fc1,fc2"
+            )
+        return found[matrix]
+
+    # ------------------------------------------------------------------------------------------------------
+    # Patches through the head
+
+    def check_head(self) -> None:
+        """Raise a UserError if the head cannot classify single patches."""
+        head, pool = self._part("head"), self._part("attn_pool")
+        reason = None
+        if not all(hasattr(self.backbone, part) for part in ("forward_features", "forward_head")):
+            reason = "has no forward_features and forward_head"
+        elif isinstance(head, nn.Module) and any(isinstance(m, _BatchNorm) for m in head.modules()):
+            reason = "has batch normalisation in its head, whose statistics patches would change"
+        elif getattr(pool, "pos_embed", None) is not None:
+            reason = "adds position embeddings when it pools"
+        if reason:
+            raise UserError(f"patch.mixing cannot classify single patches: {self.name} {reason}; drop patch.mixing")
+
+    def patch_logits(self, features: Tensor) -> Tensor:
+        """Every patch as the model's own head would classify an image of this one patch.
+
+        The pooled token of such an image is the patch itself, or for attention pooling the pool's own function of
+        it, so class-token, average- and map-pooled models are all served by their `forward_head`.
+
+        Args:
+            features: what forward_features returns, final norm included: [B, N, D], [B, h, w, D] or [B, D, h, w].
+        Returns: [B, P, K], patches row by row.
+        """
+        prefix = _final_prefix_tokens(self.backbone)
+        if features.ndim == 3:
+            patches = features[:, prefix:]  # [B, P, D]
+            alone = patches.flatten(0, 1).unsqueeze(1).expand(-1, prefix + 1, -1)  # [B * P, T + 1, D]
+        elif self._part("output_fmt") in (None, "NCHW"):
+            patches = features.flatten(2).mT  # [B, P, D]
+            alone = patches.flatten(0, 1)[:, :, None, None]  # [B * P, D, 1, 1]
+        else:
+            patches = features.flatten(1, 2)  # [B, P, D]
+            alone = patches.flatten(0, 1)[:, None, None]  # [B * P, 1, 1, D]
+        logits = self.backbone.forward_head(alone)
+        logits = logits[0] if isinstance(logits, tuple) else logits  # a distilled student: the class token's head
+        return logits.unflatten(0, patches.shape[:2])
 
 
 def find_layout(backbone: nn.Module) -> Layout:
     """Find a backbone's layout.
 
     Raises:
-        UserError: the model is not a plain vision transformer; the message names what was looked for.
+        UserError: no transformer blocks; the message names what was looked for.
     """
-    name = type(backbone).__name__
-    blocks = getattr(backbone, "blocks", None)
-    patch_size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    prefix = getattr(backbone, "num_prefix_tokens", None)
-    blocks = tuple(blocks) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else ()
-    plain = len(blocks) > 0 and all(hasattr(block, "attn") for block in blocks)
-    if not (plain and patch_size and isinstance(prefix, int)):
-        raise UserError(
-            f"{name} is not a plain vision transformer: diversity terms look for blocks[i].attn, "
-            "patch_embed.patch_size and num_prefix_tokens; train it without regularizers, or choose a ViT"
-        )
-    height, width = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
-    pools_patches = getattr(backbone, "global_pool", "token") not in ("token", "")
-    return Layout(name, blocks, prefix, (int(height), int(width)), pools_patches)
+    for owner in (backbone, *backbone.children()):  # e.g. a classifier around an encoder
+        for name in ("blocks", "layers", "stages", "network"):
+            blocks = tuple(_find_blocks(getattr(owner, name, None)))
+            if blocks:
+                return Layout(backbone, blocks, _first_with_prefix(owner, len(blocks)))
+    raise UserError(
+        f"{type(backbone).__name__} is not a vision transformer that diversity terms know: looked for blocks with "
+        "attention (attn, attn_out, attns or in_proj) in its blocks, layers, stages and network; train it without "
+        "regularizers, or choose a ViT"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What differs between families
+
+
+def _find_blocks(container: Any) -> Iterator[nn.Module]:
+    """The modules with attention in a (nested) list of blocks or of stages that have `blocks`."""
+    if not isinstance(container, (nn.Sequential, nn.ModuleList)):
+        return
+    for module in container:
+        if _attentions(module):
+            yield module
+        elif isinstance(module, (nn.Sequential, nn.ModuleList)):
+            yield from _find_blocks(module)
+        else:
+            yield from _find_blocks(getattr(module, "blocks", None))
+
+
+def _attentions(block: nn.Module) -> list[Any]:
+    """A block's attention modules: one, several side by side, or the block itself if all its inputs are fused."""
+    for name in ("attn", "attn_out"):  # TNT's outer transformer, the one of the patches, is attn_out
+        if isinstance(getattr(block, name, None), nn.Module):
+            return [getattr(block, name)]
+    if isinstance(getattr(block, "attns", None), nn.ModuleList):
+        branches: Any = block.attns
+        return [branch.attn for branch in branches]
+    return [block] if hasattr(block, "in_proj") and hasattr(block, "in_split") else []
+
+
+def _first_with_prefix(owner: nn.Module, depth: int) -> int:
+    """The first block that sees the prefix tokens."""
+    class_blocks = ("blocks_token_only", "cls_attn_blocks", "post_network")  # CaiT, XCiT, VOLO: after all blocks
+    if any(getattr(owner, name, None) is not None for name in class_blocks):
+        return depth
+    return int(getattr(owner, "local_up_to_layer", 0))  # ConViT: after the gated blocks
+
+
+def _final_prefix_tokens(backbone: nn.Module) -> int:
+    """T in the final features: class, distillation and register tokens."""
+    declared = getattr(backbone, "num_prefix_tokens", None)
+    return int(declared) if declared is not None else int(getattr(backbone, "cls_token", None) is not None)
+
+
+def _map_tap(attention: nn.Module) -> MapTap | None:
+    """Where the softmax map [..., H, n, m] of an attention module can be seen."""
+    mixed, dropped = getattr(attention, "proj_w", None), getattr(attention, "attn_drop", None)
+    if isinstance(mixed, nn.Linear) and hasattr(attention, "proj_l"):  # talking heads mix the softmax maps
+        return MapTap(attention, mixed, _from_heads_last)
+    if not isinstance(dropped, nn.Module):
+        return None
+    outlook = isinstance(getattr(attention, "attn", None), nn.Linear) and hasattr(attention, "unfold")
+    return MapTap(attention, dropped, _from_heads_before_windows if outlook else _as_it_is)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _from_heads_last(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)  # [B, n, m, H] -> [B, H, n, m]
+
+
+def _from_heads_before_windows(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)  # [B, H, windows, n, m] -> [B, windows, H, n, m]
+
+
+# Attribute of an attention module -> the parts that its rows are, in order.
+_PROJECTIONS = {
+    "qkv": "qkv",
+    **{"qk": "qk", "kv": "kv"},
+    **{"q": "q", "k": "k", "v": "v"},
+    **{"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+}
+
+
+def _matrices(block: nn.Module) -> dict[str, list[Tensor]]:
+    """All weight matrices of a block by kind, in the order of MATRICES, as far as it has them."""
+    parts = [_joint_matrices(block)] if hasattr(block, "in_split") else []
+    parts += [_projections(attention) for attention in _attentions(block) if attention is not block]
+    parts += [_mlp_matrices(mlp) for mlp in _mlps(block)]
+    found = {name: [matrix for part in parts for matrix in part.get(name, [])] for name in MATRICES}
+    return {name: matrices for name, matrices in found.items() if matrices}
+
+
+def _projections(attention: nn.Module) -> dict[str, list[Tensor]]:
+    """W_q, W_k, W_v and the output projection of an attention module, as far as it has them."""
+    found: dict[str, list[Tensor]] = {}
+    for attribute, kinds in _PROJECTIONS.items():
+        weight = _matrix(getattr(attention, attribute, None))
+        if weight is not None:
+            found |= {kind: [part] for kind, part in zip(kinds, _split_rows(attention, weight, kinds), strict=True)}
+    output = getattr(attention, "proj", None)
+    weight = _matrix(getattr(output, "ln", output))  # LeViT: an activation, then ln
+    return found if weight is None else {**found, "proj": [weight]}
+
+
+def _split_rows(attention: Any, weight: Tensor, kinds: str) -> list[Tensor]:
+    """The parts of a projection that is fused of q, k or v, each [n, d]."""
+    if len(kinds) == 1:
+        return [weight]
+    if not hasattr(attention, "val_dim"):
+        return list(weight.chunk(len(kinds), dim=0))
+    sizes = [attention.val_dim if kind == "v" else attention.key_dim for kind in kinds]  # LeViT fuses head by head
+    per_head = weight.unflatten(0, (attention.num_heads, -1))  # [H, n / H, d]
+    return [part.flatten(0, 1) for part in per_head.split(sizes, dim=1)]
+
+
+def _mlps(block: Any) -> list[nn.Module]:
+    """A block's MLPs: one, or several side by side."""
+    if isinstance(getattr(block, "mlp", None), nn.Module):
+        return [block.mlp]
+    return [branch.mlp for branch in getattr(block, "ffns", ())]
+
+
+def _mlp_matrices(mlp: nn.Module) -> dict[str, list[Tensor]]:
+    """The first and second layers of an MLP; two first ones, gate and value, if it is gated."""
+    names = {"fc1": ("fc1", "fc1_g", "fc1_x", "ln1"), "fc2": ("fc2", "ln2")}
+    found = {
+        kind: [weight for weight in (_matrix(getattr(mlp, name, None)) for name in known) if weight is not None]
+        for kind, known in names.items()
+    }
+    first, second = found["fc1"], found["fc2"]
+    if len(first) == len(second) == 1 and first[0].shape[0] == 2 * second[0].shape[1]:
+        found["fc1"] = list(first[0].chunk(2, dim=0))  # gate and value in one layer
+    return found
+
+
+def _joint_matrices(block: Any) -> dict[str, list[Tensor]]:
+    """The matrices of a block whose attention and MLP run side by side through joint projections."""
+    fc1, q, k, v = block.in_proj.weight.split(block.in_split, dim=0)
+    if block.out_proj is not None:
+        proj, fc2 = block.out_proj.weight.split([len(v), len(fc1)], dim=1)
+    else:
+        proj, fc2 = block.attn_out_proj.weight, block.mlp_out_proj.weight
+    return {"q": [q], "k": [k], "v": [v], "proj": [proj], "fc1": [fc1], "fc2": [fc2]}
+
+
+def _matrix(layer: Any) -> Tensor | None:
+    """The weight [n, d] of a linear layer, a 1 x 1 convolution, or one of them with a norm behind it."""
+    layer = getattr(layer, "linear", layer)
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    return layer.weight.flatten(1) if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) else None
+
+
+def _has_convolutions(block: nn.Module) -> bool:
+    """Whether a block's projections are convolutions, so that its tokens are grids [B, D, h, w]."""
+    fused = getattr(_attentions(block)[0], "qkv", None)
+    return isinstance(getattr(fused, "linear", fused), nn.Conv2d)

@@ -5,6 +5,7 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.adapters import Layout, find_layout
+from models.adapters import INPUT, Layout, MapTap, find_layout
 from utils import BAD_ARGUMENT, UserError
-
-INPUT = -1  # index of the tokens entering block 0
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Needs:
     Attributes:
         tokens: block indices whose output tokens are wanted; -1 is the input of block 0.
         attention: block indices whose attention map is wanted.
-        weights: block indices whose W_q, W_k and W_v are wanted; they are read, no hook is needed.
+        weights: blocks and matrices that are wanted, e.g. (0, 'q'); they are read, no hook is needed.
         patch_logits: whether every patch is to be classified.
     """
 
     tokens: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
-    weights: frozenset[int] = frozenset()
+    weights: frozenset[tuple[int, str]] = frozenset()
     patch_logits: bool = False
 
     def __or__(self, other: Needs) -> Needs:
@@ -54,10 +53,12 @@ class Captured(NamedTuple):
     Attributes:
         logits: [B, K], the model's own prediction; the class token's while a distilled student is in training.
         dist_logits: [B, K], the distillation token's prediction, from a distilled student in training.
-        patch_logits: [B, P, K] = head(norm(h_last)), if asked for.
+        patch_logits: [B, P, K], every patch of the last block through the model's own head, if asked for.
         tokens: block index -> [B, N, D], the block's output; -1 is the input of block 0.
-        attention: block index -> [B, H, N, N], after the softmax, before dropout.
-        prefix_tokens: T, how many of the N tokens come before the patches.
+        attention: block index -> [..., H, n, m], after the softmax, before dropout. For a plain ViT this is
+            [B, H, N, N]; windows come before the heads, [B * windows, H, n, n] or [B, windows, H, n, n]; reduced
+            keys make m < n; XCiT's maps are between the channels of a head, not between tokens.
+        prefix_tokens: block index -> T, how many of the N tokens come before the patches.
     """
 
     logits: Tensor
@@ -65,7 +66,7 @@ class Captured(NamedTuple):
     patch_logits: Tensor | None
     tokens: dict[int, Tensor]
     attention: dict[int, Tensor]
-    prefix_tokens: int
+    prefix_tokens: dict[int, int]
 
 
 class DiverseViT(nn.Module):
@@ -92,69 +93,60 @@ class DiverseViT(nn.Module):
         self.needs = needs
         hooked = needs | measured
         self.layout = find_layout(backbone) if hooked else None
-        self.prefix_tokens = self.layout.prefix_tokens if self.layout else 0
+        self._taps: dict[int, list[MapTap]] = {}
         self._wanted = Needs()
-        self._sink: dict[tuple[str, int], Tensor] = {}
+        self._sink: dict[tuple[str, int, int], Tensor] = {}
         if self.layout:
             self._install_hooks(self.layout, hooked)
 
-    def projections(self, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """W_q, W_k, W_v of a block, each [D_out, D_in], as views of the parameters."""
+    def weights(self, block: int, matrix: str) -> list[Tensor]:
+        """A block's weight matrices of one kind ('q', 'k', 'v', 'proj', 'fc1', 'fc2'), each [n, d], as views."""
         assert self.layout is not None
-        return self.layout.projections(block)
+        return self.layout.weights(block, matrix)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Hooks
 
     def _install_hooks(self, layout: Layout, hooked: Needs) -> None:
-        for index in sorted(hooked.weights):
-            layout.projections(index)  # raises now, not in the first step
-        if hooked.patch_logits and not self._classifies_tokens():
-            raise UserError(
-                f"{layout.name} pools its tokens with attention or has no linear head, so patch.mixing cannot "
-                "classify single patches; drop patch.mixing or choose a class-token or average-pooled model"
-            )
+        for block, matrix in sorted(hooked.weights):
+            layout.weights(block, matrix)  # raises now, not in the first step
+        if hooked.patch_logits:
+            layout.check_head()
         for index in sorted(hooked.tokens):
             if index == INPUT:
                 layout.blocks[0].register_forward_pre_hook(self._before_blocks)
             else:
                 layout.blocks[index].register_forward_hook(partial(self._after_block, index))
         for index in sorted(hooked.attention):
-            attention, dropout = layout.attention_dropout(index)
-            if index in self.needs.attention:
-                attention.fused_attn = False
-            dropout.register_forward_pre_hook(partial(self._before_dropout, index))
+            self._taps[index] = layout.map_taps(index)
+            for number, tap in enumerate(self._taps[index]):
+                if index in self.needs.attention:
+                    tap.attention.fused_attn = False
+                tap.hooked.register_forward_pre_hook(partial(self._at_map, index, number))
 
-    def _classifies_tokens(self) -> bool:
-        pooled_by_attention = getattr(self.backbone, "attn_pool", None) is not None
-        has_parts = all(hasattr(self.backbone, part) for part in ("forward_head", "head", "head_drop", "fc_norm"))
-        return has_parts and isinstance(self.backbone.head, nn.Linear) and not pooled_by_attention
+    def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if INPUT not in self._wanted.tokens:
+            return None
+        assert self.layout is not None
+        self._sink["tokens", INPUT, 0], instead = self.layout.expose_tokens(0, args)
+        return instead
 
-    def _store(self, kind: str, index: int, value: Tensor) -> None:
-        if index in (self._wanted.tokens if kind == "tokens" else self._wanted.attention):
-            self._sink[kind, index] = value
+    def _after_block(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if index not in self._wanted.tokens:
+            return None
+        assert self.layout is not None
+        self._sink["tokens", index, 0], instead = self.layout.expose_tokens(index, output)
+        return instead
 
-    def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._store("tokens", INPUT, args[0])
-
-    def _after_block(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._store("tokens", index, output)
-
-    def _before_dropout(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._store("attention", index, args[0])
-
-    def _caught(self, kind: str, indices: frozenset[int]) -> dict[int, Tensor]:
-        missing = [index for index in indices if (kind, index) not in self._sink]
-        if missing:
-            raise UserError(
-                f"{type(self.backbone).__name__} never showed its {kind} at block {missing[0]}: the hook there "
-                "did not fire, so no term can use it"
-            )
-        return {index: self._sink[kind, index] for index in sorted(indices)}
+    def _at_map(self, index: int, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if index in self._wanted.attention:
+            self._sink["attention", index, number] = self._taps[index][number].heads_first(args[0])
 
     @contextmanager
     def _watching(self, needs: Needs) -> Iterator[None]:
         """Let the hooks store what is needed, and forget it afterwards."""
-        assert self.layout is not None
-        only_now = [self.layout.attention_dropout(i)[0] for i in needs.attention - self.needs.attention]
-        fused = [attention.fused_attn for attention in only_now]
+        only_now = [tap.attention for i in needs.attention - self.needs.attention for tap in self._taps[i]]
+        fused = [getattr(attention, "fused_attn", False) for attention in only_now]
         self._wanted = needs
         for attention in only_now:
             attention.fused_attn = False
@@ -165,10 +157,23 @@ class DiverseViT(nn.Module):
             for attention, was in zip(only_now, fused, strict=True):
                 attention.fused_attn = was
 
-    def _patch_logits(self, features: Tensor) -> Tensor:
-        """Every patch token through the model's own final norms and head.  [B, N, D] -> [B, P, K]"""
-        patches = features[:, self.prefix_tokens :]  # [B, P, D]; forward_features has applied the final norm
-        return self.backbone.head(self.backbone.head_drop(self.backbone.fc_norm(patches)))
+    def _caught(self, kind: str, index: int) -> Tensor:
+        """What the hooks stored at a layer; attentions side by side have their heads one after the other."""
+        places = len(self._taps[index]) if kind == "attention" else 1
+        parts = [self._sink.get((kind, index, number)) for number in range(places)]
+        found = [part for part in parts if part is not None]
+        where = f"the {kind} of {type(self.backbone).__name__} at layer {index}"
+        if len(found) < places:
+            raise UserError(f"{where} never arrived: the hook there did not fire, so no term can use it")
+        if torch.is_grad_enabled() and not all(part.requires_grad for part in found):
+            raise UserError(
+                f"{where} arrived without gradient, so its terms would train nothing: unfreeze the layers before "
+                "it, and use gradient checkpointing only with use_reentrant=False (timm's default)"
+            )
+        return found[0] if places == 1 else torch.cat(found, dim=-3)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Forward
 
     def forward(self, images: Tensor, needs: Needs | None = None) -> Captured:
         """Classify images, and show what is needed.
@@ -176,28 +181,33 @@ class DiverseViT(nn.Module):
         Args:
             images: [B, 3, S, S].
             needs: what to capture; None is what training captures, `Needs()` nothing but the logits.
+        Raises:
+            UserError: something needed did not arrive, or arrived without gradient while gradients are on.
         """
         needs = self.needs if needs is None else needs
         if not needs:
-            return Captured(*_split(self.backbone(images)), None, {}, {}, self.prefix_tokens)
+            return Captured(*_split(self.backbone(images)), None, {}, {}, {})
+        assert self.layout is not None
         with self._watching(needs):
             if needs.patch_logits:
                 features = self.backbone.forward_features(images)  # [B, N, D]
                 outputs = self.backbone.forward_head(features)
-                patch_logits = self._patch_logits(features)
+                patch_logits = self.layout.patch_logits(features)
             else:
                 outputs, patch_logits = self.backbone(images), None
-            tokens = self._caught("tokens", needs.tokens)
-            attention = self._caught("attention", needs.attention)
-        return Captured(*_split(outputs), patch_logits, tokens, attention, self.prefix_tokens)
+            tokens = {index: self._caught("tokens", index) for index in sorted(needs.tokens)}
+            attention = {index: self._caught("attention", index) for index in sorted(needs.attention)}
+        prefix_tokens = {index: self.layout.prefix_tokens(index) for index in tokens}
+        return Captured(*_split(outputs), patch_logits, tokens, attention, prefix_tokens)
 
     @torch.no_grad()
-    def check(self, image_size: int, num_classes: int, needs: Needs) -> None:
-        """Try a blank image, so that what cannot work is refused before training.
+    def check(self, image_size: int, num_classes: int, needs: Needs) -> Captured:
+        """Try two blank images, so that what cannot work is refused before training.
 
+        Returns: what they show, for `Diversity.check`.
         Raises:
             UserError: the model does not take such images or returns other logits, or what is captured is not
-                what the terms take it for: P patches after T prefix tokens, softmax maps between all N tokens.
+                what the terms take it for: a grid of P patches after T prefix tokens, softmax maps of all heads.
         """
         name, was_training = type(self.backbone).__name__, self.training
         blank = torch.zeros(2, 3, image_size, image_size, device=next(self.parameters()).device)
@@ -219,26 +229,42 @@ class DiverseViT(nn.Module):
             )
         if self.layout is not None:
             _check_captured(captured, self.layout, image_size)
+        return captured
 
 
 def _check_captured(captured: Captured, layout: Layout, image_size: int) -> None:
-    height, width = layout.patch_size
-    expected = layout.prefix_tokens + (image_size // height) * (image_size // width)  # N
     for index, tokens in captured.tokens.items():
-        if tokens.ndim != 3 or tokens.shape[1] != expected:
+        patches = tokens.shape[1] - captured.prefix_tokens[index] if tokens.ndim == 3 else 0
+        if not _is_grid(patches, layout, image_size):
             raise UserError(
-                f"patch terms take the tokens of {layout.name} at layer {index} for [B, {expected}, D], "
-                f"but they are {list(tokens.shape)}: this family keeps its patches elsewhere and is not supported"
+                f"patch terms take the tokens of {layout.name} at layer {index} for [B, N, D] with "
+                f"{captured.prefix_tokens[index]} prefix tokens before a grid of patches, but they are "
+                f"{list(tokens.shape)}: this family keeps its patches elsewhere and is not supported"
             )
     for index, attention in captured.attention.items():
         rows = attention.float().sum(dim=-1)
-        square = attention.ndim == 4 and attention.shape[2:] == (expected, expected)
-        if not (square and torch.allclose(rows, torch.ones_like(rows), atol=1e-2)):
+        if attention.ndim < 4 or not torch.allclose(rows, torch.ones_like(rows), atol=1e-2):
             raise UserError(
-                f"attention terms take the map of {layout.name} at block {index} for a softmax [B, H, N, N] with "
-                f"N = {expected}, but it is {list(attention.shape)}, or its rows do not sum to 1: this family's "
-                "attention is not supported; use patch or weight terms"
+                f"attention terms take the map of {layout.name} at block {index} for a softmax [..., H, n, m], but "
+                f"it is {list(attention.shape)}, or its rows do not sum to 1: this family's attention is not "
+                "supported; use patch or weight terms"
             )
+    if captured.patch_logits is not None:
+        height, width = layout.patch_size
+        shape = (image_size // height * (image_size // width), captured.logits.shape[1])
+        if captured.patch_logits.shape[1:] != shape:
+            raise UserError(
+                f"patch.mixing labels {shape[0]} patches of {height} x {width} pixels and {shape[1]} classes, but "
+                f"{layout.name} classifies {list(captured.patch_logits.shape[1:])}; drop patch.mixing"
+            )
+
+
+def _is_grid(patches: int, layout: Layout, image_size: int) -> bool:
+    """Whether that many patches can cover a square image: k x k, or as many as the model's patches."""
+    if patches > 0 and math.isqrt(patches) ** 2 == patches:
+        return True
+    height, width = layout.patch_size
+    return patches == image_size // height * (image_size // width)
 
 
 def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

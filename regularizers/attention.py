@@ -1,4 +1,4 @@
-"""Attention level: the items are the H heads of a block, each its flattened N x N attention map."""
+"""Attention level: the items are the H heads of a block, each its flattened attention map."""
 
 from __future__ import annotations
 
@@ -16,5 +16,9 @@ DEFAULT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {}
 
 
 def items(captured: Captured, layer: int) -> Tensor:
-    """Heads of a block's attention, prefix tokens included.  [B, H, N, N] -> [B, H, N * N]"""
-    return captured.attention[layer].flatten(2)
+    """Heads of a block's attention, prefix tokens included.  [..., H, n, m] -> [..., H, n * m]
+
+    A plain ViT's leading dimension is the image; windowed attention has its windows there as well, so a term is
+    the mean over images and windows.
+    """
+    return captured.attention[layer].flatten(-2)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.adapters import MATRICES
 from models.capture import Needs
 from regularizers import attention, patch, weight
 from regularizers.measures import MEASURES, OPTIONS
@@ -72,12 +73,14 @@ class Spec:
     options: tuple[str, ...]
     layers: str
     coef: float
+    matrices: tuple[str, ...] = weight.DEFAULT_MATRICES  # weight level only
 
     @property
     def name(self) -> str:
         if f"{self.level}.{self.measure}" == MIXING:
             return MIXING
-        options = ":" + ",".join(self.options) if self.options else ""
+        chosen = self.matrices if self.matrices != weight.DEFAULT_MATRICES else ()
+        options = ":" + ",".join([*self.options, *chosen]) if self.options or chosen else ""
         return f"{self.level}.{self.measure}{options}@{self.layers}"
 
 
@@ -108,22 +111,30 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
         if match["options"] is not None or match["layers"] not in (None, "last"):
             raise UserError(f"{text!r}: {MIXING} takes no options and works on the last block's patches")
         return Spec(level, name, (), "last", coef)
-    options = _canonical_options(level, name, match["options"], text)
+    words = match["options"].split(",") if match["options"] is not None else []
+    matrices = _chosen_matrices(level, words)
+    options = _canonical_options(level, name, [word for word in words if word not in matrices], text)
     takes = MEASURES[name].takes
     layers = match["layers"] if match["layers"] is not None else LEVELS[level].DEFAULT_LAYERS[takes]
     _check_layers(layers, takes, text)
     layers = re.sub(r"\d+", lambda number: str(int(number[0])), layers)  # 03 is 3
-    return Spec(level, name, options, layers, coef)
+    return Spec(level, name, options, layers, coef, matrices or weight.DEFAULT_MATRICES)
 
 
-def _canonical_options(level: str, name: str, options: str | None, spec: str) -> tuple[str, ...]:
+def _chosen_matrices(level: str, words: Sequence[str]) -> tuple[str, ...]:
+    """The matrices among a weight term's options, in one order."""
+    return tuple(name for name in MATRICES if name in words) if level == "weight" else ()
+
+
+def _canonical_options(level: str, name: str, words: Sequence[str], spec: str) -> tuple[str, ...]:
     """The options that change something, in one order."""
     measure = MEASURES[name]
     defaults = {**measure.defaults, **LEVELS[level].DEFAULT_ARGUMENTS.get(name, {})}
     chosen: dict[str, str] = {}  # argument -> option
-    for option in options.split(",") if options is not None else ():
+    for option in words:
         if option not in measure.options:
             known = ", ".join(measure.options) or "none"
+            known += f"; its matrices: {', '.join(MATRICES)}" if level == "weight" else ""
             raise UserError(f"{spec!r}: {name} has no option {option!r}; its options: {known}")
         argument, _ = OPTIONS[option]
         if chosen.setdefault(argument, option) != option:
@@ -230,18 +241,32 @@ class _Bound:
     @property
     def key(self) -> tuple[object, ...]:
         """What the term computes: equal keys are the same term, however it is spelled."""
-        return self.spec.level, self.spec.measure, self.spec.options, tuple(self.layers), tuple(self.pairs)
+        spec = self.spec
+        return spec.level, spec.measure, spec.options, spec.matrices, tuple(self.layers), tuple(self.pairs)
 
     @property
     def needs(self) -> Needs:
         used = frozenset(self.layers) | {layer for pair in self.pairs for layer in pair}
         if self.spec.level == "patch":
             return Needs(tokens=used)
-        return Needs(attention=used) if self.spec.level == "attn" else Needs(weights=used)
+        if self.spec.level == "attn":
+            return Needs(attention=used)
+        return Needs(weights=frozenset((layer, name) for layer in used for name in self.spec.matrices))
 
-    def __call__(self, captured: Captured, projections: weight.Projections, label_loss: Tensor | None) -> Tensor:
+    def check(self, captured: Captured) -> None:
+        """Refuse pairs of layers whose items cannot be compared."""
+        for a, b in self.pairs:
+            first, second = (self.level.items(captured, layer) for layer in (a, b))
+            if first.shape[1:] != second.shape[1:]:
+                what = "patches x width" if self.spec.level == "patch" else "heads x map"
+                raise UserError(
+                    f"{self.spec.name}: layers {a} and {b} cannot be compared, their {what} differ: "
+                    f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
+                )
+
+    def __call__(self, captured: Captured, weights: weight.Weights, label_loss: Tensor | None) -> Tensor:
         if self.spec.level == "weight":
-            stacks = weight.items(projections, self.layers)  # each [M, n, d]
+            stacks = weight.items(weights, self.layers, self.spec.matrices)  # each [M, n, d]
             return _sum(len(stack) * self.function(stack) for stack in stacks)
         items = self.level.items
         if self.takes == "pair":
@@ -250,6 +275,10 @@ class _Bound:
             assert label_loss is not None
             return _sum(self.function(patch.gradients(captured, i, label_loss)) for i in self.layers)
         return _sum(self.function(items(captured, i)) for i in self.layers)
+
+
+def _times(shape: Iterable[int]) -> str:
+    return " x ".join(str(size) for size in shape)
 
 
 def _refuse_repetition(terms: Sequence[tuple[object, str]]) -> None:
@@ -296,20 +325,32 @@ class Diversity:
                 )
 
     @property
+    def differentiates_twice(self) -> bool:
+        """Whether a term needs the gradient of a gradient."""
+        return any(term.takes == "gradient" for term in self.terms)
+
+    @property
     def names(self) -> list[str]:
         """The names of the terms, in the order of `__call__`'s."""
         return [term.spec.name for term in self.terms]
 
+    def check(self, captured: Captured) -> None:
+        """Refuse, on what a trial pass showed, what these terms cannot be computed from.
+
+        Raises:
+            UserError: a term across layers whose items have different numbers or widths.
+        """
+        for term in self.terms:
+            term.check(captured)
+
     def __call__(
-        self, captured: Captured, projections: weight.Projections, label_loss: Tensor | None = None
+        self, captured: Captured, weights: weight.Weights, label_loss: Tensor | None = None
     ) -> dict[str, Term]:
         """Every term's value and coefficient, by the spec's name, in at least float32.
 
         Args:
             captured: what the forward pass showed.
-            projections: block -> W_q, W_k, W_v.
+            weights: block, matrix -> the block's matrices of that kind.
             label_loss: the label loss; only gradient diversity looks at it.
         """
-        return {
-            term.spec.name: Term(term(captured, projections, label_loss), term.spec.coef) for term in self.terms
-        }
+        return {term.spec.name: Term(term(captured, weights, label_loss), term.spec.coef) for term in self.terms}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regularizers.measures import full_precision
+from utils import UserError
 
 if TYPE_CHECKING:
     from mixup import Labels
@@ -21,7 +22,7 @@ DEFAULT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"so": {"normalize": True},
 
 def items(captured: Captured, layer: int) -> Tensor:
     """Patch embeddings of a block's output, or of block 0's input (-1), without prefix tokens.  [B, P, D]"""
-    return captured.tokens[layer][:, captured.prefix_tokens :]
+    return captured.tokens[layer][:, captured.prefix_tokens[layer] :]
 
 
 def gradients(captured: Captured, layer: int, label_loss: Tensor) -> Tensor:
@@ -29,25 +30,38 @@ def gradients(captured: Captured, layer: int, label_loss: Tensor) -> Tensor:
 
     The loss is first scaled by its number of patch embeddings: gradient diversity does not change, and
     half-precision gradients do not underflow.
+
+    Raises:
+        UserError: the label loss does not depend on these tokens.
     """
     tokens = captured.tokens[layer]  # [B, N, D]
     scale = tokens.shape[0] * tokens.shape[1]
-    (gradient,) = torch.autograd.grad(label_loss * scale, tokens, create_graph=True)
-    return gradient[:, captured.prefix_tokens :]
+    (gradient,) = torch.autograd.grad(label_loss * scale, tokens, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise UserError(
+            f"the label loss does not depend on the captured tokens of layer {layer}, so patch.gradient_diversity "
+            "has no gradient there: models that are compiled, or in DDP with static_graph=True, hand out copies"
+        )
+    return gradient[:, captured.prefix_tokens[layer] :]
 
 
 def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
     r"""Cross-entropy of every patch against its own soft label, mean over images and patches.
 
+        R = 1/(B P) sum_bp CE_bp
         CE_bp = lse(z) - (1 - e) (w_p z_own + (1 - w_p) z_partner) - e mean_k z_k
 
     z are the patch's K logits, e the label smoothing and w_p the share of patch p that shows the image's own
-    class. The right side is the cross-entropy with the dense label e/K + (1 - e) (w_p 1_own + (1 - w_p)
+    class. The second line is the cross-entropy with the dense label e/K + (1 - e) (w_p 1_own + (1 - w_p)
     1_partner), which is never built: two gathers and one log-sum-exp.
 
     Args: patch_logits [B, P, K], any precision; computed in at least float32.
     Returns: scalar. The papers' sum over patches is P times it.
-    Source: Chen et al. 2022, mixing loss, after Gong et al. 2021.
+    Range: [0, inf); log K where all classes are equally likely.
+    Rewards: patches that say themselves which class they show.
+    Cost: O(P K); and the model's head on every patch. Keeps the logits.
+    Source: [C22], mixing loss, after [G21].
+    Use: the recipe's term inside the label loss; it also lets the label reach the last block's patches.
     """
     z = full_precision(patch_logits)  # [B, P, K]
     own = z.gather(2, labels.own[:, None, None].expand(-1, z.shape[1], 1)).squeeze(2)  # [B, P]

@@ -177,7 +177,7 @@ def test_diversity_runs_in_float32_outside_autocast(tiny, dtype):
     with precision.autocast():
         captured = model(images)
     assert captured.attention[0].dtype == captured.logits.dtype == getattr(torch, dtype)
-    terms = LabelLoss(diversity.mixing)(captured, labels) | diversity(captured, model.projections)
+    terms = LabelLoss(diversity.mixing)(captured, labels) | diversity(captured, model.weights)
     assert {term.value.dtype for term in terms.values()} == {torch.float32}
     updater = Updater(adamw(model), precision)
     means = train_one_epoch(

@@ -45,7 +45,7 @@ def make_labels(smoothing: float = 0.1, mixed: bool = True, patches: int = PATCH
 def captured(
     logits: Tensor | None = None, patch_logits: Tensor | None = None, dist_logits: Tensor | None = None
 ) -> Captured:
-    return Captured(draw(BATCH, CLASSES) if logits is None else logits, dist_logits, patch_logits, {}, {}, 1)
+    return Captured(draw(BATCH, CLASSES) if logits is None else logits, dist_logits, patch_logits, {}, {}, {})
 
 
 def dense_patch_losses(patch_logits: Tensor, labels: Labels) -> list[Tensor]:

@@ -273,7 +273,7 @@ def test_more_bad_input(tmp_path, trained, images, capsys):
         ([*RUN, *teacher, "--model", "deit_tiny_distilled_patch16_224"], "does not fit ResNet"),
         (
             [*DIGITS, *QUICK, "--model", "resnet10t", "--reg", "patch.so=1"],
-            "not a plain",
+            "not a vision",
         ),
         ([*RUN, "--model-kwargs", "dept=2"], "cannot be built with"),
         ([*RUN, "--resume", best, "--model-kwargs", "patch_size=4", "depth=3"], "does not fit"),

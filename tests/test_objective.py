@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import reference
@@ -23,6 +23,10 @@ SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v 
 
 def diversity(*texts: str, depth: int = DEPTH, pooled: bool = False) -> Diversity:
     return Diversity([parse_spec(text) for text in texts], depth, pooled)
+
+
+def qkv(*blocks: int) -> frozenset[tuple[int, str]]:
+    return frozenset((block, name) for block in blocks for name in "qkv")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -99,6 +103,9 @@ def test_name_parses_to_the_same_term(term: str) -> None:
         ("patch.cno:normalize", "patch.cno@last"),  # patches are normalised by default
         ("weight.cno:raw", "weight.cno@all"),  # weights are not
         ("weight.cno:normalize", "weight.cno:normalize@all"),
+        ("weight.cno:v,q,k", "weight.cno@all"),  # the default
+        ("weight.cno:fc2,k,inverse,fc2", "weight.cno:inverse,k,fc2@all"),
+        ("weight.so:proj@0", "weight.so:proj@0"),
     ],
 )
 def test_equal_terms_have_equal_names(text: str, name: str) -> None:
@@ -132,7 +139,7 @@ def test_reference_flags_parse(flag: str, text: str) -> None:
 def test_reference_flags_are_the_recipe() -> None:
     recipe = diversity(*(f"{text}=1" for text in REFERENCE_FLAGS.values()), depth=12)
     assert len(REFERENCE_FLAGS) == 5
-    assert recipe.needs == Needs(frozenset({-1, 11}), frozenset({0}), frozenset(range(12)), True)
+    assert recipe.needs == Needs(frozenset({-1, 11}), frozenset({0}), qkv(*range(12)), True)
     assert recipe.names == [
         "patch.cosine@last",
         "patch.contrastive@first:last",
@@ -259,12 +266,14 @@ def test_layers_that_the_model_does_not_have(text: str, message: str) -> None:
         (["patch.contrastive@0-1:2-3=1"], Needs(tokens=frozenset({0, 1, 2, 3}))),
         (["attn.cosine@first,last=1"], Needs(attention=frozenset({0, 3}))),
         (["attn.contrastive@0:1-2=1"], Needs(attention=frozenset({0, 1, 2}))),
-        (["weight.so@first=1"], Needs(weights=frozenset({0}))),
-        (["weight.so=1"], Needs(weights=frozenset({0, 1, 2, 3}))),
+        (["weight.so@first=1"], Needs(weights=qkv(0))),
+        (["weight.so=1"], Needs(weights=qkv(0, 1, 2, 3))),
+        (["weight.so:fc1,q@0=1"], Needs(weights=frozenset({(0, "q"), (0, "fc1")}))),
+        (["weight.so:v@0=1", "weight.so:k@1=1"], Needs(weights=frozenset({(0, "v"), (1, "k")}))),
         (["patch.mixing=1"], Needs(patch_logits=True)),
         (
             ["patch.mixing=1", "patch.so@0=1", "patch.mhs@2=1", "attn.mgd=1", "weight.cno@1=1"],
-            Needs(frozenset({0, 2}), frozenset({0}), frozenset({1}), True),
+            Needs(frozenset({0, 2}), frozenset({0}), qkv(1), True),
         ),
         (["patch.mixing=0", "patch.cosine=0", "attn.cosine=0", "weight.cno@9=0"], Needs()),
         (["patch.gradient_diversity=1", "patch.mixing=1"], Needs(tokens=frozenset({3}), patch_logits=True)),
@@ -276,9 +285,9 @@ def test_needs(texts: list[str], needs: Needs) -> None:
 
 
 def test_needs_are_united() -> None:
-    a, b = Needs(frozenset({1}), frozenset({2})), Needs(frozenset({-1}), frozenset(), frozenset({0}), True)
-    assert a | b == Needs(frozenset({-1, 1}), frozenset({2}), frozenset({0}), True)
-    assert not Needs() and Needs(weights=frozenset({0})) and Needs(patch_logits=True)
+    a, b = Needs(frozenset({1}), frozenset({2})), Needs(frozenset({-1}), frozenset(), qkv(0), True)
+    assert a | b == Needs(frozenset({-1, 1}), frozenset({2}), qkv(0), True)
+    assert not Needs() and Needs(weights=qkv(0)) and Needs(patch_logits=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ def forward_pass(dtype: torch.dtype = torch.float64) -> Captured:
 
     tokens = {layer: draw(BATCH, TOKENS, WIDTH).requires_grad_() for layer in range(-1, DEPTH)}
     attention = {layer: draw(BATCH, HEADS, TOKENS, TOKENS).softmax(-1) for layer in range(DEPTH)}
-    return Captured(draw(BATCH, 3), None, None, tokens, attention, PREFIX)
+    return Captured(draw(BATCH, 3), None, None, tokens, attention, dict.fromkeys(tokens, PREFIX))
 
 
 def weights_by_shape(shapes: Sequence[list[tuple[int, int]]]) -> dict[int, list[Tensor]]:
@@ -312,18 +321,21 @@ def weights_by_shape(shapes: Sequence[list[tuple[int, int]]]) -> dict[int, list[
 WEIGHTS = weights_by_shape(SHAPES)
 
 
-def projections(block: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = WEIGHTS[block]
-    return q, k, v
+def read(matrices: Mapping[int, Sequence[Tensor]]) -> Callable[[int, str], list[Tensor]]:
+    """What a model's `weights` is: block, matrix -> matrices of that kind."""
+    return lambda block, matrix: [matrices[block]["qkv".index(matrix)]]
 
 
-def no_projections(block: int) -> tuple[Tensor, Tensor, Tensor]:
+weights = read(WEIGHTS)
+
+
+def no_weights(block: int, matrix: str) -> list[Tensor]:
     raise AssertionError("no term asked for weights")
 
 
 def value_of(text: str, captured: Captured | None = None) -> Tensor:
     """The value of the only term of a spec."""
-    terms = diversity(f"{text}=0.25")(captured or forward_pass(), projections)
+    terms = diversity(f"{text}=0.25")(captured or forward_pass(), weights)
     assert [term.weight for term in terms.values()] == [0.25]
     (term,) = terms.values()
     return term.value
@@ -462,7 +474,7 @@ def test_cno_of_weights(inverse: bool) -> None:
     weights = weights_by_shape([[(6, 4)] * 3])
     term = diversity("weight.cno:inverse@1-3=1" if inverse else "weight.cno@1-3=1")
     torch.manual_seed(5)
-    (value,) = (t.value for t in term(forward_pass(), lambda block: tuple(weights[block])).values())
+    (value,) = (t.value for t in term(forward_pass(), read(weights)).values())
     torch.manual_seed(5)
     expected = 0.0
     for block in (1, 2, 3):
@@ -476,7 +488,7 @@ def test_terms_are_named_in_order_and_weighted() -> None:
     texts = ["weight.so@0=0.125", "patch.cosine=0", "patch.mixing=1", "patch.cosine:abs=0.5", "attn.mhs=2"]
     objective = diversity(*texts)
     captured = forward_pass()
-    terms = objective(captured, projections)
+    terms = objective(captured, weights)
     assert list(terms) == objective.names == ["weight.so@0", "patch.cosine:abs@last", "attn.mhs@0"]
     assert [term.weight for term in terms.values()] == [0.125, 0.5, 2.0]
     assert objective.mixing == 1.0
@@ -502,13 +514,52 @@ def test_empty_objective(texts: list[str]) -> None:
     empty = diversity(*texts, depth=0)
     assert empty.needs == Needs() and not empty.needs
     assert empty.mixing == 0 and empty.names == []
-    bare = Captured(torch.zeros(2, 3), None, None, {}, {}, 0)
-    assert empty(bare, no_projections) == {}
+    bare = Captured(torch.zeros(2, 3), None, None, {}, {}, {})
+    assert empty(bare, no_weights) == {}
+
+
+@pytest.mark.parametrize(("text", "which"), [("q", "q"), ("k,v", "kv"), ("v,q", "qv")])
+def test_a_weight_term_reads_the_matrices_it_names(text: str, which: str) -> None:
+    expected = sum(
+        float(reference.mean_over_leading(reference.so, WEIGHTS[block]["qkv".index(name)][None]))
+        for block in (1, 2)
+        for name in which
+    )
+    assert value_of(f"weight.so:{text}@1-2").item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("text", ["patch.so:q", "attn.so:fc1", "weight.so:w"])
+def test_matrices_are_for_weights_and_known(text: str) -> None:
+    with pytest.raises(
+        UserError, match=r"so has no option .*its options: normalize, raw(; its matrices: q, k, v, p|$)"
+    ):
+        parse_spec(f"{text}=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "patch.contrastive@0:1",
+            r"layers 0 and 1 cannot be compared, their patches x width differ: 4 x 5 and 2 x 10; choose two layers",
+        ),
+        ("patch.cosine_cross@all:1", r"layers 0 and 1 cannot be compared"),
+        ("attn.cosine_cross@2:0", r"layers 2 and 0 cannot be compared, their heads x map differ: 6 x 9 and 3 x 36"),
+    ],
+)
+def test_layers_of_different_width_or_grid_are_refused(text: str, message: str) -> None:
+    captured = forward_pass()
+    tokens = {**captured.tokens, 1: torch.randn(BATCH, PREFIX + 2, 2 * WIDTH)}
+    attention = {**captured.attention, 2: torch.rand(BATCH, 2 * HEADS, 3, 3)}
+    captured = captured._replace(tokens=tokens, attention=attention)
+    diversity("patch.contrastive@0:2=1", "attn.cosine_cross@0:1=1", "patch.so@1=1").check(captured)
+    with pytest.raises(UserError, match=message):
+        diversity(f"{text}=1").check(captured)
 
 
 @pytest.mark.parametrize("text", ["patch.cosine=1", "attn.cosine=1"])
 def test_weights_are_not_read_without_a_weight_term(text: str) -> None:
-    diversity(text)(forward_pass(), no_projections)
+    diversity(text)(forward_pass(), no_weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -516,7 +567,7 @@ def test_weights_are_not_read_without_a_weight_term(text: str) -> None:
 def test_half_precision_captures_give_float32_terms(term: str, dtype: torch.dtype) -> None:
     captured = forward_pass(dtype)
     weights = {block: tuple(w.detach().to(dtype) for w in matrices) for block, matrices in WEIGHTS.items()}
-    (result,) = diversity(f"{term}=1")(captured, weights.__getitem__).values()  # type: ignore[arg-type]
+    (result,) = diversity(f"{term}=1")(captured, read(weights)).values()
     assert result.value.dtype == torch.float32 and result.value.isfinite()
 
 
@@ -543,7 +594,7 @@ def step(model: DiverseViT, objective: Diversity, dtype: torch.dtype = torch.flo
     images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch(dtype))
     captured = model(images)
     terms = LabelLoss(objective.mixing)(captured, labels)
-    return {**terms, **objective(captured, model.projections, total(terms))}
+    return {**terms, **objective(captured, model.weights, total(terms))}
 
 
 EVERYTHING = [f"{term}=0.1" for term in all_names()]
@@ -569,7 +620,7 @@ def test_autocast_leaves_terms_in_float32() -> None:
         captured = model(images)
     assert captured.patch_logits is not None and captured.patch_logits.dtype == torch.bfloat16  # autocast was on
     terms = LabelLoss(objective.mixing)(captured, labels)
-    terms |= objective(captured, model.projections, total(terms))
+    terms |= objective(captured, model.weights, total(terms))
     assert {name: term.value.dtype for name, term in terms.items()} == dict.fromkeys(terms, torch.float32)
     assert all(term.value.isfinite() for term in terms.values())
     total(terms).backward()
@@ -602,9 +653,9 @@ def test_gradient_diversity_is_the_loops(texts: list[str], options: dict[str, ob
     images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch(torch.float64))
     captured = model(images)
     label_terms = LabelLoss(objective.mixing)(captured, labels)
-    (term,) = objective(captured, model.projections, total(label_terms)).values()
+    (term,) = objective(captured, model.weights, total(label_terms)).values()
     (gradient,) = torch.autograd.grad(total(label_terms), captured.tokens[1], retain_graph=True)
-    assert gradient.shape[1] - captured.prefix_tokens == 16
+    assert gradient.shape[1] - captured.prefix_tokens[1] == 16
     expected = reference.mean_over_leading(reference.gradient_diversity, gradient[:, -16:])
     assert term.value.item() == pytest.approx(expected, rel=1e-9)
 
