@@ -103,16 +103,17 @@ class Layout:
     def expose_tokens(self, block: int, value: Any) -> tuple[Tensor, Any]:
         """The tokens [B, N, D] in what goes into, or comes out of, a block, and what is to go on in its place.
 
-        Grids [B, h, w, D] (or [B, D, h, w] where the projections are convolutions) are seen as [B, h * w, D]; the
-        model goes on with a view of the same tensor, so that the gradient at the tokens is the whole gradient.
-        The second value is None where nothing has to be put in place.
+        Grids [B, h, w, D] and [B, D, h, w] are seen as [B, h * w, D]; the model goes on with a view of the same
+        tensor, so that the gradient at the tokens is the whole gradient. The second value is None where nothing
+        has to be put in place. The order of the patches is the model's own: row by row but in Hiera, which keeps
+        those of a mask unit together.
         """
         several = isinstance(value, tuple)
         stream = 1 if several and hasattr(self.blocks[block], "attn_out") else 0  # TNT: (pixels, patches)
         raw: Tensor = value[stream] if several else value
         if raw.ndim != 4:
             return raw, None
-        if _has_convolutions(self.blocks[block]):
+        if _channels_first(self.blocks[block], raw):
             tokens = raw.flatten(2).mT  # [B, D, h, w] -> [B, N, D]
             rest = tokens.mT.view(raw.shape)
         else:
@@ -190,6 +191,8 @@ class Layout:
         Returns: [B, P, K], patches row by row.
         """
         prefix = _final_prefix_tokens(self.backbone)
+        if not isinstance(features, Tensor):
+            raise UserError(f"patch.mixing: {self.name} has several sequences of final features; drop patch.mixing")
         if features.ndim == 3:
             patches = features[:, prefix:]  # [B, P, D]
             alone = patches.flatten(0, 1).unsqueeze(1).expand(-1, prefix + 1, -1)  # [B * P, T + 1, D]
@@ -242,8 +245,9 @@ def _find_blocks(container: Any) -> Iterator[nn.Module]:
 def _attentions(block: nn.Module) -> list[Any]:
     """A block's attention modules: one, several side by side, or the block itself if all its inputs are fused."""
     for name in ("attn", "attn_out"):  # TNT's outer transformer, the one of the patches, is attn_out
-        if isinstance(getattr(block, name, None), nn.Module):
-            return [getattr(block, name)]
+        module = getattr(block, name, None)  # in convolutional networks attn may be squeeze-and-excitation
+        if isinstance(module, nn.Module) and (_projections(module) or _map_tap(module)):
+            return [module]
     if isinstance(getattr(block, "attns", None), nn.ModuleList):
         branches: Any = block.attns
         return [branch.attn for branch in branches]
@@ -310,6 +314,8 @@ def _projections(attention: nn.Module) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     for attribute, kinds in _PROJECTIONS.items():
         weight = _matrix(getattr(attention, attribute, None))
+        if attribute == "qkv" and getattr(attention, "use_global", False):
+            kinds = "kv"  # GCViT's global blocks take their queries from outside
         if weight is not None:
             found |= {kind: [part] for kind, part in zip(kinds, _split_rows(attention, weight, kinds), strict=True)}
     output = getattr(attention, "proj", None)
@@ -321,11 +327,15 @@ def _split_rows(attention: Any, weight: Tensor, kinds: str) -> list[Tensor]:
     """The parts of a projection that is fused of q, k or v, each [n, d]."""
     if len(kinds) == 1:
         return [weight]
-    if not hasattr(attention, "val_dim"):
+    by_head = hasattr(attention, "val_dim") or getattr(attention, "head_first", False)  # LeViT; CoAtNet
+    if not by_head:
         return list(weight.chunk(len(kinds), dim=0))
-    sizes = [attention.val_dim if kind == "v" else attention.key_dim for kind in kinds]  # LeViT fuses head by head
     per_head = weight.unflatten(0, (attention.num_heads, -1))  # [H, n / H, d]
-    return [part.flatten(0, 1) for part in per_head.split(sizes, dim=1)]
+    if hasattr(attention, "val_dim"):
+        parts = per_head.split([attention.val_dim if kind == "v" else attention.key_dim for kind in kinds], dim=1)
+    else:
+        parts = per_head.chunk(len(kinds), dim=1)
+    return [part.flatten(0, 1) for part in parts]
 
 
 def _mlps(block: Any) -> list[nn.Module]:
@@ -366,7 +376,11 @@ def _matrix(layer: Any) -> Tensor | None:
     return layer.weight.flatten(1) if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) else None
 
 
-def _has_convolutions(block: nn.Module) -> bool:
-    """Whether a block's projections are convolutions, so that its tokens are grids [B, D, h, w]."""
-    fused = getattr(_attentions(block)[0], "qkv", None)
+def _channels_first(block: nn.Module, grid: Tensor) -> bool:
+    """Whether a block's grid of tokens is [B, D, h, w], not [B, h, w, D]: D is the width that its values take."""
+    attention = _attentions(block)[0]
+    width = _projections(attention)["v"][0].shape[1]
+    if (grid.shape[1] == width) != (grid.shape[3] == width):
+        return grid.shape[1] == width
+    fused = getattr(attention, "qkv", None)
     return isinstance(getattr(fused, "linear", fused), nn.Conv2d)

@@ -1,18 +1,21 @@
 """One process of a two-process run: compares DDP's gradients with the mean of the single-process ones.
 
-Started by tests/test_distributed.py through torchrun. Each process has its own images and its own CNO probes.
+Started by tests/test_distributed.py through torchrun. Each process has its own images and its own CNO probes. The
+model in DDP may be compiled and recompute its blocks; what it is compared with is eager and keeps its activations.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
 
 import torch
 import torch.distributed as dist
 from conftest import RECIPE, TINY, random_batch
+from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+import build
 from engine import Precision, Updater, evaluate, train_one_epoch, unwrap
 from losses import LabelLoss
 from mixup import Mixup
@@ -20,53 +23,86 @@ from models import DiverseViT, build_model
 from regularizers import Diversity, parse_spec
 from utils import TrainingDiverged, find_launch, init_distributed
 
+CPU = Precision(torch.device("cpu"))
+TWICE = "patch.gradient_diversity=1e-2"  # differentiates twice, at a tensor of which static_graph hands out a copy
+EMA_DECAY = 0.75
 
-def gradients(model: torch.nn.Module, diversity: Diversity, rank: int) -> dict[str, torch.Tensor]:
-    """Gradients after one step of the real loop on this process's batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+def gradients(
+    model: torch.nn.Module, diversity: Diversity, rank: int, ema: ModelEmaV3 | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradients after one step of the real loop on this process's batch; with an EMA, of a step that moves."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if ema else 0.0)
     mixup = Mixup(patch_size=(8, 8), seed=rank)
     torch.manual_seed(100 + rank)
     batch = random_batch(seed=rank)
-    updater = Updater(optimizer, Precision(torch.device("cpu")))
+    updater = Updater(optimizer, CPU, ema=ema)
     train_one_epoch(model, LabelLoss(diversity.mixing), diversity, [(batch[0].double(), batch[1])], updater, mixup)
     return {name: p.grad.clone() for name, p in unwrap(model).backbone.named_parameters()}
 
 
-def main(static_graph: bool) -> None:
-    launch = find_launch()
-    init_distributed(launch, torch.device("cpu"))
-    torch.manual_seed(launch.rank)  # processes start apart, as in main.py; DDP makes them equal
-    # gradient diversity differentiates at a tensor that static_graph hides behind a copy
-    specs = RECIPE if static_graph else (*RECIPE, "patch.gradient_diversity=1e-2")
-    diversity = Diversity([parse_spec(spec) for spec in specs], depth=3)
-    model = DiverseViT(build_model("deit_tiny_patch16_224", **TINY), diversity.needs).double()
-    wrapped = DistributedDataParallel(model, static_graph=static_graph)
+def check_ema(model: DiverseViT, ema: ModelEmaV3, before: dict[str, torch.Tensor]) -> None:
+    """The average after a step, and that its forward pass captures for itself."""
+    after = model.backbone.state_dict()
+    for name, value in ema.module.backbone.state_dict().items():
+        expected = EMA_DECAY * before[name] + (1 - EMA_DECAY) * after[name]
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14, msg=name)
+    images = random_batch()[0].double()
+    with torch.no_grad():
+        averaged, trained = ema.module(images).tokens[2], model(images).tokens[2]
+    assert not torch.equal(averaged, trained)
+    model.eval(), ema.module.eval()
+    assert evaluate(ema.module, [(images, random_batch()[1])], CPU)["loss"] > 0  # model.eval() between epochs
 
-    together = gradients(wrapped, diversity, launch.rank)
-    alone = gradients(copy.deepcopy(model), diversity, launch.rank)
-    apart = 0.0
-    for name, grad in alone.items():
-        apart = max(apart, (grad - together[name]).abs().max().item())
-        dist.all_reduce(grad)
-        torch.testing.assert_close(together[name], grad / 2, rtol=1e-9, atol=1e-12, msg=name)
-    assert apart > 1e-6  # the two processes really had different gradients
 
-    # a NaN in one process's images stops both, at the same print
-    images, targets = random_batch(seed=launch.rank)
-    images = images.double() * (float("nan") if launch.rank == 1 else 1.0)
-    updater = Updater(torch.optim.SGD(wrapped.parameters(), lr=0.0), Precision(torch.device("cpu")))
+def check_faults(wrapped: torch.nn.Module, model: DiverseViT, rank: int) -> None:
+    """A NaN in one process's images stops both at the same print; a process without samples still evaluates."""
+    images, targets = random_batch(seed=rank)
+    images = images.double() * (float("nan") if rank == 1 else 1.0)
+    updater = Updater(torch.optim.SGD(wrapped.parameters(), lr=0.0), CPU)
     try:
         train_one_epoch(wrapped, LabelLoss(0), Diversity([], 0), [(images, targets)], updater, Mixup(0, 0))
     except TrainingDiverged as error:
         assert "first term to break was ce" in str(error)
     else:
         raise AssertionError("a NaN in one process went unnoticed in the other")
+    share = [] if rank else [(random_batch()[0].double(), random_batch()[1])]
+    assert 0 <= evaluate(model, share, CPU)["acc1"] <= 100
 
-    # a process without samples takes part in the evaluation all the same
-    share = [] if launch.rank else [(random_batch()[0].double(), random_batch()[1])]
-    assert 0 <= evaluate(model, share, Precision(torch.device("cpu")))["acc1"] <= 100
+
+def main(args: argparse.Namespace) -> None:
+    launch = find_launch()
+    init_distributed(launch, torch.device("cpu"))
+    torch.manual_seed(launch.rank)  # processes start apart, as in main.py; DDP makes them equal
+    specs = RECIPE if args.static_graph or args.torchcompile else (*RECIPE, TWICE)
+    diversity = Diversity([parse_spec(spec) for spec in specs], depth=3)
+    model = DiverseViT(build_model("deit_tiny_patch16_224", **TINY), diversity.needs).double()
+    if args.grad_checkpointing:
+        build.use_grad_checkpointing(model.backbone)
+    if args.torchcompile:
+        build.compile_model(args, model, diversity)
+    wrapped = DistributedDataParallel(model, static_graph=args.static_graph)
+    eager = copy.deepcopy(model)  # deepcopy leaves the compiled forward behind
+    eager.backbone.set_grad_checkpointing(False)
+    ema, before = ModelEmaV3(model, decay=EMA_DECAY), copy.deepcopy(model.backbone.state_dict())
+
+    together = gradients(wrapped, diversity, launch.rank, ema)
+    alone = gradients(eager, diversity, launch.rank)
+    apart = 0.0
+    for name, grad in alone.items():
+        apart = max(apart, (grad - together[name]).abs().max().item())
+        dist.all_reduce(grad)
+        torch.testing.assert_close(together[name], grad / 2, rtol=1e-9, atol=1e-12, msg=name)
+    assert apart > 1e-6  # the two processes really had different gradients
+    check_ema(model, ema, before)
+    if not args.static_graph:  # a static graph cannot change its terms
+        check_faults(wrapped, model, launch.rank)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(static_graph="--static-graph" in sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--static-graph", action="store_true")
+    parser.add_argument("--torchcompile", default="")
+    parser.add_argument("--grad-checkpointing", action="store_true")
+    main(parser.parse_args())

@@ -36,9 +36,18 @@ def torchrun(processes: int, script: str, *argv: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("graph", ["", "--static-graph"])
-def test_gradients_are_the_mean_of_the_processes(graph):
-    process = torchrun(2, "tests/ddp_step.py", *([graph] if graph else []))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--static-graph",
+        "--torchcompile aot_eager --grad-checkpointing",
+        "--torchcompile inductor --grad-checkpointing --static-graph",
+    ],
+)
+def test_gradients_are_the_mean_of_the_processes(flags):
+    """With an EMA; in DDP, compiled and recomputing, against eager single processes."""
+    process = torchrun(2, "tests/ddp_step.py", *flags.split())
     assert process.returncode == 0, process.stderr[-3000:]
 
 

@@ -238,6 +238,55 @@ def test_a_hook_that_never_fires_is_an_error(tiny):
         model(random_batch()[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_capture(tiny, dtype):
+    """Autocast's maps and tokens become float32 terms, near those of a float32 pass."""
+    model, diversity = tiny("patch.cosine@all=1", "patch.contrastive=1", "attn.cosine@all=1", "weight.cno=1")
+    images = random_batch()[0]
+    with torch.autocast("cpu", dtype=dtype):
+        captured = model(images)
+    assert {value.dtype for value in captured.attention.values()} <= {dtype, torch.float32}
+    assert captured.logits.dtype == dtype
+    for seen, exact in zip(captured.attention.values(), model(images).attention.values(), strict=True):
+        torch.testing.assert_close(seen.float(), exact, rtol=0, atol=2e-3)
+    torch.manual_seed(0)
+    half = diversity(captured, model.weights)
+    torch.manual_seed(0)
+    full = diversity(model(images), model.weights)
+    for name, term in half.items():
+        assert term.value.dtype == torch.float32
+        assert term.value.item() == pytest.approx(full[name].value.item(), rel=2e-2), name
+    sum(term.value for term in half.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("deit_tiny_patch16_224", TINY),
+        ("swin_tiny_patch4_window7_224", {"img_size": 32, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 3)}),
+        (
+            "levit_conv_128s",
+            {"img_size": 64, "embed_dim": (16, 24, 32), "num_heads": (2, 3, 4), "depth": (1, 1, 1)},
+        ),
+    ],
+)
+def test_channels_last_capture(name, overrides):
+    torch.manual_seed(0)
+    backbone = build_model(name, **{"num_classes": 5, **overrides}).double().eval()
+    depth = find_layout(backbone).depth
+    attention = frozenset() if "levit" in name else frozenset(range(depth))
+    model = DiverseViT(backbone, Needs(tokens=frozenset(range(-1, depth)), attention=attention))
+    images = random_batch(pixels=overrides["img_size"])[0].double()
+    expected = model(images)
+    shown = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(shown.logits, expected.logits, rtol=0, atol=1e-12)
+    for ours, theirs in ((shown.tokens, expected.tokens), (shown.attention, expected.attention)):
+        assert list(ours) == list(theirs)
+        for layer, value in ours.items():
+            torch.testing.assert_close(value, theirs[layer], rtol=0, atol=1e-12)
+
+
 def test_what_arrives_without_gradient_is_an_error(tiny):
     """Reentrant checkpointing runs the blocks without a graph: their tokens would train nothing."""
     model, _ = tiny("patch.cosine@0=1")
@@ -320,7 +369,8 @@ def test_blocks_without_a_visible_map_or_projections_are_refused():
         def __init__(self):
             super().__init__()
             self.blocks = torch.nn.ModuleList([torch.nn.Module()])
-            self.blocks[0].attn = torch.nn.Linear(2, 2)
+            self.blocks[0].attn = torch.nn.Module()
+            self.blocks[0].attn.proj = torch.nn.Linear(2, 2)
             self.patch_embed = torch.nn.Module()
             self.patch_embed.patch_size = 4
             self.num_prefix_tokens = 0
@@ -328,10 +378,8 @@ def test_blocks_without_a_visible_map_or_projections_are_refused():
     with pytest.raises(UserError, match=r"patch.mixing labels patches by Opaque.feature_info"):
         assert find_layout(Opaque()).patch_size
     with pytest.raises(
-        UserError, match=r"cannot see the map of Opaque at block 0: its Linear passes its softmax to no"
+        UserError, match=r"cannot see the map of Opaque at block 0: its Module passes its softmax to no"
     ):
         DiverseViT(Opaque(), Needs(attention=frozenset({0})))
-    with pytest.raises(
-        UserError, match=r"find no q in block 0 of Opaque: its Linear and MLP have no linear layers"
-    ):
+    with pytest.raises(UserError, match=r"find no q in block 0 of Opaque: its Module and MLP have proj; choose"):
         DiverseViT(Opaque(), Needs(weights=frozenset({(0, "q")})))
