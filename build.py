@@ -83,7 +83,11 @@ def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Dive
         return Diversity([], depth=0), Diversity([], depth=0)
     layout: Layout = find_layout(backbone)
     depth, reached = layout.depth, layout.patches_reach_label
-    return Diversity(args.terms, depth, reached), Diversity(args.measures, depth, reached)
+    diversity, measure = Diversity(args.terms, depth, reached), Diversity(args.measures, depth, reached)
+    blocks = diversity.needs.attention | measure.needs.attention
+    if any(tap.between == "channels" for block in blocks for tap in layout.map_taps(block)):
+        print_main(f"note: the attention maps of {layout.name} are between the channels of a head, not its tokens")
+    return diversity, measure
 
 
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:

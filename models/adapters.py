@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,11 +30,13 @@ class MapTap(NamedTuple):
         attention: the module that computes the map; its flag `fused_attn`, if any, must be off.
         hooked: the module whose input is the map.
         heads_first: brings that input into the form [..., H, n, m].
+        between: 'tokens', or 'channels' for XCiT's cross-covariance maps [B, H, D / H, D / H].
     """
 
     attention: Any
     hooked: nn.Module
     heads_first: Callable[[Tensor], Tensor]
+    between: Literal["tokens", "channels"] = "tokens"
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,12 @@ def _map_tap(attention: nn.Module) -> MapTap | None:
         return MapTap(attention, mixed, _from_heads_last)
     if not isinstance(dropped, nn.Module):
         return None
-    outlook = isinstance(getattr(attention, "attn", None), nn.Linear) and hasattr(attention, "unfold")
-    return MapTap(attention, dropped, _from_heads_before_windows if outlook else _as_it_is)
+    if isinstance(getattr(attention, "attn", None), nn.Linear) and hasattr(
+        attention, "unfold"
+    ):  # outlook attention
+        return MapTap(attention, dropped, _from_heads_before_windows)
+    crossed = isinstance(getattr(attention, "temperature", None), nn.Parameter)  # cross-covariance attention
+    return MapTap(attention, dropped, _as_it_is, "channels" if crossed else "tokens")
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -379,8 +385,8 @@ def _matrix(layer: Any) -> Tensor | None:
 def _channels_first(block: nn.Module, grid: Tensor) -> bool:
     """Whether a block's grid of tokens is [B, D, h, w], not [B, h, w, D]: D is the width that its values take."""
     attention = _attentions(block)[0]
-    width = _projections(attention)["v"][0].shape[1]
-    if (grid.shape[1] == width) != (grid.shape[3] == width):
-        return grid.shape[1] == width
+    widths = [matrix.shape[1] for matrix in _projections(attention).get("v", ())]
+    if (grid.shape[1] in widths) != (grid.shape[3] in widths):
+        return grid.shape[1] in widths
     fused = getattr(attention, "qkv", None)
     return isinstance(getattr(fused, "linear", fused), nn.Conv2d)

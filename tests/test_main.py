@@ -198,6 +198,41 @@ def test_flags_train(tmp_path, flags):
     assert np.isfinite(log_of(tmp_path)[0]["train_loss"])
 
 
+def test_compiling_and_recomputing_change_no_number(tmp_path):
+    """With the last, smaller batch of the evaluation, the EMA and a measure that training does not capture."""
+    argv = [*RUN, *RECIPE, "--epochs", "2", "--model-ema-decay", "0.9", "--measure", "attn.cosine@all"]
+    fast = ["--torchcompile", "aot_eager", "--grad-checkpointing"]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "eager")]) == 0
+    assert main.main([*argv, "--output_dir", str(tmp_path / "fast"), *fast]) == 0
+    for plain, compiled in zip(log_of(tmp_path / "eager"), log_of(tmp_path / "fast"), strict=True):
+        assert list(plain) == list(compiled)
+        for name, value in plain.items():
+            assert compiled[name] == pytest.approx(value, rel=1e-4), name
+    assert list(weights_of(tmp_path / "fast")) == list(weights_of(tmp_path / "eager"))
+
+
+def test_a_backend_that_fails_is_one_line(tmp_path, capsys):
+    @torch._dynamo.register_backend
+    def broken_for_this_test(graph, inputs):
+        raise ImportError("no such compiler")
+
+    argv = [*RUN, "--epochs", "1", "--torchcompile", "broken_for_this_test", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "main.py: error: --torchcompile does not work here, drop it: backend='broken_for_this_test'"
+    )
+    assert "ImportError: no such compiler" in line
+
+
+def test_maps_between_channels_are_named_as_such(tmp_path, capsys):
+    model = ["--model", "xcit_nano_12_p16_224", "--model-kwargs", "patch_size=8", "depth=1", "embed_dim=24"]
+    argv = [*RUN, "--epochs", "1", *model, "num_heads=3", "--input-size", "32", "--reg", "attn.cosine=0.1"]
+    assert main.main(argv) == 0
+    note = "note: the attention maps of Xcit are between the channels of a head, not its tokens\n"
+    assert note in capsys.readouterr().out
+
+
 def test_drop_reaches_the_model():
     args = config.resolve([*RUN, "--drop", "0.3", "--drop-path", "0.2"])
     backbone = build.build_backbone(args, 10)

@@ -690,3 +690,36 @@ def test_gradient_diversity_trains_by_a_double_backward() -> None:
             for p, d in zip(parameters, direction, strict=True):
                 p -= sign * size * d
     assert (ends[0] - ends[1]) / (2 * size) == pytest.approx(float(slope), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_gradient_diversity_accumulates_and_is_scaled_like_any_term(scale: float) -> None:
+    """Two backward passes without zero_grad give the sum; float16's scaled loss gives scaled gradients."""
+
+    def backward(model: DiverseViT, images: Tensor, scale: float = scale) -> None:
+        images, labels = Mixup(patch_size=(8, 8), seed=2)(images, torch.tensor([0, 1]))
+        captured = model(images)
+        terms = LabelLoss(objective.mixing)(captured, labels)
+        (total(terms | objective(captured, model.weights, total(terms))) * scale / 2).backward()
+
+    objective = diversity(*MIXED, depth=2)
+    images = batch(torch.float64)[0]
+    together = tiny_vit(objective.needs, torch.float64)
+    backward(together, images[:2])
+    backward(together, images[2:])
+    apart = [tiny_vit(objective.needs, torch.float64) for _ in range(2)]
+    backward(apart[0], images[:2])
+    backward(apart[1], images[2:])
+    if scale != 1:
+        for model in (*apart, together):
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= scale
+    unscaled = tiny_vit(objective.needs, torch.float64)
+    backward(unscaled, images[:2], scale=1.0)
+    for both, first, second, plain in zip(*(m.parameters() for m in (together, *apart, unscaled)), strict=True):
+        assert (
+            both.grad is not None and first.grad is not None and second.grad is not None and plain.grad is not None
+        )
+        torch.testing.assert_close(both.grad, first.grad + second.grad, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(first.grad, plain.grad, rtol=1e-9, atol=1e-12)
