@@ -1,0 +1,451 @@
+"""A trained model leaves the project: as a folder for timm, an ONNX file, or a PyTorch program.
+
+Whatever is written is the plain timm model in evaluation mode, images [B, 3, S, S] -> logits [B, K] with any B; no
+hook and nothing of this repository goes with it. Every file is read back and compared with the model before it
+takes its name, so a file that exists is one that works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import use_fused_attn
+from timm.models import get_pretrained_cfg, save_for_hf
+from torch import Tensor, nn
+
+import checkpoint
+from datasets import SMALL_INPUT
+from models import VARIANTS, DiverseViT, build_model, check_name
+from utils import BAD_ARGUMENT, UserError, did_you_mean
+
+WEIGHTS = ("auto", "ema", "model")
+EXTRAS = ("onnx", "onnxscript", "onnxruntime")
+OPSETS = range(18, 24)  # ONNX operator sets that torch's exporter writes by itself
+ATTENTION_OPSET = 23  # the first one with an operator for fused attention
+ONE_FILE = 2**31 - 2**24  # bytes of weights that fit, with the graph, into one ONNX file
+
+# Where timm leaves fused attention off unless the environment says TIMM_FUSED_ATTN=2.
+EXPERIMENTAL = frozenset(f"timm.models.{name}" for name in ("swin_transformer", "visformer", "xcit"))
+DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+# Largest difference of logits, relative to the largest logit (if beyond 1), with which a file still counts as the
+# model: the same kernels give the same bits in timm; other kernels round otherwise; wrong weights are far off.
+SAME, ROUNDING = 0.0, 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From a checkpoint to a model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its trained weights.
+
+    Attributes:
+        name: the model's name in this project.
+        backbone: the timm model.
+        model_args: what its constructor takes besides the architecture's own values, without dropout rates.
+        input_size: S, the image size in pixels.
+        weights: 'ema' or 'model', which of the checkpoint's weights these are.
+    """
+
+    name: str
+    backbone: Any
+    model_args: dict[str, Any]
+    input_size: int
+    weights: str
+
+
+def read_trained(
+    path: str,
+    weights: str = "auto",
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    input_size: int | None = None,
+    num_classes: int | None = None,
+) -> Trained:
+    """Build the model that a checkpoint describes, and load its weights.
+
+    The name, its arguments and the image size are those of the checkpoint's saved flags, and the number of classes
+    is that of its head, unless given here.
+
+    Args:
+        path: a file or an https address.
+        weights: 'ema', 'model', or 'auto', which takes the EMA if there is one.
+    Raises:
+        UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
+    """
+    for flag, value in (("--input-size", input_size), ("--num-classes", num_classes)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, not {value}")
+    state = checkpoint.load(path)
+    use_ema = _uses_ema(state, weights, path)
+    tensors = _plain_names(checkpoint.model_weights(state, path, ema=use_ema))
+    saved = state.get("args") if isinstance(state, dict) else None
+    flags: Any = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    flags = flags if isinstance(flags, dict) else {}
+    name = model or flags.get("model")
+    if not name:
+        raise UserError(
+            f"{path} does not say which model it holds: give --model NAME, and --model-kwargs and --input-size if "
+            "they were not the model's own"
+        )
+    check_name(name)
+    options = {**(flags.get("model_kwargs") or {}), **(model_kwargs or {})}
+    size = input_size or flags.get("input_size") or _stock_input_size(name)
+    if num_classes is None and "num_classes" not in options:
+        num_classes = _count_classes(name, tensors, path)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    backbone = build_model(name, **{"img_size": size, **options})
+    try:
+        checkpoint.load_weights(backbone, tensors, path)
+    except UserError as error:  # its advice is on flags of main.py
+        problem = str(error).partition(". Check --")[0]
+        raise UserError(f"{problem}. Check --model, --model-kwargs, --input-size and --num-classes") from error
+    added = VARIANTS.get(name, (name, {}))[1]
+    model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
+    return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model")
+
+
+def _uses_ema(state: Any, weights: str, path: str) -> bool:
+    has_ema = isinstance(state, dict) and "model_ema" in state
+    if weights == "ema" and not has_ema:
+        raise UserError(f"{path} holds no EMA: choose --weights model or auto")
+    return has_ema and weights != "model"
+
+
+def _plain_names(tensors: checkpoint.StateDict) -> checkpoint.StateDict:
+    """timm's own names, also where a whole DiverseViT was saved, whose backbone is one of its parts."""
+    own = {name.removeprefix("backbone."): tensors[name] for name in tensors if name.startswith("backbone.")}
+    return own or tensors
+
+
+def _stock_config(name: str) -> Any:
+    """timm's own description of a model; None for a name with a source, e.g. 'local-dir:FOLDER'."""
+    architecture, _, tag = name.partition(".")
+    base = VARIANTS.get(architecture, (architecture, {}))[0]
+    return get_pretrained_cfg(f"{base}.{tag}" if tag else base)
+
+
+def _stock_input_size(name: str) -> int:
+    config = _stock_config(name)
+    return int(config.input_size[-1]) if config is not None else 224
+
+
+def _count_classes(name: str, tensors: checkpoint.StateDict, path: str) -> int:
+    """The number of rows of the head's weight."""
+    config = _stock_config(name)
+    heads = (config.classifier if config is not None else None) or "head"
+    key = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+    if key not in tensors:
+        raise UserError(
+            f"{path} has no {key} to tell the number of classes of {name} by: check --model, or give --num-classes"
+        )
+    return int(tensors[key].shape[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is exported
+
+
+def plain_backbone(model: nn.Module) -> Any:
+    """A copy of a timm model, or of the one in a DiverseViT, as timm would build it: for the CPU, in evaluation
+    mode, without forward and backward hooks, and with fused attention where a hook had it switched off.
+
+    The model itself is left as it is.
+    """
+    backbone: Any = copy.deepcopy(model.backbone if isinstance(model, DiverseViT) else model)
+    for module in backbone.modules():
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        if hooked and getattr(module, "fused_attn", True) is False:
+            module.fused_attn = use_fused_attn(experimental=type(module).__module__ in EXPERIMENTAL)
+    for module in backbone.modules():
+        for hooks in HOOKS:
+            getattr(module, hooks).clear()
+    return backbone.cpu().eval()
+
+
+def preprocessing(input_size: int) -> dict[str, Any]:
+    """The evaluation transform of datasets.build_transform in timm's words (`timm.data.create_transform`)."""
+    small = input_size <= SMALL_INPUT
+    return {
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if small else 224 / 256,
+        "crop_mode": "squash" if small else "center",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: their paths.
+        difference: the largest absolute difference between its logits and the model's, on random images.
+        load: a line of Python that loads it.
+    """
+
+    files: tuple[Path, ...]
+    difference: float
+    load: str
+
+
+def to_timm(
+    model: nn.Module, folder: Path, input_size: int, model_args: Mapping[str, Any] | None = None
+) -> Exported:
+    """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    The configuration names the stock architecture and how it was changed, the number of classes and this project's
+    evaluation transform, and says nothing of the weights that timm itself has for the architecture.
+
+    Args:
+        model: a timm model, or the DiverseViT around it.
+        model_args: what the constructor was given (current versions of timm remember that by themselves).
+    Raises:
+        UserError: the folder cannot be written to, or timm does not rebuild the same model from it.
+    """
+    backbone = plain_backbone(model)
+    stock = backbone.pretrained_cfg
+    kept = ("architecture", "first_conv", "classifier", "fixed_input_size", "min_input_size")
+    backbone.pretrained_cfg = {
+        **{key: stock[key] for key in kept if key in stock},
+        **preprocessing(input_size),
+        "input_size": (3, input_size, input_size),
+        "num_classes": backbone.num_classes,
+    }
+    backbone.default_cfg = backbone.pretrained_cfg
+    with _staged(folder) as staging, _explained(backbone, "timm", (SafetensorError,)):
+        save_for_hf(backbone, str(staging), model_args=dict(model_args or {}), safe_serialization=True)
+        again = timm.create_model(f"local-dir:{staging}", pretrained=True).eval()
+        difference = _compare(again, backbone, input_size, SAME, "timm's model")
+    load = f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
+    return Exported((folder / "model.safetensors", folder / "config.json"), difference, load)
+
+
+def to_torch(model: nn.Module, folder: Path, input_size: int) -> Exported:
+    """Write model.pt2, a program for `torch.export.load(FILE).module()`, which needs torch alone, on the CPU.
+
+    Args:
+        model: a timm model, or the DiverseViT around it.
+    Raises:
+        UserError: the folder cannot be written to, or torch.export cannot follow this model.
+    """
+    backbone = plain_backbone(model)
+    with _staged(folder) as staging, _explained(backbone, "torch"):
+        torch.export.save(_trace(backbone, input_size), staging / "model.pt2")
+        again = torch.export.load(staging / "model.pt2").module()
+        difference = _compare(again, backbone, input_size, ROUNDING, "model.pt2")
+    path = folder / "model.pt2"
+    return Exported((path,), difference, f'model = torch.export.load("{path}").module()')
+
+
+def to_onnx(model: nn.Module, folder: Path, input_size: int, opset: int | None = None) -> Exported:
+    """Write model.onnx, with input `images` and output `logits`.
+
+    Weights of two gigabytes and more, which no ONNX file can hold, stand beside it in model.onnx.data.
+
+    Args:
+        model: a timm model, or the DiverseViT around it.
+        opset: ONNX's operator set, torch's choice by default; from 23 on fused attention stays one node.
+    Raises:
+        UserError: the folder cannot be written to, the optional packages are missing, or torch's exporter or ONNX
+            Runtime does not support this model.
+    """
+    check_formats(["onnx"], opset)
+    backbone = plain_backbone(model)
+    onnx, runtime = import_module("onnx"), import_module("onnxruntime")
+    errors = (onnx.checker.ValidationError, *_exceptions(runtime.capi.onnxruntime_pybind11_state))
+    size = sum(tensor.nbytes for tensor in backbone.state_dict().values())
+    fused = opset is not None and opset >= ATTENTION_OPSET
+    with _staged(folder) as staging, _explained(backbone, "onnx", errors):
+        torch.onnx.export(
+            _trace(backbone if fused else _unfused(backbone), input_size),
+            f=staging / "model.onnx",
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=opset,
+            external_data=size > ONE_FILE,
+            verbose=False,
+        )
+        onnx.checker.check_model(str(staging / "model.onnx"), full_check=True)
+        session = runtime.InferenceSession(str(staging / "model.onnx"), providers=["CPUExecutionProvider"])
+
+        def again(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+        difference = _compare(again, backbone, input_size, ROUNDING, "model.onnx")
+        names = sorted(file.name for file in staging.iterdir())
+    load = f'session = onnxruntime.InferenceSession("{folder / "model.onnx"}")'
+    return Exported(tuple(folder / name for name in names), difference, load)
+
+
+FORMATS = ("timm", "torch", "onnx")
+
+
+def export(trained: Trained, folder: Path, form: str, opset: int | None = None) -> Exported:
+    """Write one of FORMATS; `check_formats` refuses others.
+
+    Raises:
+        UserError: as to_timm, to_torch and to_onnx do.
+    """
+    if form == "timm":
+        return to_timm(trained.backbone, folder, trained.input_size, trained.model_args)
+    if form == "torch":
+        return to_torch(trained.backbone, folder, trained.input_size)
+    return to_onnx(trained.backbone, folder, trained.input_size, opset)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checks that need no model
+
+
+def check_formats(formats: Iterable[str], opset: int | None = None) -> None:
+    """Raise a UserError for an unknown format, an operator set that cannot be written, or missing packages."""
+    for form in formats:
+        if form not in FORMATS:
+            raise UserError(
+                f"unknown format {form!r}, choose from {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}"
+            )
+    if opset is not None and opset not in OPSETS:
+        raise UserError(f"--opset {opset} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if "onnx" in formats and missing:
+        raise UserError(f"the format onnx needs {', '.join(missing)}: pip install -r requirements-export.txt")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a UserError if `folder` is a file, or can be neither written to nor made."""
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: no permission to write in {existing}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def _trace(backbone: nn.Module, input_size: int) -> torch.export.ExportedProgram:
+    """The forward pass as a graph, for any number of images from 1 on."""
+    images = torch.zeros(2, 3, input_size, input_size)  # torch takes a batch of 1 for a constant
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(backbone, (images,), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths on this machine, which files would otherwise carry along
+    return program
+
+
+def _unfused(backbone: nn.Module) -> nn.Module:
+    """A copy whose attention is written out: torch's own way to do so fails where attention has a bias."""
+    unfused: Any = copy.deepcopy(backbone)
+    for module in unfused.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return unfused
+
+
+@torch.no_grad()
+def _compare(
+    again: Callable[[Tensor], Tensor], backbone: nn.Module, input_size: int, tolerance: float, what: str
+) -> float:
+    """The largest difference of logits on one and on three random images.
+
+    Raises:
+        UserError: it is beyond the tolerance, or not a number.
+    """
+    largest = 0.0
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, input_size, input_size, generator=torch.Generator().manual_seed(batch))
+        expected = backbone(images)  # [B, K]
+        difference = float((again(images) - expected).abs().max())
+        if not difference <= tolerance * max(1.0, float(expected.abs().max())):
+            raise UserError(
+                f"nothing is written: the logits of {what} are off by {difference:.2g} for {batch} random image(s)"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _exceptions(module: Any) -> tuple[type[Exception], ...]:
+    """The exceptions that a module defines; those of ONNX Runtime have no common base."""
+    return tuple(kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+@contextmanager
+def _explained(backbone: nn.Module, form: str, besides: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what a library raises for a model that it cannot export into a UserError of one line.
+
+    Args:
+        besides: what that library raises besides BAD_ARGUMENT.
+    """
+    expected: tuple[type[Exception], ...] = BAD_ARGUMENT + besides
+    try:
+        yield
+    except expected as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # exporters wrap what went wrong in advice to report it
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        shown = reason if len(reason) <= 300 else f"{reason[:300]} ..."
+        raise UserError(f"{type(backbone).__name__} cannot be exported to the format {form}: {shown}") from error
+
+
+def _umask() -> int:
+    """The permissions that new files are denied; they can only be read by setting them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into, inside `folder`; its files move up, each whole, once the block has succeeded.
+
+    Raises:
+        UserError: the disk is full, or `folder` cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as staging:
+            yield Path(staging)
+            for path in sorted(Path(staging).iterdir()):
+                path.chmod(0o666 & ~_umask())  # safetensors' file would be its owner's alone
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -1,0 +1,110 @@
+"""Export a trained model for use without this repository.
+
+    python script/export_model.py runs/x/checkpoint_best.pth exported
+    python script/export_model.py runs/x/checkpoint_best.pth exported --formats timm torch onnx --weights model
+    python script/export_model.py deit_small_patch16_224-cd65a155.pth exported --model deit_small_patch16_224
+
+Formats: timm (model.safetensors, config.json), torch (model.pt2) and onnx (model.onnx, which needs
+requirements-export.txt). Exit codes: 0 done, 2 something given cannot work, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from export import (
+    FORMATS,
+    WEIGHTS,
+    Trained,
+    check_folder,
+    check_formats,
+    export,
+    preprocessing,
+    read_trained,
+)
+from flags import KeyValues, Parser
+from utils import UserError
+
+DEFAULT = ("timm", "torch")  # which need nothing more than training does
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(prog="export_model.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or an https address")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="made if need be")
+    formats = f"any of {', '.join(FORMATS)}; by default {' '.join(DEFAULT)}"
+    parser.add_argument("--formats", nargs="+", default=list(DEFAULT), metavar="FORMAT", help=formats)
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the EMA if there is one")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; torch's choice by default")
+    group = parser.add_argument_group("for checkpoints that do not say it, or say it wrongly")
+    group.add_argument("--model", metavar="NAME", help="any timm model")
+    arguments = "arguments of the model's constructor, e.g. patch_size=4 depth=6"
+    group.add_argument(
+        "--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=arguments
+    )
+    group.add_argument("--input-size", type=int, metavar="N", help="image size in pixels")
+    group.add_argument("--num-classes", type=int, metavar="N", help="by default the rows of the head's weight")
+    return parser
+
+
+def size_of(path: Path) -> str:
+    """A file's size in words."""
+    size = path.stat().st_size
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def describe(trained: Trained, source: str) -> str:
+    """What is exported, and how images are to be prepared for it."""
+    took = {"ema": "the EMA's weights (model_ema)", "model": "the trained weights (model)"}[trained.weights]
+    parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
+    shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
+    steps = ", ".join(f"{name} {value}" for name, value in preprocessing(trained.input_size).items())
+    return (
+        f"{trained.name} from {source}: {took}\n"
+        f"{parameters:,} parameters, {trained.backbone.num_classes} classes, images {shape}\n"
+        f"preprocessing: {steps}"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything that can be checked, then write one format after the other."""
+    formats = list(dict.fromkeys(args.formats))
+    check_formats(formats, args.opset)
+    check_folder(args.output_dir)
+    trained = read_trained(
+        args.checkpoint,
+        args.weights,
+        model=args.model,
+        model_kwargs=args.model_kwargs,
+        input_size=args.input_size,
+        num_classes=args.num_classes,
+    )
+    print(describe(trained, args.checkpoint), flush=True)
+    for form in formats:
+        exported = export(trained, args.output_dir, form, args.opset)
+        files = ", ".join(f"{path} ({size_of(path)})" for path in exported.files)
+        print(f"\n{form}: {files}; largest difference of logits {exported.difference:.2g}", flush=True)
+        print(f"    {exported.load}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake becomes one line and exit code 2."""
+    try:
+        run(get_args_parser().parse_args(argv))
+    except UserError as error:
+        print(f"export_model.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nexport_model.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
