@@ -13,13 +13,14 @@ from timm.utils.misc import ParseKwargs
 from datasets import DATA_SETS
 from engine import AMP_DTYPES
 from mixup import MODES
+from regularizers import catalogue
 from utils import UserError, did_you_mean
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, with the nearest flags."""
 
     def error(self, message: str) -> NoReturn:
@@ -52,7 +53,7 @@ def dashed(option: str) -> str:
     return option.replace("_", "-")
 
 
-class _KeyValues(ParseKwargs):
+class KeyValues(ParseKwargs):
     """timm's KEY=VALUE pairs, added to those given before, with an error for a word that is none."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -62,6 +63,14 @@ class _KeyValues(ParseKwargs):
         before = getattr(namespace, self.dest, None) or {}
         super().__call__(parser, namespace, values, option_string)
         setattr(namespace, self.dest, {**before, **getattr(namespace, self.dest)})
+
+
+class _ListRegularizers(argparse.Action):
+    """Prints the catalogue of regularizers and exits, like --help."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(catalogue.as_text())
+        parser.exit()
 
 
 class _Group:
@@ -98,7 +107,7 @@ def _spellings(name: str) -> list[str]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of main.py's command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         usage="main.py --data-path FOLDER [--config FILE.yaml] [FLAGS]",
         description="Train and evaluate vision transformers, diverse at the patch, attention and weight level.",
@@ -143,6 +152,14 @@ def _add_diversity(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]",
         help="measure redundancy on the evaluation set after each epoch, without training on it (repeatable)",
     )
+    group.flag(
+        "--list-regularizers",
+        action=_ListRegularizers,
+        nargs=0,
+        dest="help",  # has no value and is no key of a config file, like --help
+        default=argparse.SUPPRESS,
+        help="list every LEVEL.MEASURE with its equation, layers, cost and source, and exit",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +170,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.flag(
         "--model-kwargs",
         nargs="*",
-        action=_KeyValues,
+        action=KeyValues,
         default={},
         metavar="KEY=VALUE",
         help="arguments of the model's constructor, e.g. patch_size=4 depth=6",

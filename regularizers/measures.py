@@ -4,13 +4,21 @@ What the vectors are (patches, heads, neurons) is the business of the levels: `p
 `weight.py`. Every measure returns one scalar, the mean over the leading dimensions, to be *minimised*.
 Half-precision input is computed in float32; float32 and float64 stay what they are.
 
-To add a measure: write the function here, add its line to `MEASURES` at the bottom, and test it in
-tests/test_measures.py against a naive loop. Every level, `--reg`, `--measure` and the YAML files then know it.
+To add a measure: write the function here with the sections of its neighbours' docstrings, add its line to
+`MEASURES` at the bottom, test it in tests/test_measures.py against a naive loop, and run script/make_docs.py.
+Every level, `--reg`, `--measure`, the YAML files and `--list-regularizers` then know it.
+
+Memory: measures that normalise or compare all pairs go through `_mean_over_sets`. It takes as many sets at a time
+as `MAX_ELEMENTS` allows and computes them again in the backward pass, so that such a measure keeps nothing but its
+input for it: no n x n matrix, no normalised or float32 copy.
 
 Shapes: B leading dimensions, n items, d their width.
 Notation: u_i = x_i / max(|x_i|, 1e-8), G = X X^T.
 Sources: [C22] Chen et al., The Principle of Diversity, CVPR 2022, arXiv 2203.06345;
-         [G21] Gong et al., Vision Transformers with Patch Diversification, 2021, arXiv 2104.12753.
+         [G21] Gong et al., Vision Transformers with Patch Diversification, 2021, arXiv 2104.12753;
+         [L21] Liu et al., Learning with Hyperspherical Uniformity, AISTATS 2021, arXiv 2103.01649;
+         [B18] Bansal et al., Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?, NeurIPS
+         2018, arXiv 1810.09102.
 """
 
 from __future__ import annotations
@@ -23,8 +31,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-8
+MAX_ELEMENTS = 2**22  # of a tensor inside `_mean_over_sets`, unless one set has more; 16 MiB in float32
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -37,6 +47,28 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(full_precision(x), dim=-1, eps=EPS)
 
 
+def _mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
+    """Mean of a measure over the leading dimensions, in chunks that bound its memory whatever their number.
+
+    No tensor inside `value` is larger than `MAX_ELEMENTS`, or than one set needs. Where gradients are wanted, a
+    chunk is computed once more in its backward pass: nothing but `sets` themselves, in their own precision, is
+    kept for it.
+
+    Args:
+        value: maps sets [C, n, d] to their C values; deterministic.
+        sets: [..., n, d] each, with the same leading dimensions, if any.
+        matrix: elements of the matrix that `value` forms for one set, if any.
+    Returns: scalar.
+    """
+    at_once = max(1, MAX_ELEMENTS // max(matrix, *(x.shape[-2] * x.shape[-1] for x in sets)))
+    chunks = zip(*(x.reshape(-1, *x.shape[-2:]).split(at_once) for x in sets), strict=True)  # each [C, n, d]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in sets):
+        values = [checkpoint(value, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        values = [value(*chunk) for chunk in chunks]
+    return torch.cat(values).mean()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Cosine similarity
 
@@ -46,67 +78,108 @@ def cosine(x: Tensor, *, absolute: bool = False) -> Tensor:
 
         R = 1/n^2 sum_ij <u_i, u_j> = | 1/n sum_i u_i |^2
 
-    The right side needs O(n d) work. With `absolute`, 1/n^2 sum_ij |<u_i, u_j>| has no such form: O(n^2 d).
+    The right side needs no pairs. With `absolute`, 1/n^2 sum_ij |<u_i, u_j>| has no such form.
 
-    Args: x [..., n, d].  Returns: scalar; in [0, 1].
+    Args: x [..., n, d].
+    Returns: scalar.
+    Range: [0, 1]; 0 where the u_i add up to nothing, with `absolute` at least 1/n (of non-zero items).
+    Rewards: directions that cancel in the sum, which opposite items do as well as spread ones; with `absolute`,
+        directions at right angles.
+    Cost: O(n d); with `absolute` O(n^2 d). Again in the backward pass; keeps nothing but the input.
     Source: [C22], within-layer embedding and attention terms (signed).
+    Use: the recipe's term for patches and heads; with `abs` where items should be apart rather than balanced.
     """
-    u = unit(x)  # [..., n, d]
-    if absolute:
-        return (u @ u.mT).abs().mean()
-    return u.mean(dim=-2).square().sum(dim=-1).mean()  # [..., d] -> []
+
+    def of_chunk(x: Tensor) -> Tensor:
+        u = unit(x)  # [C, n, d]
+        if absolute:
+            return (u @ u.mT).abs().mean(dim=(-2, -1))
+        return u.mean(dim=-2).square().sum(dim=-1)  # [C, d] -> [C]
+
+    return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2 if absolute else 0)
 
 
 def cosine_cross(x: Tensor, y: Tensor, *, absolute: bool = False) -> Tensor:
     r"""Mean cosine similarity between the items of one layer and those of another.
 
-        R = 1/n^2 sum_ij <u_i, v_j> = < 1/n sum_i u_i, 1/n sum_j v_j >
+        R = 1/n^2 sum_ij <u_i, v_j>
+          = < 1/n sum_i u_i, 1/n sum_j v_j >
 
-    u from the first, v from the second layer. O(n d); with `absolute` 1/n^2 sum_ij |<u_i, v_j>|: O(n^2 d).
+    u from the first, v from the second layer. The second line needs no pairs; with `absolute`,
+    1/n^2 sum_ij |<u_i, v_j>| has no such form.
 
-    Args: x, y [..., n, d].  Returns: scalar; in [-1, 1], with `absolute` in [0, 1].
+    Args: x, y [..., n, d].
+    Returns: scalar.
+    Range: [-1, 1], with `absolute` [0, 1].
+    Rewards: mean directions of the two layers that oppose each other; with `absolute`, layers at right angles.
+    Cost: O(n d); with `absolute` O(n^2 d). Again in the backward pass; keeps nothing but the inputs.
     Source: [C22], across-layer terms.
+    Use: where a layer repeats what an earlier one already says.
     """
-    u, v = unit(x), unit(y)  # [..., n, d]
-    if absolute:
-        return (u @ v.mT).abs().mean()
-    return (u.mean(dim=-2) * v.mean(dim=-2)).sum(dim=-1).mean()  # [..., d] -> []
+
+    def of_chunk(x: Tensor, y: Tensor) -> Tensor:
+        u, v = unit(x), unit(y)  # [C, n, d]
+        if absolute:
+            return (u @ v.mT).abs().mean(dim=(-2, -1))
+        return (u.mean(dim=-2) * v.mean(dim=-2)).sum(dim=-1)  # [C, d] -> [C]
+
+    return _mean_over_sets(of_chunk, x, y, matrix=x.shape[-2] * y.shape[-2] if absolute else 0)
 
 
 def pairwise_cosine(x: Tensor) -> Tensor:
     r"""Mean absolute cosine similarity over pairs of different items: the papers' form, to report with.
 
-        R = 1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|          (0 if n = 1)
+        R = 1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|
 
-    Args: x [..., n, d].  Returns: scalar; in [0, 1].  O(n^2 d).
+    With n = 1 there are no pairs, and R = 0.
+
+    Args: x [..., n, d].
+    Returns: scalar.
+    Range: [0, 1]; 0 for orthogonal items, 1 for items on one line.
+    Rewards: directions at right angles.
+    Cost: O(n^2 d); again in the backward pass. Keeps nothing but the input.
     Source: [C22] and [G21], similarity of patch embeddings and of heads.
+    Use: to report redundancy (--measure); as a term it is `cosine` with `abs`, without the diagonal.
     """
-    u = unit(x)  # [..., n, d]
-    n = u.shape[-2]
-    others = (u @ u.mT).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [...]
-    return others.mean() / max(n * (n - 1), 1)
+    n = x.shape[-2]
+
+    def of_chunk(x: Tensor) -> Tensor:
+        u = unit(x)  # [C, n, d]
+        others = (u @ u.mT).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [C]
+        return others / max(n * (n - 1), 1)
+
+    return _mean_over_sets(of_chunk, x, matrix=n**2)
 
 
 def contrastive(x: Tensor, y: Tensor) -> Tensor:
     r"""Each item of the last layer should resemble its own first-layer item more than the others.
 
-        R = -1/n sum_i log( e^{s_ii} / (e^{s_ii} + e^{m_i}) ) = 1/n sum_i softplus(m_i - s_ii)
+        R = 1/n sum_i softplus(m_i - s_ii)
+          = -1/n sum_i log( e^{s_ii} / (e^{s_ii} + e^{m_i}) )
         s_ij = <u_i, v_j>,   m_i = 1/(n - 1) sum_{j != i} s_ij
 
-    No temperature, and the first layer is not detached. O(n d): m_i comes from <u_i, sum_j v_j>. With n = 1
-    there is nothing to contrast with, and R = 0.
+    No temperature, and the first layer is not detached. m_i comes from <u_i, sum_j v_j>, without the n x n
+    products. With n = 1 there is nothing to contrast with, and R = 0.
 
     Args: x, y [..., n, d], first and last layer.
-    Returns: scalar; for n > 1 in [log(1 + e^-2), log(1 + e^2)].
+    Returns: scalar.
+    Range: [log(1 + e^-2), log(1 + e^2)], about [0.13, 2.13], for n > 1.
+    Rewards: items of the second layer that resemble their own item of the first, and not the others'.
+    Cost: O(n d); again in the backward pass. Keeps nothing but the inputs.
     Source: [C22], after [G21] (which differs: raw dot products, detached target).
+    Use: the recipe's term across layers, against patches that become alike with depth.
     """
-    u, v = unit(x), unit(y)  # [..., n, d]
-    n = u.shape[-2]
-    own = (u * v).sum(dim=-1)  # [..., n]
-    if n == 1:
-        return 0 * own.mean()
-    all_items = (u @ v.sum(dim=-2, keepdim=True).mT).squeeze(-1)  # [..., n]
-    return F.softplus((all_items - own) / (n - 1) - own).mean()
+    n = x.shape[-2]
+
+    def of_chunk(x: Tensor, y: Tensor) -> Tensor:
+        u, v = unit(x), unit(y)  # [C, n, d]
+        own = (u * v).sum(dim=-1)  # [C, n]
+        if n == 1:
+            return 0 * own.mean(dim=-1)
+        all_items = (u @ v.sum(dim=-2, keepdim=True).mT).squeeze(-1)  # [C, n]
+        return F.softplus((all_items - own) / (n - 1) - own).mean(dim=-1)
+
+    return _mean_over_sets(of_chunk, x, y)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,18 +196,29 @@ def _twice_normalised(x: Tensor) -> Tensor:
 def mhs(x: Tensor) -> Tensor:
     r"""Maximum hyperspherical separation: push the two nearest items apart.
 
-        R = - min { 2 - 2 <u_i, u_j> : i > j, not 0 },   summed over the pairs that attain it
+        R = - min { 2 - 2 <u_i, u_j> : i > j, not 0 }
 
-    u_i = x_i / sqrt(|x_i|^2 + 1e-8), twice. Without a pair at non-zero distance, R = 0.
+    Summed over the pairs that attain the minimum. u_i = x_i / sqrt(|x_i|^2 + 1e-8), twice. Without a pair at
+    non-zero distance, R = 0.
 
-    Args: x [..., n, d].  Returns: scalar; about [-4, 0].  O(n^2 d).
-    Source: [C22], MHS.
+    Args: x [..., n, d].
+    Returns: scalar.
+    Range: about [-4, 0] where one pair is the nearest; ties add up.
+    Rewards: a nearest pair that is further apart on the sphere.
+    Cost: O(n^2 d); again in the backward pass. Keeps nothing but the input.
+    Source: [C22], MHS, after [L21].
+    Use: few items, such as heads: only the nearest pair of a set is moved.
     """
-    u = _twice_normalised(full_precision(x))  # [..., n, d]
-    distance = 2 - 2 * (u @ u.mT)  # [..., n, n], squared
-    pair = torch.ones_like(distance, dtype=torch.bool).tril(-1) & (distance > 0)
-    nearest = distance.masked_fill(~pair, torch.inf).amin(dim=(-2, -1), keepdim=True)  # [..., 1, 1]
-    return -distance.where(pair & (distance == nearest), 0.0).sum(dim=(-2, -1)).mean()
+
+    def of_chunk(x: Tensor) -> Tensor:
+        u = _twice_normalised(full_precision(x))  # [C, n, d]
+        distance = 2 - 2 * (u @ u.mT)  # [C, n, n], squared
+        pairs = torch.ones(distance.shape[-2:], dtype=torch.bool, device=x.device).tril(-1)  # [n, n]
+        counts = pairs & (distance > 0)
+        nearest = distance.masked_fill(~counts, torch.inf).amin(dim=(-2, -1), keepdim=True)  # [C, 1, 1]
+        return -distance.where(counts & (distance == nearest), 0.0).sum(dim=(-2, -1))
+
+    return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2)
 
 
 def mgd(x: Tensor) -> Tensor:
@@ -142,19 +226,29 @@ def mgd(x: Tensor) -> Tensor:
 
         R = - log det( exp(-(2 - 2 U U^T)) + 1e-6 I )
 
-    u_i = x_i / sqrt(|x_i|^2 + 1e-8), twice. Computed in float64 whatever the input: nearly equal items make the
-    kernel's small eigenvalues fall below float32's rounding of its entries (on MPS, which has no float64, on
-    the CPU).
+    u_i = x_i / sqrt(|x_i|^2 + 1e-8), twice. Computed in float64 whatever the input (on MPS, which has no float64,
+    on the CPU): in exact numbers the kernel has no negative eigenvalue, so the smallest of the sum is at least
+    1e-6. Rounding moves eigenvalues by up to about n times the precision: for n = 196 by 1e-5 in float32, which can
+    make the determinant negative and R NaN, but by 1e-13 in float64. So even identical float32 items have a finite
+    value and, as the inverse's entries are at most 1e6, a finite gradient.
 
     Args: x [..., n, d].
-    Returns: scalar, in the input's precision (at least float32); R >= -n log(1 + 1e-6).  O(n^2 d + n^3).
-    Source: [C22], MGD.
+    Returns: scalar, in the input's precision (at least float32).
+    Range: [-n log(1 + 1e-6), about 13.8 n]; the upper end where all items are alike.
+    Rewards: items spread over the sphere, all at once: every near pair counts, the nearest most.
+    Cost: O(n^2 d + n^3); in float64, and again in the backward pass. Keeps nothing but the input.
+    Source: [C22], MGD, after [L21].
+    Use: a smooth alternative to `mhs` where all items should spread and the cubic cost is affordable.
     """
-    wide = x.cpu() if x.device.type == "mps" else x
-    u = _twice_normalised(wide.double())  # [..., n, d]
-    kernel = torch.exp(-(2 - 2 * (u @ u.mT)))  # [..., n, n]
-    jitter = 1e-6 * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    return -torch.logdet(kernel + jitter).mean().to(full_precision(x[..., :0, :0]).dtype).to(x.device)
+
+    def of_chunk(x: Tensor) -> Tensor:
+        wide = x.cpu() if x.device.type == "mps" else x
+        u = _twice_normalised(wide.double())  # [C, n, d]
+        kernel = torch.exp(-(2 - 2 * (u @ u.mT)))  # [C, n, n]
+        jitter = 1e-6 * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+        return -torch.logdet(kernel + jitter).to(full_precision(x[..., :0, :0]).dtype).to(x.device)
+
+    return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,15 +259,27 @@ def so(x: Tensor, *, normalize: bool = False) -> Tensor:
     r"""Soft orthogonality: the Gram matrix should be the identity.
 
         R = || X X^T - I ||_F^2
+          = || X^T X - I ||_F^2 + n - d
+
+    Whichever of the two matrices is smaller is formed: n x n on the first line, d x d on the second.
 
     Args: x [..., n, d]; `normalize` replaces x_i by u_i first (the patch level's default).
-    Returns: scalar, >= 0.  O(n^2 d).
-    Source: [C22], SO.
+    Returns: scalar.
+    Range: [max(n - d, 0), inf).
+    Rewards: items of length 1 at right angles to each other; with `normalize`, right angles whatever the lengths.
+    Cost: O(n d min(n, d)); again in the backward pass. Keeps nothing but the input.
+    Source: [C22], SO, after [B18].
+    Use: weights, or few items in many dimensions; n > d items cannot all be orthogonal.
     """
-    x = unit(x) if normalize else full_precision(x)
-    gram = x @ x.mT  # [..., n, n]
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return (gram - identity).square().sum(dim=(-2, -1)).mean()
+    n, d = x.shape[-2:]
+
+    def of_chunk(x: Tensor) -> Tensor:
+        x = unit(x) if normalize else full_precision(x)  # [C, n, d]
+        gram = x.mT @ x if n > d else x @ x.mT  # [C, min(n, d), min(n, d)]
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return (gram - identity).square().sum(dim=(-2, -1)) + max(n - d, 0)
+
+    return _mean_over_sets(of_chunk, x, matrix=min(n, d) ** 2)
 
 
 def draw_probes(x: Tensor, distribution: Literal["normal", "uniform"]) -> tuple[Tensor, Tensor]:
@@ -214,8 +320,14 @@ def cno(
 
     Args: x [..., n, d]; `normalize` replaces x_i by u_i first (the patch level's default); `distribution` and
         `eps` follow the reference: uniform probes and eps = 0 for weights, normal and 1e-6 elsewhere.
-    Returns: scalar, >= 0.
+    Returns: scalar; random, as the probes are.
+    Range: [0, inf).
+    Rewards: items that fill all directions alike, so that the extreme eigenvalues of their Gram matrix are close;
+        without `normalize` also shorter items.
+    Cost: O(n d); keeps the input, normalised with `normalize`, and a few vectors of n and of d numbers.
     Source: [C22], CNO.
+    Use: the recipe's term for weights; the cheapest of the orthogonality terms on large matrices. `inverse` where
+        n > d, for which X X^T is singular.
     """
     x = unit(x) if normalize else full_precision(x)
     x = x.mT if inverse else x
@@ -249,8 +361,13 @@ def gradient_diversity(g: Tensor) -> Tensor:
     g_i is the gradient of the label loss at item i, so training on R needs a double backward. R does not
     change when the loss is scaled. Without any gradient R = 0.
 
-    Args: g [..., n, d].  Returns: scalar, <= -1/n, unbounded where the gradients cancel.  O(n d).
+    Args: g [..., n, d].
+    Returns: scalar.
+    Range: (-inf, -1/n]; unbounded where the gradients cancel, -1/n where they are equal.
+    Rewards: patches that the label loss pulls in different directions.
+    Cost: O(n d); and a double backward pass through what lies above the patches. Keeps the gradient.
     Source: [C22], gradient diversity.
+    Use: with `patch.mixing` or an average-pooled model, where the label reaches the last block's patches.
     """
     g = full_precision(g)
     total = g.sum(dim=-2).square().sum(dim=-1)  # [...]
@@ -268,6 +385,14 @@ OPTIONS: Mapping[str, tuple[str, bool]] = {
     "normalize": ("normalize", True),
     "raw": ("normalize", False),
     "inverse": ("inverse", True),
+}
+# What each option means, for `--list-regularizers` and docs/regularizers.md.
+OPTION_MEANINGS: Mapping[str, str] = {
+    "abs": "absolute values of the similarities",
+    "signed": "similarities with their sign",
+    "normalize": "items scaled to length 1 first",
+    "raw": "items as they are",
+    "inverse": "X^T X, the Gram matrix of the columns, instead of X X^T",
 }
 
 

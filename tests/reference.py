@@ -1,7 +1,8 @@
 """The method's equations, written naively, to compare the fast forms with: nothing here is shared with them.
 
-Loops over items, pairs, classes and pixels, in float64. Measures take one set of items as a list of rows;
-`mean_over_leading` applies them to tensors [..., n, d].
+Loops over items, pairs, classes and pixels, in float64. Measures take one set of items as a list of rows, of
+floats or of 0-dimensional tensors, through which autograd finds the gradient; `mean_over_leading` and
+`gradients_of_mean` apply them to tensors [..., n, d].
 """
 
 from __future__ import annotations
@@ -12,30 +13,69 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Rows = list[list[float]]  # n items of width d
+Number = float | Tensor  # float, or a float64 tensor []
+Rows = list[list[Number]]  # n items of width d
 Box = tuple[int, int, int, int]  # rows [top, bottom) and columns [left, right)
 
 
-def mean_over_leading(function: Callable[..., float], *sets: Tensor) -> float:
+def mean_over_leading(function: Callable[..., Number], *sets: Tensor) -> float:
     """Mean of a measure over all leading dimensions of its inputs [..., n, d]."""
     flat = [x.detach().double().reshape(-1, *x.shape[-2:]).tolist() for x in sets]
-    values = [function(*matrices) for matrices in zip(*flat, strict=True)]
+    values = [float(function(*matrices)) for matrices in zip(*flat, strict=True)]
     return sum(values) / len(values)
 
 
-def dot(a: Sequence[float], b: Sequence[float]) -> float:
+def gradients_of_mean(function: Callable[..., Number], *sets: Tensor) -> list[Tensor]:
+    """The gradients of that mean at each of its inputs, number by number through the loops, in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in sets]
+    flat = [rows_of(leaf.reshape(-1, *leaf.shape[-2:])) for leaf in leaves]
+    values = [function(*matrices) for matrices in zip(*flat, strict=True)]
+    mean = sum(torch.as_tensor(value, dtype=torch.float64) for value in values) / len(values)
+    if not mean.requires_grad:  # a constant, such as the pairs of a single item
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(mean, leaves, materialize_grads=True))
+
+
+def rows_of(matrices: Tensor) -> list[Rows]:
+    """[M, n, d] -> M sets of rows of tensors [], connected to `matrices`."""
+    return [[list(row.unbind()) for row in matrix.unbind()] for matrix in matrices.unbind()]
+
+
+def root(a: Number) -> Number:
+    return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
+
+
+def exp(a: Number) -> Number:
+    return a.exp() if isinstance(a, Tensor) else math.exp(a)
+
+
+def log(a: Number) -> Number:
+    return a.log() if isinstance(a, Tensor) else math.log(a)
+
+
+def number(a: Number) -> Number:
+    """As a float, unless autograd has to see it."""
+    return a if isinstance(a, Tensor) and a.requires_grad else float(a)
+
+
+def dense(rows: Rows) -> Tensor:
+    """A matrix of its numbers, in float64."""
+    return torch.stack([torch.stack([torch.as_tensor(a, dtype=torch.float64) for a in row]) for row in rows])
+
+
+def dot(a: Sequence[Number], b: Sequence[Number]) -> Number:
     return sum(p * q for p, q in zip(a, b, strict=True))
 
 
 def units(x: Rows) -> Rows:
     """u_i = x_i / max(|x_i|, 1e-8)"""
-    return [[a / max(math.sqrt(dot(row, row)), 1e-8) for a in row] for row in x]
+    return [[a / max(root(dot(row, row)), 1e-8) for a in row] for row in x]
 
 
 def twice_normalised(x: Rows) -> Rows:
     """x_i / sqrt(|x_i|^2 + 1e-8), two times: how MHS and MGD normalise."""
     for _ in range(2):
-        x = [[a / math.sqrt(dot(row, row) + 1e-8) for a in row] for row in x]
+        x = [[a / root(dot(row, row) + 1e-8) for a in row] for row in x]
     return x
 
 
@@ -43,83 +83,83 @@ def twice_normalised(x: Rows) -> Rows:
 # Measures
 
 
-def cosine(x: Rows, absolute: bool = False) -> float:
+def cosine(x: Rows, absolute: bool = False) -> Number:
     """1/n^2 sum_ij <u_i, u_j>"""
     return cosine_cross(x, x, absolute)
 
 
-def cosine_cross(x: Rows, y: Rows, absolute: bool = False) -> float:
+def cosine_cross(x: Rows, y: Rows, absolute: bool = False) -> Number:
     """1/n^2 sum_ij <u_i, v_j>"""
     pairs = [dot(u, v) for u in units(x) for v in units(y)]
     return sum(abs(s) if absolute else s for s in pairs) / len(pairs)
 
 
-def pairwise_cosine(x: Rows) -> float:
+def pairwise_cosine(x: Rows) -> Number:
     """1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|; no pairs: 0"""
     u, n = units(x), len(x)
     return sum(abs(dot(u[i], u[j])) for i in range(n) for j in range(n) if i != j) / max(n * (n - 1), 1)
 
 
-def contrastive(x: Rows, y: Rows) -> float:
+def contrastive(x: Rows, y: Rows) -> Number:
     """-1/n sum_i log( e^{s_ii} / (e^{s_ii} + e^{m_i}) ),  m_i = mean_{j != i} s_ij; no others: 0"""
     u, v, n = units(x), units(y), len(x)
     if n == 1:
         return 0.0
-    value = 0.0
+    value: Number = 0.0
     for i in range(n):
-        own = math.exp(dot(u[i], v[i]))
-        others = math.exp(sum(dot(u[i], v[j]) for j in range(n) if j != i) / (n - 1))
-        value -= math.log(own / (own + others)) / n
+        own = exp(dot(u[i], v[i]))
+        others = exp(sum(dot(u[i], v[j]) for j in range(n) if j != i) / (n - 1))
+        value -= log(own / (own + others)) / n
     return value
 
 
-def squared_distances(x: Rows) -> list[float]:
+def squared_distances(x: Rows) -> list[Number]:
     """2 - 2 <u_i, u_j> over pairs i > j"""
     u = twice_normalised(x)
     return [2 - 2 * dot(u[i], u[j]) for i in range(len(u)) for j in range(i)]
 
 
-def mhs(x: Rows) -> float:
+def mhs(x: Rows) -> Number:
     """-(smallest non-zero squared distance), summed over the pairs that attain it"""
     distances = [s for s in squared_distances(x) if s > 0]
     return -sum(s for s in distances if s == min(distances))
 
 
-def mgd(x: Rows) -> float:
+def mgd(x: Rows) -> Number:
     """-logdet( exp(-(2 - 2 U U^T)) + 1e-6 I )"""
     u, n = twice_normalised(x), len(x)
-    kernel = [[math.exp(-(2 - 2 * dot(u[i], u[j]))) + 1e-6 * (i == j) for j in range(n)] for i in range(n)]
-    return -float(torch.linalg.eigvalsh(torch.tensor(kernel, dtype=torch.float64)).log().sum())
+    kernel = [[exp(-(2 - 2 * dot(u[i], u[j]))) + 1e-6 * (i == j) for j in range(n)] for i in range(n)]
+    return number(-torch.linalg.eigvalsh(dense(kernel)).log().sum())
 
 
-def so(x: Rows, normalize: bool = False) -> float:
+def so(x: Rows, normalize: bool = False) -> Number:
     """|| X X^T - I ||_F^2"""
     x = units(x) if normalize else x
-    return sum((dot(x[i], x[j]) - (i == j)) ** 2 for i in range(len(x)) for j in range(len(x)))
+    return sum((dot(x[i], x[j]) - float(i == j)) ** 2 for i in range(len(x)) for j in range(len(x)))
 
 
 def gram(x: Rows, normalize: bool = False, inverse: bool = False) -> Tensor:
     """G = X X^T, or of the columns, as a dense matrix."""
     x = units(x) if normalize else x
     x = [list(column) for column in zip(*x, strict=True)] if inverse else x
-    return torch.tensor([[dot(a, b) for b in x] for a in x], dtype=torch.float64)
+    return dense([[dot(a, b) for b in x] for a in x])
 
 
-def dominant(matrix: Tensor, probe: Tensor, eps: float) -> float:
+def dominant(matrix: Tensor, probe: Tensor, eps: float) -> Number:
     """(A y . y) / (y . y + eps),  y = A probe; 0 if y = 0"""
     y = matrix @ probe.double()
-    square = float((y * y).sum())
-    return float((matrix @ y * y).sum()) / (square + eps) if square > 0 else 0.0
+    square = (y * y).sum()
+    return (matrix @ y * y).sum() / (square + eps) if square > 0 else 0.0
 
 
-def cno(g: Tensor, first: Tensor, second: Tensor, eps: float) -> float:
+def cno(g: Tensor, first: Tensor, second: Tensor, eps: float) -> Number:
     """(lambda_max - lambda_min)^2 of a dense Gram matrix, each from one step of power iteration."""
     largest = dominant(g, first, eps)
     smallest = largest + dominant(g - largest * torch.eye(len(g), dtype=torch.float64), second, eps)
-    return (largest - smallest) ** 2
+    return number((largest - smallest) ** 2)
 
 
-def gradient_diversity(g: Rows) -> float:
+def gradient_diversity(g: Rows) -> Number:
     """-(sum_i |g_i|^2) / |sum_i g_i|^2"""
     whole = [sum(column) for column in zip(*g, strict=True)]
     return -sum(dot(row, row) for row in g) / dot(whole, whole)

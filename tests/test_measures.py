@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ class Case:
     """A measure with some of its arguments, and the loop it must equal."""
 
     name: str
-    expected: Callable[..., float]
+    expected: Callable[..., reference.Number]
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -42,9 +44,17 @@ class Case:
 
     def loops(self, *sets: Tensor, probes_like: Tensor | None = None) -> float:
         """The naive value; CNO's probes are drawn in `probes_like`'s dtype."""
+        return reference.mean_over_leading(self.naive(sets[0], probes_like), *sets)
+
+    def loops_gradients(self, *sets: Tensor) -> list[Tensor]:
+        """The naive value's gradients."""
+        return reference.gradients_of_mean(self.naive(sets[0]), *sets)
+
+    def naive(self, x: Tensor, probes_like: Tensor | None = None) -> Callable[..., reference.Number]:
+        """The loop over one set of rows; CNO's is to be called for the sets of x in turn."""
         if self.name == "cno":
-            return cno_loops(sets[0], sets[0] if probes_like is None else probes_like, **self.arguments)
-        return reference.mean_over_leading(self.expected, *sets)
+            return cno_loops(x, x if probes_like is None else probes_like, **self.arguments)
+        return self.expected
 
 
 def draw_one_by_one(lead: Sequence[int], n: int, distribution: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,16 +73,18 @@ def cno_loops(
     inverse: bool = False,
     distribution: str = "normal",
     eps: float = 1e-6,
-) -> float:
-    lead, n = x.shape[:-2], x.shape[-1 if inverse else -2]
+) -> Callable[[reference.Rows], reference.Number]:
     torch.manual_seed(SEED)
-    probes = draw_one_by_one(lead, n, distribution, probes_like.dtype)
-    grams = [reference.gram(m.tolist(), normalize, inverse) for m in x.detach().double().reshape(-1, *x.shape[-2:])]
-    values = [reference.cno(g, first, second, eps) for g, first, second in zip(grams, *probes, strict=True)]
-    return sum(values) / len(values)
+    n = x.shape[-1 if inverse else -2]
+    probes = zip(*draw_one_by_one(x.shape[:-2], n, distribution, probes_like.dtype), strict=True)
+
+    def of_the_next_set(rows: reference.Rows) -> reference.Number:
+        return reference.cno(reference.gram(rows, normalize, inverse), *next(probes), eps)
+
+    return of_the_next_set
 
 
-def absolute(function: Callable[..., float]) -> Callable[..., float]:
+def absolute(function: Callable[..., reference.Number]) -> Callable[..., reference.Number]:
     return lambda *sets: function(*sets, absolute=True)
 
 
@@ -119,12 +131,36 @@ def test_every_measure_and_option_has_a_case() -> None:
 # Values
 
 
+@contextmanager
+def chunks_of(max_elements: int) -> Iterator[None]:
+    """Lets the tensors inside a measure that goes in chunks have that many elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "MAX_ELEMENTS", max_elements)
+        yield
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A shape, what is special about the items, MAX_ELEMENTS, and a seed."""
+
+    shape: tuple[int, ...]
+    kind: str
+    max_elements: int
+    seed: int
+
+    def sets(self, count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        return [
+            special(x, self.kind).requires_grad_() for x in sets(count, *self.shape, seed=self.seed, dtype=dtype)
+        ]
+
+
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[tuple[int, ...], str, int]:
-    """A shape, what is special about the items, and a seed."""
+def problems(draw: st.DrawFn) -> Problem:
+    """Shapes down to a single item of a single number; chunks of one set, of a few sets and of all."""
     lead = draw(st.sampled_from(LEADS))
     shape = (*lead, draw(st.integers(1, 6)), draw(st.integers(1, 6)))
-    return shape, draw(st.sampled_from(["random", "zero", "one wide", "shifted"])), draw(st.integers(0, 10**6))
+    kind = draw(st.sampled_from(["random", "zero", "one wide", "shifted", "identical"]))
+    return Problem(shape, kind, draw(st.sampled_from([1, 80, 2**22])), draw(st.integers(0, 10**6)))
 
 
 def special(x: Tensor, kind: str) -> Tensor:
@@ -135,22 +171,74 @@ def special(x: Tensor, kind: str) -> Tensor:
         x[..., -1, :] *= 1e3
     elif kind == "shifted":
         x += 2  # items that resemble each other
+    elif kind == "identical":
+        x[:] = x[..., :1, :].clone()
     return x
+
+
+def is_a_matter_of_rounding(case: Case, problem: Problem) -> bool:
+    """Whether rounding decides the value, or whether there is none."""
+    n, d = problem.shape[-2:]
+    if case.name == "gradient_diversity":
+        return n == 1 and problem.kind == "zero"  # 0 / 0; see test_gradient_diversity_without_gradients
+    if case.name == "mhs":  # on a line, and among equal items, all distances are nearly 0 or nearly 4: which tie?
+        return n > 2 and (d == 1 or problem.kind == "identical")
+    return False
+
+
+@every_case
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_value_is_the_loops(case: Case, problem: Problem) -> None:
+    if is_a_matter_of_rounding(case, problem):
+        return
+    inputs = problem.sets(case.count)
+    with chunks_of(problem.max_elements):
+        value = case(*inputs)
+    assert value.shape == () and value.dtype == torch.float64
+    assert value.item() == pytest.approx(case.loops(*inputs), rel=1e-9, abs=1e-12)
 
 
 @every_case
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_value_is_the_loops(case: Case, problem: tuple[tuple[int, ...], str, int]) -> None:
-    shape, kind, seed = problem
-    inputs = [special(x, kind) for x in sets(case.count, *shape, seed=seed)]
-    if case.name == "gradient_diversity" and shape[-2] == 1 and kind == "zero":
-        return  # 0 / 0; see test_gradient_diversity_without_gradients
-    if case.name == "mhs" and shape[-1] == 1 and shape[-2] > 2:
-        return  # on a line all distances are nearly 0 or nearly 4: which are equal is a matter of rounding
-    value = case(*inputs)
-    assert value.shape == () and value.dtype == torch.float64
-    assert value.item() == pytest.approx(case.loops(*inputs), rel=1e-9, abs=1e-12)
+def test_gradient_is_the_loops(case: Case, problem: Problem) -> None:
+    """Autograd through the loops, number by number, finds the same gradient."""
+    if is_a_matter_of_rounding(case, problem):
+        return
+    n, d = problem.shape[-2:]
+    if case.name == "cno" and (d if case.arguments.get("inverse") else n) == 1:
+        return  # the only eigenvalue minus itself: the probe that is left is rounding alone
+    if case.name == "mgd" and n > 1 and (d == 1 or problem.kind == "identical"):
+        return  # equal items: the kernel's inverse multiplies rounding by 1e6
+    inputs = problem.sets(case.count)
+    with chunks_of(problem.max_elements):
+        gradients = torch.autograd.grad(case(*inputs), inputs)
+    for gradient, expected in zip(gradients, case.loops_gradients(*inputs), strict=True):
+        if case.name == "cno" and case.arguments.get("normalize") and problem.kind == "zero":
+            # at the zero vector 1e8 times a difference of nearly equal numbers
+            gradient, expected = gradient[..., 1:, :], expected[..., 1:, :]
+        rounding = 1e-8 if case.name == "mgd" else 1e-12  # its kernel's condition number is up to 1e7
+        largest = max([1.0, *expected.abs().flatten().tolist()])
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=rounding * largest)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_half_precision_is_the_float32_computation(case: Case, dtype: torch.dtype, problem: Problem) -> None:
+    """Of the same rounded numbers: the same value, and the same gradient, rounded once more at the end."""
+    narrow = problem.sets(case.count, dtype=dtype)
+    wide = [x.detach().float().requires_grad_() for x in narrow]
+    with chunks_of(problem.max_elements):
+        value, expected = case(*narrow), case(*wide)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, expected)
+    # MGD's gradient comes from float64: rounding it by way of float32 may go the other way in the last place
+    rtol = torch.finfo(dtype).eps if case.name == "mgd" else 0
+    for mine, theirs in zip(torch.autograd.grad(value, narrow), torch.autograd.grad(expected, wide), strict=True):
+        torch.testing.assert_close(mine, theirs.to(dtype), rtol=rtol, atol=torch.finfo(dtype).tiny * rtol)
 
 
 @every_case
@@ -316,23 +404,22 @@ RANGES = {
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in RANGES], ids=str)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_range(case: Case, problem: tuple[tuple[int, ...], str, int]) -> None:
-    shape, kind, seed = problem
+def test_range(case: Case, problem: Problem) -> None:
     low, high = RANGES[str(case)]
-    if case.name == "contrastive" and shape[-2] == 1:
+    if case.name == "contrastive" and problem.shape[-2] == 1:
         low = 0.0  # nothing to contrast with
     if case.name == "mgd":
-        low = -shape[-2] * math.log(1 + 1e-6)  # Hadamard's bound: the diagonal is 1 + 1e-6
-    value = case(*(special(x, kind) for x in sets(case.count, *shape, seed=seed))).item()
+        low = -problem.shape[-2] * math.log(1 + 1e-6)  # Hadamard's bound: the diagonal is 1 + 1e-6
+    value = case(*problem.sets(case.count)).item()
     assert low - 1e-12 <= value <= high + 1e-12
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_range_of_gradient_diversity(problem: tuple[tuple[int, ...], str, int]) -> None:
-    (*lead, n, d), kind, seed = problem
+def test_range_of_gradient_diversity(problem: Problem) -> None:
+    n = problem.shape[-2]
     if n > 1:
-        value = measures.gradient_diversity(*(special(x, kind) for x in sets(1, *lead, n, d, seed=seed)))
+        value = measures.gradient_diversity(*problem.sets(1))
         assert value.item() <= -1 / n + 1e-12
 
 
@@ -441,6 +528,27 @@ def test_mgd_of_nearly_equal_items_needs_more_than_float32() -> None:
     assert torch.autograd.grad(value, x)[0].isfinite().all()
 
 
+def test_mgd_of_196_nearly_equal_float32_items() -> None:
+    """The patches of a collapsed layer: all but equal, yet value and gradient are those of float64."""
+    (noise,) = sets(1, 196, 16, dtype=torch.float32)
+    x = (1 + 1e-4 * noise).detach().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    value, expected = measures.mgd(x), measures.mgd(wide)
+    assert value.dtype == torch.float32 and value.isfinite()
+    assert torch.equal(value, expected.float())
+    assert value.item() == pytest.approx(float(reference.mgd(x.tolist())), rel=1e-6)
+    (gradient,), (same,) = torch.autograd.grad(value, x), torch.autograd.grad(expected, wide)
+    assert gradient.isfinite().all() and gradient.count_nonzero() > 0
+    torch.testing.assert_close(gradient.double(), same, rtol=1e-6, atol=0)
+
+
+def test_mgd_of_196_equal_float32_items_is_finite() -> None:
+    x = torch.full((196, 16), 0.3, requires_grad=True)
+    value = measures.mgd(x)
+    assert value.item() == pytest.approx(-math.log(196) - 195 * math.log(1e-6), rel=1e-6)
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Conditional-number orthogonality
 
@@ -508,8 +616,8 @@ def test_linear_measures_form_no_n_by_n_matrix(name: str) -> None:
     assert max_elements(lambda: case(*inputs).backward()) <= 300 * 4
 
 
-def max_elements(function: Callable[[], object]) -> int:
-    """The size of the largest tensor that any operation returns while `function` runs."""
+def max_elements(function: Callable[[], object], but: int | None = None) -> int:
+    """The size of the largest tensor, `but` that size, that any operation returns while `function` runs."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -518,13 +626,112 @@ def max_elements(function: Callable[[], object]) -> int:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and tensor.numel() != but:
                     self.largest = max(self.largest, tensor.numel())
             return out
 
     with Watch() as watch:
         function()
     return watch.largest
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+IN_CHUNKS = [case for case in CASES if case.name not in ("cno", "gradient_diversity")]
+every_case_in_chunks = pytest.mark.parametrize("case", IN_CHUNKS, ids=str)
+SHAPE = (7, 6, 5)  # with MAX_ELEMENTS 80: chunks of 2, 2, 2 and 1 sets
+
+
+def kept_for_backward(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What `function` keeps for its backward pass, beside its inputs."""
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        value = function()
+    value.backward()
+    return [x for x in kept if x.untyped_storage().data_ptr() not in own]
+
+
+@every_case_in_chunks
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [1, 80, 2**22])
+def test_nothing_but_the_input_is_kept(case: Case, dtype: torch.dtype, budget: int) -> None:
+    """No n x n matrix, no normalised or float32 copy of the input, however many chunks there are."""
+    inputs = sets(case.count, *SHAPE, dtype=dtype)
+    with chunks_of(budget):
+        assert kept_for_backward(lambda: case(*inputs), inputs) == []
+    assert all(x.grad is not None for x in inputs)
+
+
+def test_what_is_kept_is_seen() -> None:
+    """The n x n matrix of the textbook form does not escape the test above."""
+    (x,) = sets(1, *SHAPE)
+    assert (7, 6, 6) in [y.shape for y in kept_for_backward(lambda: (x @ x.mT).square().sum(), [x])]
+
+
+@every_case_in_chunks
+@pytest.mark.parametrize(("n", "d"), [(24, 4), (8, 24)])
+def test_tensors_in_flight_are_bounded(case: Case, n: int, d: int) -> None:
+    """Forward and backward, whatever the batch: a few sets at a time, and at the end the input's gradient."""
+    budget, inputs = 3 * n * max(n, d), sets(case.count, 64, n, d, dtype=torch.float32)
+    with chunks_of(budget):
+        largest = max_elements(lambda: case(*inputs).backward(), but=64 * n * d)
+    assert n * d <= largest <= budget
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_so_takes_the_smaller_gram_matrix(normalize: bool) -> None:
+    (x,) = sets(1, 300, 4)
+    assert max_elements(lambda: measures.so(x, normalize=normalize).backward()) <= 300 * 4
+
+
+@every_case_in_chunks
+def test_chunks_without_gradients(case: Case) -> None:
+    """Under no_grad and for inputs that want none, the same value and no graph; one input may want one alone."""
+    inputs = sets(case.count, *SHAPE)
+    with chunks_of(80):
+        value = case(*inputs)
+        with torch.no_grad():
+            assert torch.equal(case(*inputs), value.detach())
+        constant = case(*(x.detach() for x in inputs))
+        assert torch.equal(constant, value.detach()) and not constant.requires_grad
+        gradient = torch.autograd.grad(value, inputs[-1])[0]
+        alone = inputs[-1].detach().requires_grad_()
+        others = [x.detach() for x in inputs[:-1]]
+        assert torch.equal(torch.autograd.grad(case(*others, alone), alone)[0], gradient)
+
+
+@every_case_in_chunks
+def test_chunks_take_strided_items_and_no_sets(case: Case) -> None:
+    """Items behind a class token, windows that are views, and an empty batch."""
+    tokens = sets(case.count, 4, 7, 5)
+    torch.testing.assert_close(
+        case(*(x[:, 1:] for x in tokens)), case(*(x[:, 1:].contiguous() for x in tokens)), rtol=1e-12, atol=0
+    )
+    windows = [x.transpose(0, 1) for x in sets(case.count, 3, 2, 4, 5)]
+    torch.testing.assert_close(case(*windows), case(*(x.contiguous() for x in windows)), rtol=1e-12, atol=0)
+    assert case(*sets(case.count, 0, 4, 5)).shape == ()
+
+
+@every_case_in_chunks
+def test_chunks_under_double_backward(case: Case) -> None:
+    with chunks_of(20):
+        assert torch.autograd.gradgradcheck(case, sets(case.count, 2, 4, 3, seed=3))
+
+
+@every_case_in_chunks
+def test_chunks_compile_whole(case: Case) -> None:
+    """Without a graph break, chunk by chunk."""
+    function = partial(MEASURES[case.name].function, **case.arguments)
+    inputs = sets(case.count, *SHAPE)
+    with chunks_of(80):
+        torch.compiler.reset()
+        value = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+        gradients, expected = torch.autograd.grad(value, inputs), function(*inputs)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------
