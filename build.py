@@ -13,12 +13,12 @@ from torch import nn
 
 import checkpoint
 import config
-from checkpoint import RunState
 from engine import Precision
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, Layout, build_model, find_layout
 from regularizers import Diversity
+from run_state import RunState
 from utils import BAD_ARGUMENT, UserError, did_you_mean, print_main, rank, world_size
 
 

@@ -35,12 +35,12 @@ from build import (
     compile_model,
     scaled_lr,
 )
-from checkpoint import RunState
 from datasets import build_dataset, build_eval_loader, build_train_loader
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
 from losses import LabelLoss
 from models import DiverseViT, check_name
 from regularizers import Diversity
+from run_state import RunState
 from utils import (
     LocalError,
     TrainingDiverged,

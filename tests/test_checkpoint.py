@@ -22,11 +22,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 import checkpoint
-from checkpoint import RunState
 from engine import Precision, Updater, train_one_epoch
 from losses import LabelLoss
 from mixup import Mixup
 from models import build_model
+from run_state import RunState
 from utils import UserError
 
 CPU = Precision(torch.device("cpu"))

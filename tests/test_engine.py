@@ -18,12 +18,12 @@ from torch import nn
 import build
 import config
 import main
-from checkpoint import RunState
 from engine import Precision, Updater, evaluate, train_one_epoch
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT
 from regularizers import Diversity, parse_spec
+from run_state import RunState
 from utils import TrainingDiverged, UserError
 
 CPU = Precision(torch.device("cpu"))
