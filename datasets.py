@@ -3,36 +3,44 @@
 The recipe is DeiT's: random resized crop, RandAugment and random erasing, all from timm. What is added here
 is reading folders and JSON files, checks whose messages a user can act on, and separate random streams.
 
-Augmentation runs in workers that every epoch starts anew, seeded from the loader's own generator: equal seeds
-give equal batches, each epoch draws afresh, and the process's global state is not touched. To continue a run
-exactly, save and restore `loader.generator.get_state()`. With `--num_workers 0` there is no worker to seed,
-and augmentation draws from the global state of python, numpy and torch.
+The pixels of a training sample depend on the image, `--seed`, the epoch and the sample's position in it, and on
+nothing else: SeededDataset seeds python, numpy and torch for each. Neither the number of workers nor a restart in
+the middle of an epoch changes a batch, and the process's global random state is not touched.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import re
+import signal
+import sys
+import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
-from samplers import RASampler, ShardSampler
-from utils import LocalError, UserError, did_you_mean
+from samplers import Draw, RASampler, ResumableSampler, ShardSampler
+from utils import LocalError, Signals, UserError, did_you_mean
 
 DATA_SETS = ("CIFAR", "IMNET", "INAT", "INAT19", "DIGITS")
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
 DIGITS_TRAIN = 1437  # of scikit-learn's 1,797 digits; the last 360 are for evaluation
+BAD_IN_A_ROW = 10  # --skip-bad-images gives up after so many
+SIGNAL_SECONDS = 5  # until the death of a worker is known, at most
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
 
 Transform = Callable[[Image.Image], Tensor]
@@ -57,16 +65,29 @@ class ImageError(LocalError):
 
 
 def load_image(path: str) -> Image.Image:
-    """Decode an image file to RGB.
+    """Decode an image file, whatever its name ends in, to RGB.
+
+    Grey, palette and CMYK images are converted; transparency is dropped; of 16 bits the upper 8 are kept (Pillow
+    alone would clip them to white). EXIF is ignored, so that a photo marked as rotated stays as it is stored, as in
+    torchvision.
 
     Raises:
-        ImageError: the file is missing, damaged or no image.
+        ImageError: the file is missing, empty, truncated, otherwise damaged or no image, or claims more than twice
+            Pillow's MAX_IMAGE_PIXELS.
     """
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            return _to_rgb(Image.open(file))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot decode image {path}: {error}; repair or remove the file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; Pillow warns about the direct way
+    return image.convert("RGB")
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
@@ -124,7 +145,7 @@ def _image_folder(root: Path, is_train: bool, transform: Transform) -> tuple[Ima
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data-path must hold train/ and val/ with a folder per class")
     try:
-        dataset = ImageFolder(str(folder), transform, loader=load_image)
+        dataset = ImageFolder(str(folder), transform, loader=load_image, allow_empty=True)
         other_classes = find_classes(other)[0] if other.is_dir() else dataset.classes
     except FileNotFoundError as error:
         raise UserError(f"cannot use {folder}: {error}") from error
@@ -133,6 +154,13 @@ def _image_folder(root: Path, is_train: bool, transform: Transform) -> tuple[Ima
         raise UserError(
             f"{train} and {val} must hold the same class folders, but {len(differing)} are in only one of "
             f"them, for example {differing[0]!r}"
+        )
+    empty = sorted(set(range(len(dataset.classes))) - set(dataset.targets))
+    if empty:
+        others = f", like {len(empty) - 1} others," if len(empty) > 1 else ""
+        raise UserError(
+            f"class folder {folder / dataset.classes[empty[0]]}{others} holds no images "
+            f"({', '.join(IMG_EXTENSIONS)}); add some, or remove the folder from {train.name}/ and {val.name}/"
         )
     return dataset, len(dataset.classes)
 
@@ -288,46 +316,177 @@ def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
-class ErasingCollate:
-    """`--resplit`: collate a batch, then random-erase its second half, so that the first stays clean.
+class SecondHalfErasing:
+    """`--resplit`: random-erase the second half of each batch of B, from B // 2 on; the first stays clean.
 
-    B samples (image [3, S, S], label) become images [B, 3, S, S], erased from B // 2 on, and labels [B].
+    Called with an image [3, S, S] and its position in the epoch; erases in place, with timm's RandomErasing.
     """
 
-    def __init__(self, probability: float, mode: str, max_count: int) -> None:
-        self.erase = RandomErasing(probability, mode=mode, max_count=max_count, num_splits=2, device="cpu")
+    def __init__(self, batch_size: int, probability: float, mode: str, max_count: int) -> None:
+        self.batch_size = batch_size
+        self.erase = RandomErasing(probability, mode=mode, max_count=max_count, device="cpu")
 
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> list[Tensor]:
-        images, labels = default_collate(samples)
-        return [self.erase(images), labels]
+    def __call__(self, image: Tensor, position: int) -> Tensor:
+        in_first_half = position % self.batch_size < self.batch_size // 2
+        return image if in_first_half else self.erase(image)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Samples that depend on seed, epoch and position alone
+
+
+@contextmanager
+def seeded(entropy: Sequence[int]) -> Iterator[None]:
+    """Seed python's, numpy's and torch's (CPU) global generators inside, and put their states back afterwards.
+
+    numpy's SeedSequence makes 128 well mixed bits of `entropy`. python and numpy take all of them, torch's
+    generator can take 32: of a million samples some share torch's stream, but none share python's or numpy's.
+
+    A loader's worker draws random numbers for nothing else, so there the states are left as they are.
+    """
+    in_worker = get_worker_info() is not None
+    torch_generator = torch.default_generator  # torch.manual_seed would seed the accelerators as well
+    if not in_worker:
+        states = random.getstate(), np.random.get_state(), torch_generator.get_state()
+    words = np.random.SeedSequence(entropy).generate_state(4)  # uint32
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    torch_generator.manual_seed(int(words[0]))
+    try:
+        yield
+    finally:
+        if not in_worker:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch_generator.set_state(states[2])
+
+
+class SeededDataset(Dataset[tuple[Tensor, int]]):
+    """A training set whose samples are asked for by Draw: the same Draw gives the same pixels, in any process.
+
+    Args:
+        dataset: yields (image [3, S, S], label) by index.
+        second_half: `--resplit`'s erasing, or None.
+        skip_bad: replace an image that raises ImageError by the next one that can be read (after the last comes the
+            first), and name each once on stderr. Else the error is passed on, with advice.
+        positions: samples of this process in an epoch.
+
+    Attributes:
+        replaced: bool [positions], which samples of the running epoch stand in for a bad image. Workers set it.
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        second_half: SecondHalfErasing | None = None,
+        skip_bad: bool = False,
+        positions: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.second_half = second_half
+        self.skip_bad = skip_bad
+        # In memory that this process shares with the loader's workers
+        self.replaced = torch.zeros(positions if skip_bad else 0, dtype=torch.bool).share_memory_()
+        self._named = torch.zeros(len(dataset) if skip_bad else 0, dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+        """The sample (image [3, S, S], label).
+
+        Raises:
+            ImageError: the image cannot be decoded; with `skip_bad`, nor can the BAD_IN_A_ROW - 1 after it.
+        """
+        with seeded(draw.entropy):
+            image, label = self._read(draw)
+            if self.second_half is not None:
+                image = self.second_half(image, draw.position)
+        return image, label
+
+    def _read(self, draw: Draw) -> tuple[Tensor, int]:
+        try:
+            return self.dataset[draw.image]
+        except ImageError as error:
+            if not self.skip_bad:
+                raise ImageError(f"{error}, or give --skip-bad-images") from error
+            self.replaced[draw.position] = True
+            return self._read_next(draw.image, error)
+
+    def _read_next(self, index: int, error: ImageError) -> tuple[Tensor, int]:
+        """The first image after a bad one that can be read."""
+        for _ in range(1, BAD_IN_A_ROW):
+            self._name(index, error)
+            index = (index + 1) % len(self)
+            try:
+                return self.dataset[index]
+            except ImageError as another:
+                error = another
+        raise ImageError(f"--skip-bad-images gives up after {BAD_IN_A_ROW} bad images in a row: {error}") from error
+
+    def _name(self, index: int, error: ImageError) -> None:
+        if not self._named[index]:
+            self._named[index] = True
+            print(f"warning: {error}. The next one that can be read takes its place", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loaders
 
 
+class WorkerDied(LocalError):
+    """A loader's worker process ended without an exception of its own, for example killed for lack of memory."""
+
+
+@contextmanager
+def name_dead_workers() -> Iterator[None]:
+    """Turn torch's report of a worker that died into a WorkerDied with advice.
+
+    It belongs around everything that runs while loaders do: torch learns of the death from a signal, and raises
+    wherever the process happens to be, not only in the loader. A worker that dies while it hands over a batch
+    breaks a connection first; then the signal is awaited.
+    """
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            time.sleep(SIGNAL_SECONDS)  # where torch's handler of the signal raises
+            raise
+    except RuntimeError as error:
+        cause = re.match(r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)", str(error))
+        if cause is None:
+            raise
+        raise WorkerDied(
+            f"a data loading worker died: {cause[1]}. Often memory or /dev/shm is full (look at dmesg, "
+            "df -h /dev/shm): give fewer --num_workers, a smaller --batch-size or more memory"
+        ) from error
+
+
 def build_train_loader(args: Namespace, dataset: MapDataset, world_size: int, rank: int) -> DataLoader[Any]:
     """This process's training batches: `--batch-size` images each, shuffled, the incomplete last one dropped.
 
-    The loader's sampler has `set_epoch`.
+    The loader's sampler is a ResumableSampler: `loader.sampler.set_epoch(epoch, start)`. Its data set is a
+    SeededDataset: `loader.dataset.replaced`.
 
     Raises:
         UserError: the set is too small for `--batch-size` or for repeated augmentation.
     """
-    sampler: RASampler | DistributedSampler[Any]
+    order: RASampler | DistributedSampler[Any]
     if args.repeated_aug:
-        sampler = RASampler(dataset, world_size, rank, seed=args.seed)
+        order = RASampler(dataset, world_size, rank, seed=args.seed)
     else:
-        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
-    if len(sampler) < args.batch_size:
+        order = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
+    if len(order) < args.batch_size:
         raise UserError(
-            f"each process sees {len(sampler)} training images per epoch, fewer than one batch of "
+            f"each process sees {len(order)} training images per epoch, fewer than one batch of "
             f"{args.batch_size}; give a smaller --batch-size"
         )
-    collate = ErasingCollate(args.reprob, args.remode, args.recount) if args.resplit else None
-    return _loader(
-        args, dataset, rank, batch_size=args.batch_size, sampler=sampler, drop_last=True, collate_fn=collate
-    )
+    second_half = None
+    if args.resplit:
+        second_half = SecondHalfErasing(args.batch_size, args.reprob, args.remode, args.recount)
+    samples = SeededDataset(dataset, second_half, args.skip_bad_images, len(order))
+    sampler = ResumableSampler(order)
+    return _loader(args, samples, rank, batch_size=args.batch_size, sampler=sampler, drop_last=True)
 
 
 def build_eval_loader(args: Namespace, dataset: MapDataset, world_size: int, rank: int) -> DataLoader[Any]:
@@ -344,10 +503,17 @@ def build_eval_loader(args: Namespace, dataset: MapDataset, world_size: int, ran
     return _loader(args, dataset, rank, batch_size=int(1.5 * args.batch_size), sampler=shard)
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ignore what stops a run: sent to a whole process group, it would end the workers before the last step."""
+    for name in Signals.NAMES:
+        signal.signal(name, signal.SIG_IGN)
+
+
 def _loader(args: Namespace, dataset: MapDataset, rank: int, **options: Any) -> DataLoader[Any]:
-    """A loader that draws from a generator of its own."""
+    """A loader with a generator of its own, without which each pass would draw from the global one."""
     return DataLoader(
         dataset,
+        worker_init_fn=leave_signals_to_the_parent,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(args.seed + rank),

@@ -1,14 +1,17 @@
 """Which images each process sees: DeiT's repeated augmentation for training, exact shards for evaluation.
 
-Samplers yield indices only; they know neither images nor batches, and leave the global random state alone.
+Samplers know neither images nor batches, and leave the global random state alone. RASampler and ShardSampler yield
+indices; ResumableSampler adds to each what its random numbers depend on, and can start in the middle of an epoch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 import utils
 
@@ -78,6 +81,60 @@ class RASampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
         self.epoch = epoch
+
+
+class Draw(NamedTuple):
+    """One sample of an epoch: which image, and everything that its random numbers may depend on.
+
+    Attributes:
+        image: its index in the data set.
+        position: of the sample in this process's epoch, from 0.
+        entropy: (seed, epoch, position over all processes), for numpy's SeedSequence; different for any two
+            samples of a run, also for copies of one image and on different processes.
+    """
+
+    image: int
+    position: int
+    entropy: tuple[int, int, int]
+
+
+class ResumableSampler(Sampler[Draw]):
+    """The samples of another sampler, in its order, ready to be seeded one by one, from any position on.
+
+    The sample at position p of process r of R stands at p R + r over all processes, as the samplers deal them out.
+
+    Args:
+        order: draws the indices, from its seed and epoch; `num_replicas`, `rank` and `seed` are read from it.
+    """
+
+    def __init__(self, order: RASampler | DistributedSampler[Any]) -> None:
+        self.order = order
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Draw]:
+        seed, epoch, replicas, rank = self.order.seed, self.order.epoch, self.order.num_replicas, self.order.rank
+        start, self.start = self.start, 0
+        return (
+            Draw(image, position, (seed, epoch, position * replicas + rank))
+            for position, image in islice(enumerate(self.order), start, None)
+        )
+
+    def __len__(self) -> int:
+        """The samples of the whole epoch, wherever the next pass starts."""
+        return len(self.order)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order of the passes to come, and the position at which the next one (only) starts.
+
+        To continue an epoch after k batches of B samples, `start` is k B.
+
+        Raises:
+            ValueError: `start` is not a position in the epoch, nor its end.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"an epoch of {len(self)} samples cannot start at {start}")
+        self.order.set_epoch(epoch)
+        self.start = start
 
 
 class ShardSampler(Sampler[int]):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import pickle
 import random
+import signal
+import struct
 import sys
+import time
+import zlib
 from argparse import Namespace
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,20 +23,25 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from timm.data import auto_augment
-from torch.utils.data import Dataset
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset, Subset, get_worker_info
 from torchvision.datasets import CIFAR100
 
 import datasets
 import utils
 from datasets import (
     ImageError,
+    SeededDataset,
+    WorkerDied,
     build_dataset,
     build_eval_loader,
     build_train_loader,
     build_transform,
     load_image,
+    name_dead_workers,
     posterize,
 )
+from samplers import Draw
 from utils import UserError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -55,6 +67,7 @@ def make_args(**changes):
         "num_workers": 0,
         "pin_mem": True,
         "dist_eval": False,
+        "skip_bad_images": False,
         "seed": 0,
     }
     return Namespace(**(defaults | changes))
@@ -142,7 +155,14 @@ def test_folders_without_images(image_folder, tmp_path):
     (image_folder / "train" / "cat" / "notes.txt").write_text("no image")
     for image in (image_folder / "train" / "cat").glob("*.png"):
         image.unlink()
-    with pytest.raises(UserError, match=r"cannot use .*/train: Found no valid file for the classes cat"):
+    message = r"class folder .*/train/cat holds no images \(\.jpg, .*\); add some, or remove .* train/ and val/$"
+    with pytest.raises(UserError, match=message):
+        build_dataset(True, imnet(image_folder))
+    for split in ("train", "val"):
+        (image_folder / split / "ant").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*/val/ant holds no images"):
+        build_dataset(False, imnet(image_folder))
+    with pytest.raises(UserError, match=r"class folder .*/train/ant, like 1 others, holds no images"):
         build_dataset(True, imnet(image_folder))
     (tmp_path / "empty" / "val").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot use .*/val: Couldn't find any class folder"):
@@ -558,31 +578,6 @@ def test_exact_evaluation(world_size):
     assert seen(dist_eval=False) == [list(range(61))] * world_size
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_equal_seeds_give_equal_augmentation(digits, num_workers):
-    def two_epochs(seed):
-        utils.seed_everything(seed)
-        train, _ = build_loaders(make_args(num_workers=num_workers, seed=seed), *digits, 1, 0)
-        return some_batches(train), some_batches(train)  # the same images: set_epoch is not called
-
-    first, second = two_epochs(seed=0)
-    assert not torch.equal(first, second)
-    again_first, again_second = two_epochs(seed=0)
-    assert torch.equal(first, again_first) and torch.equal(second, again_second)
-    assert not torch.equal(first, two_epochs(seed=1)[0])
-
-
-def test_generator_state_continues_the_stream(digits):
-    args = make_args(num_workers=2)
-    train, _ = build_loaders(args, *digits, 1, 0)
-    some_batches(train, 1)
-    state = train.generator.get_state()
-    second = some_batches(train)
-    resumed, _ = build_loaders(args, *digits, 1, 0)
-    resumed.generator.set_state(state)
-    assert torch.equal(some_batches(resumed), second)
-
-
 def test_processes_augment_differently(digits):
     args = make_args(num_workers=1)
     batches = [next(iter(build_loaders(args, *digits, 3, rank)[0])) for rank in range(3)]
@@ -592,11 +587,12 @@ def test_processes_augment_differently(digits):
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
-def test_data_sets_and_collate_can_be_sent_to_spawned_workers(digits):
-    train, _ = build_loaders(make_args(resplit=True), *digits, 1, 0)
-    dataset, collate = pickle.loads(pickle.dumps((train.dataset, train.collate_fn)))
-    images, labels = collate([dataset[0], dataset[1]])
-    assert images.shape == (2, 3, 16, 16) and labels.tolist() == [0, 1]
+def test_data_sets_can_be_sent_to_spawned_workers(digits):
+    train, _ = build_loaders(make_args(resplit=True, skip_bad_images=True), *digits, 1, 0)
+    copy = pickle.loads(pickle.dumps(train.dataset))
+    draw = Draw(7, 5, (0, 0, 5))
+    assert torch.equal(copy[draw][0], train.dataset[draw][0])
+    assert copy[draw][1] == train.dataset[draw][1]
 
 
 def test_workers_leave_the_global_random_state_alone(digits):
@@ -607,11 +603,22 @@ def test_workers_leave_the_global_random_state_alone(digits):
     assert global_random_state() == before
 
 
-def test_making_an_iterator_leaves_the_global_random_state_alone(digits):
-    train, val = build_loaders(make_args(num_workers=0), *digits, 1, 0)
-    before = global_random_state()
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "augmix-m5"])
+def test_samples_drawn_in_this_process_leave_its_random_state_alone(aa):
+    args = make_args(aa=aa, resplit=True, reprob=1.0)
+    train, val = build_loaders(args, *(build_dataset(half, args)[0] for half in (True, False)), 1, 0)
+    random.gauss(0, 1), np.random.randn(), torch.randn(1)  # each keeps a second draw of the pair for later
+    before = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist()
     iter(train)
+    some_batches(train)
     some_batches(val)
+    assert (random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist()) == before
+
+
+def test_a_sample_that_fails_leaves_the_random_state_alone():
+    before = global_random_state()
+    with pytest.raises(IndexError):
+        SeededDataset(LabelledDraws(2))[Draw(2, 0, (0, 0, 0))]
     assert global_random_state() == before
 
 
@@ -625,6 +632,22 @@ def test_resplit_leaves_the_first_half_unerased(num_workers, batch_size):
         assert erased.tolist() == [index >= batch_size // 2 for index in range(batch_size)]
         assert labels.shape == (batch_size,)
     assert all((images == 1).all() for images, _ in val)
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_resplit_is_random_erasing_of_the_second_half(mode):
+    args = make_args(resplit=True, reprob=0.6, remode=mode, recount=3)
+    train, _ = build_loaders(args, Numbered(256), Numbered(20), 1, 0)
+    erase = RandomErasing(0.6, mode=mode, max_count=3, num_splits=2, device="cpu")  # timm's own, of a whole batch
+    for images, _ in train:
+        random.seed(0)
+        torch.manual_seed(0)
+        expected = erase(torch.ones(8, 3, 8, 8))
+        random.seed(0)
+        torch.manual_seed(0)
+        again = torch.stack([train.dataset.second_half(torch.ones(3, 8, 8), position) for position in range(8)])
+        assert torch.equal(again, expected)
+        assert (images[:4] == 1).all()
 
 
 def test_resplit_takes_erasing_out_of_the_transform():
@@ -661,6 +684,114 @@ def test_loaders_that_cannot_work(changes, train, val, message):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pixels depend on seed, epoch and position alone
+
+
+class LabelledDraws(Dataset):
+    """The image is what the three global generators give next: [3, 1, 1]; the label is the index."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index >= self.count:
+            raise IndexError(index)
+        drawn = [random.random(), np.random.random(), torch.rand((), dtype=torch.float64).item()]
+        return torch.tensor(drawn, dtype=torch.float64).view(3, 1, 1), index
+
+
+EVERYTHING = [
+    {},
+    {"repeated_aug": False},
+    {"aa": "augmix-m5", "color_jitter": 0.0},
+    {"aa": "none"},
+    {"resplit": True, "reprob": 0.7, "recount": 2},
+    {"resplit": True, "reprob": 0.7, "remode": "rand", "repeated_aug": False, "batch_size": 7},
+]
+
+
+def epoch_of(args, train_set, epoch=1, start=0, world_size=1, rank=0, batches=None):
+    """Batches of one pass of a loader made anew."""
+    loader = build_train_loader(args, train_set, world_size, rank)
+    loader.sampler.set_epoch(epoch, start)
+    iterator = iter(loader)
+    return [batch for batch, _ in zip(iterator, range(batches or len(loader)), strict=False)]
+
+
+def assert_same_batches(these, those):
+    assert len(these) == len(those) > 0
+    for (images, labels), (others, other_labels) in zip(these, those, strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # more than there are cores
+@pytest.mark.parametrize("changes", EVERYTHING, ids=str)
+def test_batches_do_not_depend_on_the_number_of_workers(changes):
+    args = make_args(**{"input_size": 40, "reprob": 0.5} | changes)
+    train_set = Subset(build_dataset(True, args)[0], range(300))
+    batches = []
+    for num_workers in (0, 1, 3):
+        args.num_workers = num_workers
+        utils.seed_everything(num_workers)  # what the process drew before must not matter either
+        batches.append(epoch_of(args, train_set, batches=8))
+    assert_same_batches(batches[0], batches[1])
+    assert_same_batches(batches[0], batches[2])
+    assert len({image.numpy().tobytes() for images, _ in batches[0] for image in images}) == 8 * args.batch_size
+
+
+@pytest.mark.parametrize("changes", EVERYTHING, ids=str)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_continued_in_the_middle_gives_the_same_batches(changes, num_workers):
+    args = make_args(**{"input_size": 24, "reprob": 0.5, "batch_size": 16} | changes)
+    train_set = Subset(build_dataset(True, args)[0], range(300))
+    whole = epoch_of(args, train_set)
+    args.num_workers = num_workers
+    assert_same_batches(epoch_of(args, train_set, start=11 * args.batch_size), whole[11:])
+
+
+@pytest.mark.parametrize("repeated_aug", [True, False])
+def test_a_start_counts_for_one_pass_and_leaves_the_length_alone(repeated_aug):
+    args = make_args(repeated_aug=repeated_aug, batch_size=24)
+    loader = build_train_loader(args, LabelledDraws(300), 1, 0)
+    assert len(loader) == (10 if repeated_aug else 12)
+    loader.sampler.set_epoch(3, start=len(loader) * 24)
+    assert list(loader) == []
+    assert len(list(loader)) == len(loader)
+    loader.sampler.set_epoch(3, start=48)
+    assert len(loader) == (10 if repeated_aug else 12)
+    assert len(list(loader)) == len(loader) - 2
+
+
+def test_every_epoch_seed_process_and_copy_draws_its_own():
+    """All three generators: no value of one turns up again in any other sample."""
+    passes = [
+        epoch_of(make_args(seed=seed), LabelledDraws(300), epoch, world_size=2, rank=rank)
+        for seed, epoch, rank in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
+    ]
+    drawn = torch.cat([images for batches in passes for images, _ in batches]).flatten(1)  # [samples, 3]
+    assert drawn.shape == (6 * 128, 3)
+    for generator in drawn.T:
+        assert len(generator.unique()) == len(generator)
+        assert 0.4 < generator.mean() < 0.6 and 0.25 < generator.std() < 0.33  # uniform, though from near seeds
+        successive = torch.corrcoef(torch.stack([generator[:-1], generator[1:]]))[0, 1]
+        assert successive.abs() < 0.15  # four standard deviations
+
+
+def test_copies_of_an_image_in_one_process_are_augmented_differently(digits):
+    images, labels = next(iter(build_train_loader(make_args(), digits[0], 1, 0)))
+    assert labels[0] == labels[1] == labels[2]  # the copies stand in a row
+    assert len({image.numpy().tobytes() for image in images[:3]}) == 3
+
+
+def test_seeding_leaves_accelerators_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' streams were seeded"))
+    SeededDataset(LabelledDraws(2))[Draw(1, 0, (0, 0, 0))]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Damaged images
 
 
@@ -679,11 +810,45 @@ def test_damaged_image_is_named_in_one_line(image_folder, num_workers):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n\0\0\0"], ids=["empty", "text", "header"])
-def test_files_that_are_no_images(tmp_path, content):
-    (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ImageError, match=r"cannot decode image .*/a.png: "):
-        load_image(str(tmp_path / "a.png"))
+def jpeg(**options):
+    file = io.BytesIO()
+    photo().save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+def png_claiming(width, height):
+    """A PNG whose header promises a size, with next to no pixels behind it."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
+
+
+UNREADABLE = {
+    "empty": (b"", "cannot identify image file"),
+    "text": (b"This is no image.\n", "cannot identify image file"),
+    "header only": (b"\x89PNG\r\n\x1a\n\0\0\0", "cannot identify|Truncated"),
+    "truncated": (jpeg()[:-400], "truncated"),
+    "enormous": (png_claiming(60_000, 50_000), r"3000000000 pixels\) exceeds limit"),
+    "fewer pixels than promised": (png_claiming(60, 50), "truncated"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
+def test_files_that_cannot_be_decoded(tmp_path, content, reason):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(
+        ImageError, match=rf"^cannot decode image {path}: .*({reason}).*; repair or remove the file$"
+    ):
+        load_image(str(path))
+
+
+def test_missing_file(tmp_path):
     with pytest.raises(ImageError, match=r"cannot decode image .*/b.png: .*No such file"):
         load_image(str(tmp_path / "b.png"))
 
@@ -694,3 +859,197 @@ def test_every_image_mode_becomes_rgb(tmp_path, mode):
     photo().convert(mode).save(path)
     image = load_image(str(path))
     assert (image.mode, image.size) == ("RGB", (50, 40))
+
+
+def test_cmyk_jpeg(tmp_path):
+    photo().convert("CMYK").save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    error = np.asarray(load_image(str(tmp_path / "a.jpg"))).astype(int) - np.asarray(photo())
+    assert np.abs(error).max() < 12
+
+
+def test_sixteen_bit_grey(tmp_path):
+    levels = np.linspace(0, 65535, 2000).astype(np.uint16).reshape(40, 50)
+    for name, pixels in [("a.png", levels), ("little.tif", levels), ("big.tif", levels.astype(">u2"))]:
+        Image.fromarray(pixels).save(tmp_path / name)
+        loaded = np.asarray(load_image(str(tmp_path / name)))
+        np.testing.assert_array_equal(loaded, np.stack([levels // 256] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))], ids=["one entry", "all entries"])
+def test_palette_with_transparency(tmp_path, transparency):
+    image = photo().convert("P")
+    image.save(tmp_path / "a.png", transparency=transparency)
+    np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / "a.png"))), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_exif_is_ignored(tmp_path, damaged):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    content = exif.tobytes()
+    content = content[:14] + b"\xff" * 20 if damaged else content
+    (tmp_path / "a.jpg").write_bytes(jpeg(exif=content))
+    (tmp_path / "plain.jpg").write_bytes(jpeg())
+    with pytest.warns(UserWarning, match="Corrupt EXIF data") if damaged else nullcontext():  # Pillow's own
+        loaded = load_image(str(tmp_path / "a.jpg"))
+    assert loaded.size == (50, 40)
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(load_image(str(tmp_path / "plain.jpg"))))
+
+
+def test_files_are_read_by_content_not_name(tmp_path):
+    photo().save(tmp_path / "a.jpg", "PNG")
+    np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / "a.jpg"))), np.asarray(photo()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --skip-bad-images
+
+
+@pytest.fixture
+def damaged_folder(tmp_path):
+    """300 training images of one class, of which numbers 0, 100 and 299, the last, are no images."""
+    for number in range(300):
+        save_photo(tmp_path / "train" / "a" / f"{number:03}.bmp", seed=number, width=8, height=8)
+    for number in (0, 100, 299):
+        (tmp_path / "train" / "a" / f"{number:03}.bmp").write_bytes(b"damaged")
+    return tmp_path
+
+
+def indices_of(batches, root):
+    """Which file each image is, by its pixels."""
+    numbers = {}
+    for path in (root / "train" / "a").iterdir():
+        if path.stat().st_size > 10:
+            numbers[np.asarray(Image.open(path)).tobytes()] = int(path.stem)
+    images = torch.cat([images for images, _ in batches])
+    return [numbers[to_pixels(image).tobytes()] for image in images]
+
+
+def skipping(root, monkeypatch, **changes):
+    """Arguments and training set of the damaged folder; the images come out as they are stored."""
+    changes = {"input_size": 8, "repeated_aug": False, "batch_size": 10, "skip_bad_images": True} | changes
+    args = imnet(root, **changes)
+    monkeypatch.setattr(datasets, "build_transform", lambda is_train, args: build_transform(False, args))
+    return args, build_dataset(True, args)[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_bad_images_are_replaced_by_the_next(damaged_folder, monkeypatch, capfd, num_workers):
+    args, train_set = skipping(damaged_folder, monkeypatch, num_workers=num_workers)
+    loader = build_train_loader(args, train_set, 1, 0)
+    order = [draw.image for draw in loader.sampler]
+    next_readable = {0: 1, 100: 101, 299: 1}  # after 299 comes 0, which is bad as well
+    assert indices_of(loader, damaged_folder) == [next_readable.get(index, index) for index in order]
+    assert loader.dataset.take_bad_images() == 3
+    assert loader.dataset.take_bad_images() == 0
+    list(loader)
+    assert loader.dataset.bad_images.sum() == 3
+    lines = capfd.readouterr().err.splitlines()
+    # two workers may meet 0 at the same moment, on its own and after 299
+    assert sorted({line.split()[4].split("/")[-1] for line in lines}) == ["000.bmp:", "100.bmp:", "299.bmp:"]
+    assert len(lines) == 3 or num_workers == 2
+    assert all(line.startswith("warning: cannot decode image ") for line in lines)
+
+
+def test_all_copies_of_a_bad_image_are_replaced_and_counted(damaged_folder, monkeypatch):
+    args, train_set = skipping(damaged_folder, monkeypatch, repeated_aug=True, num_workers=2, batch_size=2)
+    loader = build_train_loader(args, train_set, 1, 0)
+    bad = 0
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        bad += sum(draw.image in (0, 100, 299) for draw in loader.sampler)
+        list(loader)
+    assert bad >= 3
+    assert loader.dataset.take_bad_images() == bad
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_bad_images_in_a_row(damaged_folder, monkeypatch, num_workers):
+    """Nine in a row are replaced, ten are not."""
+    for number in range(200, 209):
+        (damaged_folder / "train" / "a" / f"{number}.bmp").write_bytes(b"damaged")
+    args, train_set = skipping(damaged_folder, monkeypatch, num_workers=num_workers)
+    list(build_train_loader(args, train_set, 1, 0))
+    (damaged_folder / "train" / "a" / "209.bmp").write_bytes(b"damaged")
+    message = r"^--skip-bad-images gives up after 10 bad images in a row: cannot decode image .*/209.bmp: [^\n]*$"
+    with pytest.raises(ImageError, match=message):
+        list(build_train_loader(args, train_set, 1, 0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_images_are_errors_unless_they_are_to_be_skipped(damaged_folder, monkeypatch, num_workers):
+    args, train_set = skipping(damaged_folder, monkeypatch, skip_bad_images=False, num_workers=num_workers)
+    with pytest.raises(ImageError, match=r"^cannot decode [^\n]*; repair or remove the file, or give --skip-bad-i"):
+        list(build_train_loader(args, train_set, 1, 0))
+
+
+def test_evaluation_never_skips(damaged_folder):
+    (damaged_folder / "train").rename(damaged_folder / "val")
+    args = imnet(damaged_folder, skip_bad_images=True)
+    val, _ = build_dataset(False, args)
+    with pytest.raises(ImageError, match=r"repair or remove the file$"):
+        list(build_eval_loader(args, val, 1, 0))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Workers that die
+
+
+class Deadly(Numbered):
+    """Kills the worker that is asked for the last image."""
+
+    def __init__(self, count, death):
+        super().__init__(count)
+        self.death = death
+
+    def __getitem__(self, index):
+        if index == self.count - 1:
+            assert get_worker_info() is not None
+            self.death()
+        return super().__getitem__(index)
+
+
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_at_once():
+    os._exit(3)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05], ids=["in the loader", "anywhere"])
+@pytest.mark.parametrize(
+    ("death", "reason"), [(kill_itself, "is killed by signal: Killed"), (exit_at_once, "exited unexpectedly")]
+)
+def test_dead_workers_are_named(death, reason, pause):
+    loader = build_train_loader(make_args(num_workers=2, repeated_aug=False), Deadly(256, death), 1, 0)
+    with pytest.raises(WorkerDied) as caught, name_dead_workers():
+        for _ in loader:
+            time.sleep(pause)
+    message = str(caught.value)
+    assert message.startswith(f"a data loading worker died: {reason}") and "\n" not in message
+    assert "fewer --num_workers" in message and "/dev/shm" in message
+    assert isinstance(caught.value, utils.LocalError)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), ConnectionResetError(104, "reset by peer")], ids=repr
+)
+def test_other_errors_pass(monkeypatch, error):
+    monkeypatch.setattr(datasets, "SIGNAL_SECONDS", 0.01)
+    with pytest.raises(type(error)) as caught, name_dead_workers():
+        raise error
+    assert caught.value is error
+
+
+def test_a_connection_that_breaks_before_the_death_is_known():
+    def torch_reports(signum, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    previous = signal.signal(signal.SIGALRM, torch_reports)
+    try:
+        with pytest.raises(WorkerDied, match=r"worker died: is killed by signal: Killed\."), name_dead_workers():
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise ConnectionResetError(104, "Connection reset by peer")
+    finally:
+        signal.signal(signal.SIGALRM, previous)

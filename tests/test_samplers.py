@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DistributedSampler
 
-from samplers import RASampler, ShardSampler
+from samplers import RASampler, ResumableSampler, ShardSampler
 from utils import UserError
 
 
@@ -118,6 +119,74 @@ def test_rank_outside_the_processes(rank):
 def test_repeats_must_be_positive():
     with pytest.raises(ValueError, match="num_repeats"):
         RASampler(range(256), 1, 0, num_repeats=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ResumableSampler
+
+
+def orders(kind, count, replicas, seed=0):
+    """One sampler of indices for each process."""
+    if kind == "repeated":
+        return [RASampler(range(count), replicas, rank, seed=seed) for rank in range(replicas)]
+    return [DistributedSampler(range(count), replicas, rank, shuffle=True, seed=seed) for rank in range(replicas)]
+
+
+@pytest.mark.parametrize("kind", ["repeated", "plain"])
+@pytest.mark.parametrize("replicas", [1, 3, 4])
+def test_resumable_order_is_the_wrapped_sampler(kind, replicas):
+    for wrapped, alone in zip(orders(kind, 500, replicas, 5), orders(kind, 500, replicas, 5), strict=True):
+        sampler = ResumableSampler(wrapped)
+        for epoch in (0, 7):
+            sampler.set_epoch(epoch)
+            alone.set_epoch(epoch)
+            assert [draw.image for draw in sampler] == list(alone)
+            assert len(sampler) == len(alone)
+
+
+@pytest.mark.parametrize("kind", ["repeated", "plain"])
+def test_a_start_drops_the_beginning_of_one_pass(kind):
+    sampler = ResumableSampler(orders(kind, 400, 2)[1])
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    for start in (0, 1, 100, len(whole)):
+        sampler.set_epoch(2, start)
+        assert len(sampler) == len(whole)
+        assert list(sampler) == whole[start:]
+        assert list(sampler) == whole
+    sampler.set_epoch(2, 100)
+    sampler.set_epoch(3)
+    assert len(list(sampler)) == len(whole)
+    for start in (-1, len(whole) + 1):
+        with pytest.raises(ValueError, match=f"cannot start at {start}"):
+            sampler.set_epoch(2, start)
+
+
+@pytest.mark.parametrize("kind", ["repeated", "plain"])
+def test_no_two_samples_of_a_run_share_their_entropy(kind):
+    seen = []
+    for epoch in (0, 1, 2):
+        for sampler in map(ResumableSampler, orders(kind, 300, 3)):
+            sampler.set_epoch(epoch)
+            draws = list(sampler)
+            assert [draw.position for draw in draws] == list(range(len(sampler)))
+            assert {draw.entropy[:2] for draw in draws} == {(0, epoch)}
+            seen += [draw.entropy for draw in draws]
+    assert len(set(seen)) == len(seen)
+    # an epoch's positions over all processes leave no gap
+    assert sorted(place for _, epoch, place in seen if epoch == 1) == list(range(len(seen) // 3))
+
+
+def test_the_place_over_all_processes_is_that_of_one_process_dealt_out():
+    """Plain sampling of a divisible set: R processes at p see what one process sees at p R + r."""
+    (alone,) = map(ResumableSampler, orders("plain", 600, 1))
+    by_place = {draw.entropy[2]: draw.image for draw in alone}
+    for sampler in map(ResumableSampler, orders("plain", 600, 3)):
+        assert all(by_place[draw.entropy[2]] == draw.image for draw in sampler)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ShardSampler
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4, 5])
