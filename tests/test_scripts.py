@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +19,8 @@ import yaml
 import config
 
 ROOT = Path(config.__file__).parent
-SCRIPTS = sorted((ROOT / "script").glob("*.sh"))
+SLURM = ROOT / "script" / "slurm_train.sbatch"
+SCRIPTS = [*sorted((ROOT / "script").glob("*.sh")), SLURM]
 LAUNCHERS = sorted((ROOT / "script").glob("run_*.sh"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -27,8 +31,8 @@ def name_of(path: Path) -> str:
 
 def bash(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a line of bash outside any environment, but for what `env` says."""
-    outside = ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "NPROC")
-    clean = {key: value for key, value in os.environ.items() if key not in outside}
+    outside = ("VIRTUAL_ENV", "CONDA_", "NPROC", "SLURM_", "MASTER_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(outside)}
     return subprocess.run(
         ["bash", "-c", command], cwd=cwd, env=clean | env, capture_output=True, text=True, check=False
     )
@@ -183,6 +187,14 @@ def test_script_parses_and_is_executable_unless_sourced(script: Path, tmp_path: 
     assert os.access(script, os.X_OK) == (script.name not in ("env.sh", "launch.sh"))
 
 
+@pytest.mark.parametrize("script", [SLURM], ids=name_of)
+def test_script_passes_shellcheck(script: Path, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    run = bash(f"shellcheck -x {script}", ROOT)
+    assert (run.returncode, run.stdout) == (0, "")
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of env.sh with requirements of its own."""
@@ -278,6 +290,208 @@ def test_env_without_a_recent_python(project: Path) -> None:
 def test_ci_calls_the_test_script() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines() == ["#!/usr/bin/env bash", "./script/test.sh"]
     assert (ROOT / "script" / "test.sh").read_text().splitlines()[-1] == 'python -m pytest "$@"'
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SLURM. Its programs are fakes that note their arguments.
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$NOTES/scontrol"
+case "$1 $2" in
+"show hostnames") [ "$3" = bad ] || printf '%s\\n' "$HOSTS" localhost ;;
+"show job") echo "JobId=$3 JobName=x"; echo "   JobState=$STATE Reason=None" ;;
+requeue*) exit "$REQUEUE_CODE" ;;
+esac
+"""
+SRUN = """#!/bin/sh
+printf '%s\\n' "$@" > "$NOTES/srun"
+env > "$NOTES/env"
+exit "$SRUN_CODE"
+"""
+
+
+class Cluster:
+    """One job of slurm_train.sbatch, run from a copy as SLURM does."""
+
+    def __init__(self, folder: Path, srun: str = SRUN) -> None:
+        self.folder = folder
+        (folder / "spool").mkdir()
+        (folder / "bin").mkdir()
+        (folder / "my data").mkdir()
+        shutil.copy(SLURM, folder / "spool" / "slurm_script")
+        for name, text in (("scontrol", SCONTROL), ("srun", srun)):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        self.env = {
+            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": sys.prefix,
+            "NOTES": str(folder),
+            "HOSTS": "gpu07",
+            "STATE": "RUNNING",
+            "SRUN_CODE": "0",
+            "REQUEUE_CODE": "0",
+            "SLURM_JOB_ID": "1234567",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_NODELIST": "gpu[07-08]",
+            "SLURM_NTASKS_PER_NODE": "8",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "10",
+        }
+
+    def job(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return bash(f"bash spool/slurm_script {shlex.join(arguments)}", self.folder, **(self.env | env))
+
+    def notes(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def requeued(self) -> list[str]:
+        return [line for line in self.notes("scontrol") if line.startswith("requeue")]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_slurm_starts_main_once_per_gpu(cluster: Cluster) -> None:
+    """Arguments with spaces survive; srun's tasks find where to meet, and no rank of the submitting shell."""
+    flags = ["--output_dir", "my runs/x y", "--reg", "patch.cosine@last=0.5"]
+    run = cluster.job("my data", *flags, RANK="3", WORLD_SIZE="4", LOCAL_RANK="3", MASTER_ADDR="login1")
+    assert (run.returncode, run.stderr) == (0, "")
+    own, program = cluster.notes("srun")[:2], cluster.notes("srun")[2:4]
+    assert own == ["--kill-on-bad-exit=0", "--wait=120"]
+    assert program == ["python", str(ROOT / "main.py")]
+    assert cluster.notes("srun")[4:] == ["--data-path", "my data", *flags, "--resume", "auto"]
+    env = dict(line.partition("=")[::2] for line in cluster.notes("env"))
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu07", "24567")
+    assert (env["SRUN_CPUS_PER_TASK"], env["OMP_NUM_THREADS"]) == ("10", os.environ.get("OMP_NUM_THREADS", "1"))
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(env)
+    assert cluster.requeued() == []
+
+
+@pytest.mark.parametrize("given", [["--resume", "auto"], ["--resume=auto"]])
+def test_slurm_adds_resume_once(cluster: Cluster, given: list[str]) -> None:
+    run = cluster.job("my data", *given, "--output_dir", "a --resume auto b")
+    assert run.returncode == 0, run.stderr
+    flags = cluster.notes("srun")[6:]
+    assert flags == [*given, "--output_dir", "a --resume auto b"]
+
+
+def test_slurm_adds_resume_despite_a_value_that_looks_like_it(cluster: Cluster) -> None:
+    cluster.job("my data", "--output_dir", "a --resume auto b")
+    assert cluster.notes("srun")[-3:] == ["a --resume auto b", "--resume", "auto"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
+def test_slurm_requeues_an_interrupted_run_alone(cluster: Cluster, code: int) -> None:
+    """Once, and every exit code is passed on."""
+    run = cluster.job("my data", SRUN_CODE=str(code))
+    assert run.returncode == code
+    assert cluster.requeued() == (["requeue 1234567"] if code == 75 else [])
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED"])
+def test_slurm_does_not_bring_a_cancelled_job_back(cluster: Cluster, state: str) -> None:
+    run = cluster.job("my data", SRUN_CODE="75", STATE=state)
+    assert run.returncode == 75
+    assert cluster.requeued() == []
+    assert "the same sbatch command continues the run" in run.stdout
+
+
+def test_slurm_says_that_requeueing_failed(cluster: Cluster) -> None:
+    run = cluster.job("my data", SRUN_CODE="75", REQUEUE_CODE="1")
+    assert run.returncode == 75
+    assert run.stderr == "saved, but job 1234567 cannot be requeued: the same sbatch command continues the run\n"
+
+
+def test_slurm_shell_outlives_a_sigterm(cluster: Cluster) -> None:
+    """Where SLURM ends a job, the processes save, and srun's code still counts."""
+    srun = cluster.folder / "bin" / "srun"
+    srun.write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 0.3\ntouch $NOTES/saved\nexit 75\n")
+    run = cluster.job("my data", STATE="COMPLETING")
+    assert (run.returncode, (cluster.folder / "saved").exists()) == (75, True)
+
+
+MISTAKES = {
+    "no arguments": ([], {}, "first argument must be the data's folder"),
+    "no data": (["--output_dir", "x"], {}, "first argument must be the data's folder"),
+    "no such folder": (["no/such"], {}, "no folder 'no/such'"),
+    "resume a file": (["my data", "--resume", "old.pth"], {}, "copy the file to OUTPUT_DIR/checkpoint.pth"),
+    "resume=a file": (["my data", "--resume=old.pth"], {}, "copy the file to OUTPUT_DIR/checkpoint.pth"),
+    "resume nothing": (["my data", "--resume"], {}, "--resume without a value"),
+    "not submitted": (["my data"], {"SLURM_JOB_ID": ""}, "submit this: sbatch"),
+    "submitted elsewhere": (["my data"], {"SLURM_SUBMIT_DIR": "/"}, "project's root"),
+    "fewer GPUs": (["my data"], {"SLURM_GPUS_ON_NODE": "4"}, "8 tasks but 4 GPUs"),
+    "bad node list": (["my data"], {"SLURM_JOB_NODELIST": "bad"}, "does not expand SLURM_JOB_NODELIST=bad"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_slurm_refuses_in_one_line(cluster: Cluster, mistake: str) -> None:
+    arguments, env, message = MISTAKES[mistake]
+    run = cluster.job(*arguments, **env)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith("slurm_train.sbatch: error: ")
+    assert message in run.stderr
+    assert not cluster.notes("srun")
+
+
+def test_slurm_without_pytorch_says_what_to_do(cluster: Cluster) -> None:
+    python = cluster.folder / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    run = cluster.job("my data")
+    assert run.returncode == 2
+    assert "script/env.sh requirements.txt" in run.stderr
+
+
+def test_slurm_options() -> None:
+    """What makes the job come back; nothing may stand before the options, or SLURM does not read them."""
+    lines = SLURM.read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert {"--signal=USR1@120", "--requeue", "--open-mode=append"} <= set(options)
+    assert {"--ntasks-per-node=8", "--gpus-per-node=8"} <= set(options)
+    last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH "))
+    assert all(line.startswith("#") for line in lines[:last])
+
+
+SRUN_OF_TWO = """#!{python}
+import os, signal, subprocess, sys, time
+
+command = sys.argv[3:]
+env = {{**os.environ, "SLURM_STEP_NUM_TASKS": "2"}}
+tasks = [
+    subprocess.Popen([sys.executable, *command[1:]], env={{**env, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}})
+    for rank in "01"
+]
+first = not os.path.exists("run/log.txt")
+while first and not os.path.exists("run/log.txt") and tasks[0].poll() is None:
+    time.sleep(0.02)
+if first:
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_slurm_continues_an_interrupted_run(tmp_path: Path) -> None:
+    """Two real processes get USR1 after the first epoch; the job that comes back trains the rest."""
+    cluster = Cluster(tmp_path, SRUN_OF_TWO.format(python=sys.executable))
+    flags = "--data-set DIGITS --model deit_tiny_patch16_224 --input-size 32 --batch-size 64 --num_workers 0"
+    flags += " --model-kwargs patch_size=8 embed_dim=16 depth=2 num_heads=2 --no-repeated-aug --epochs 6"
+    flags += " --device cpu --output_dir run"
+    env = {"HOSTS": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "gpu07"}
+    first = cluster.job("my data", *flags.split(), **env)
+    assert first.returncode == 75, first.stderr[-3000:]
+    assert len(cluster.requeued()) == 1
+    done = len(cluster.notes("run/log.txt"))
+    assert 1 <= done < 6
+    second = cluster.job("my data", *flags.split(), **env)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert [json.loads(line)["epoch"] for line in cluster.notes("run/log.txt")] == list(range(6))
+    assert len(cluster.requeued()) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------
