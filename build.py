@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 import config
-from engine import Precision
+from engine import Finite, Precision
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, Layout, build_model, find_layout
 from regularizers import Diversity
 from run_state import RunState
-from utils import BAD_ARGUMENT, UserError, did_you_mean, print_main, rank, world_size
+from utils import BAD_ARGUMENT, UserError, broadcast_object, did_you_mean, print_main, rank, world_size
 
 
 def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
@@ -123,8 +124,18 @@ def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Divers
     )
 
 
-def build_run(args: argparse.Namespace, model: DiverseViT, precision: Precision) -> RunState:
-    """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues."""
+def build_run(
+    args: argparse.Namespace,
+    model: DiverseViT,
+    precision: Precision,
+    mixup: Mixup,
+    replaced: Tensor | None = None,
+) -> RunState:
+    """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues.
+
+    Args:
+        replaced: where the training data says which of its images are bad (SeededDataset.replaced).
+    """
     ema = None
     if args.model_ema:
         device = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -143,18 +154,48 @@ def build_run(args: argparse.Namespace, model: DiverseViT, precision: Precision)
             f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
             "set the environment variable TIMM_FUSED_ATTN=0"
         )
-    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args))
-    if args.resume:
+    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixup)
+    run_state.finite = Finite(args.nonfinite, args.nonfinite_patience)
+    if replaced is not None:
+        run_state.replaced = replaced
+    if args.resume == "auto":
+        resume_newest(run_state, Path(args.output_dir))
+    elif args.resume:
         run_state.load_state_dict(checkpoint.load(args.resume), args.resume)
-        print_main(
-            f"resumed {args.resume}: epoch {run_state.epoch + 1} is done, best top-1 {run_state.max_acc:.2f}%"
-        )
+        print_main(describe_resumed(run_state, args.resume))
     elif args.start_epoch > 0:
         run_state.epoch = args.start_epoch - 1
         run_state.lr_scheduler.step(run_state.epoch)
     return run_state
 
 
+def resume_newest(run_state: RunState, folder: Path) -> None:
+    """--resume auto: continue from the newest valid checkpoint of a folder, if it has any."""
+    newest: str | None = broadcast_object(lambda: _path_of_newest(folder))
+    if newest is None:
+        print_main(f"--resume auto: no checkpoint in {folder}, this is a fresh run")
+        return
+    run_state.load_state_dict(checkpoint.load(newest), newest)
+    print_main(describe_resumed(run_state, newest))
+
+
+def _path_of_newest(folder: Path) -> str | None:
+    found = checkpoint.newest(folder)
+    return str(found[0]) if found is not None else None
+
+
+def describe_resumed(run_state: RunState, path: str) -> str:
+    """What was found in a checkpoint, in words."""
+    done = f"epoch {run_state.epoch + 1} is done" if run_state.epoch >= 0 else "the first epoch has begun"
+    inside = f", and {run_state.step} steps after it" if run_state.step else ""
+    return f"resumed {path}: {done}{inside}, best top-1 {run_state.max_acc:.2f}%"
+
+
 def scaled_lr(args: argparse.Namespace) -> float:
     """--lr is for 512 images; scale it to the global batch unless told not to."""
-    return args.lr * args.batch_size * world_size() / 512.0 if args.scale_lr_flag else args.lr
+    return args.lr * global_batch(args) / 512.0 if args.scale_lr_flag else args.lr
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images in one step, over all processes and accumulated batches."""
+    return args.batch_size * args.grad_accum_steps * world_size()

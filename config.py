@@ -27,6 +27,8 @@ LARGEST_SEED = 2**31
 # Smallest and largest value of each number that has limits here; the data's and Mixup's are checked there.
 LIMITS: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("batch_size", "epochs", "input_size", "print_freq", "world_size"), (1, LARGEST)),
+    **dict.fromkeys(("grad_accum_steps", "nonfinite_patience", "checkpoint_hist", "dist_timeout"), (1, LARGEST)),
+    **dict.fromkeys(("save_interval_steps", "save_interval_minutes"), (0, LARGEST)),
     **dict.fromkeys(
         ("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs", "num_workers"), (0, LARGEST)
     ),
@@ -195,8 +197,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("a teacher needs weights: give --teacher-path FILE (its model is --teacher-model)")
     for name in ("resume", "finetune", "teacher_path"):
         path = getattr(args, name)
+        if name == "resume" and path == "auto":
+            continue
         if path and not path.startswith("https://") and not Path(path).is_file():
             raise UserError(f"--{dashed(name)} {path}: no such file (and not an https address)")
+    if args.resume == "auto" and (args.eval or not args.output_dir):
+        needs = "--eval needs one file" if args.eval else "give --output_dir"
+        raise UserError(f"--resume auto looks for the newest checkpoint of a run in --output_dir: {needs}")
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UserError(f"--output_dir {args.output_dir} is a file, not a folder")
 

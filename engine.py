@@ -8,8 +8,8 @@ options wait by their nature: float16's gradient scaler, and an EMA kept in host
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from losses import LabelLoss
 from mixup import Mixup
 from models.capture import DiverseViT, Needs
-from regularizers import Diversity, total
+from regularizers import Diversity, Term, total
 from regularizers.measures import full_precision
-from utils import Meters, Progress, TrainingDiverged, UserError, all_reduce, print_main
+from utils import Meters, Progress, TrainingDiverged, UserError, Vote, all_reduce, print_main
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,25 +67,30 @@ class Precision:
 
 @dataclass
 class Updater:
-    """One optimiser step: backward, clip, step, EMA.
+    """One optimiser step: backward (of one batch or several), clip, step, EMA.
 
     Attributes:
         optimizer: over the backbone's parameters.
         precision: holds the gradient scaler.
         clip_grad: largest global gradient norm, or None.
         ema: the moving average of the unwrapped model, or None.
+        accumulate: batches whose gradients make one step.
     """
 
     optimizer: torch.optim.Optimizer
     precision: Precision
     clip_grad: float | None = None
     ema: ModelEmaV3 | None = None
+    accumulate: int = 1
 
-    def step(self, loss: Tensor, model: nn.Module) -> None:
-        """Update the model's parameters from a loss."""
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients."""
+        second_order = getattr(self.optimizer, "is_second_order", False)
+        self.precision.scaler.scale(loss).backward(create_graph=second_order)
+
+    def step(self, model: nn.Module) -> None:
+        """Update the model's parameters from the gradients."""
         scaler = self.precision.scaler
-        self.optimizer.zero_grad()
-        scaler.scale(loss).backward(create_graph=getattr(self.optimizer, "is_second_order", False))
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad)
@@ -93,6 +98,69 @@ class Updater:
         scaler.update()
         if self.ema is not None:
             self.ema.update(unwrap(model))
+
+
+class Finite:
+    """Watches that all terms of a step are finite, on all processes, before the step is made.
+
+    The verdict is asked for before the backward pass and read after it, so that no host waits for its device's
+    whole queue (see Vote). Gradients that overflow in float16 are the scaler's business, not an error.
+
+    The same exchange carries what each process wishes for: to save or to stop (see run_state.Saver).
+
+    Args:
+        policy: 'skip' drops such a step on all processes, 'stop' ends the run at the first one.
+        patience: that many dropped steps in a row end the run.
+
+    Attributes:
+        in_a_row: steps dropped since the last good one.
+        dropped: steps dropped in this epoch.
+        wish: the largest that any process gave to the last `ask`, once `verdict` is read.
+    """
+
+    def __init__(self, policy: str = "skip", patience: int = 10) -> None:
+        self.policy = policy
+        self.patience = patience
+        self.in_a_row = 0
+        self.dropped = 0
+        self.wish = 0
+        self._names: list[str] = []
+        self._vote = Vote()
+
+    def ask(self, values: Mapping[str, Tensor], wish: int = 0) -> None:
+        """Start to find out whether these values are finite everywhere, and what all wish for."""
+        self._names = list(values)
+        finite = torch.stack([value.detach().isfinite() for value in values.values()]).float()  # [names]
+        self._vote.ask(torch.cat([finite, finite.new_full((1,), -wish)]))
+
+    def verdict(self, step: int) -> bool:
+        """Whether they are; the same on all processes.
+
+        Raises:
+            TrainingDiverged: they are not, and the policy or the patience ends the run.
+        """
+        *finite, wish = self._vote.answer()
+        self.wish = round(-wish)
+        if all(finite):
+            self.in_a_row = 0
+            return True
+        first = self._names[finite.index(0.0)]
+        self.in_a_row += 1
+        self.dropped += 1
+        if self.policy == "stop" or self.in_a_row >= self.patience:
+            raise TrainingDiverged(
+                f"the loss is not finite, {self.in_a_row} step(s) in a row up to step {step}; the first term to "
+                f"break was {first}. None of these steps changed the weights. Continue from the last checkpoint "
+                "with --resume auto and --amp-dtype bfloat16 or float32, a smaller --lr, or --clip-grad 1"
+            )
+        print_main(f"warning: step {step} is dropped, {first} is not finite ({self.in_a_row} in a row)")
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        return {"in_a_row": self.in_a_row, "dropped": self.dropped}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.in_a_row, self.dropped = int(state["in_a_row"]), int(state["dropped"])
 
 
 def unwrap(model: nn.Module) -> DiverseViT:
@@ -110,64 +178,98 @@ def train_one_epoch(
     updater: Updater,
     mixup: Mixup,
     *,
+    meters: Meters | None = None,
+    finite: Finite | None = None,
+    first_step: int = 1,
+    wish: Callable[[], int] = lambda: 0,
+    after_step: Callable[[int, int], None] = lambda step, wish: None,
     header: str = "",
     epochs_after: int = 0,
     print_freq: int = 10,
     training_mode: bool = True,
 ) -> dict[str, float]:
-    """Train over the loader once.
+    """Train over the loader once, or over what is left of it.
 
     Args:
         model: a DiverseViT, or DDP around one.
         label_loss, diversity: the objective.
-        loader: batches of images [B, 3, S, S] and class indices [B].
-        updater: optimiser, precision, clipping and EMA.
+        loader: batches of images [B, 3, S, S] and class indices [B], from step `first_step` on.
+        updater: optimiser, precision, clipping, EMA, and how many batches make a step.
         mixup: mixes images and labels them.
+        meters: the epoch's means so far.
+        finite: what to do with a step that is not finite.
+        first_step: the step to begin with, counted from 1.
+        wish: what this process wishes for, asked once a step.
+        after_step: told the number of each step that is done, and the largest wish of any process.
         header: what progress lines start with.
         epochs_after: epochs still to come, for the ETA.
-        print_freq: steps between progress lines, and between checks that the loss is finite.
+        print_freq: steps between progress lines.
         training_mode: False trains with dropout and drop path off (fine-tuning, as DeiT does).
     Returns:
-        Mean over steps and processes of 'loss' and of every term by name, and 'lr'.
+        Mean over steps and processes of 'loss' and of every term by name; 'lr'; 'dropped', the steps that were not
+        finite.
     Raises:
-        TrainingDiverged: a loss was not finite; the message names the first term.
+        TrainingDiverged: steps were not finite, and `finite` says to stop; the message names the first term.
     """
     model.train(training_mode)
-    weights = unwrap(model).weights
-    meters = Meters()
-    device, steps = updater.precision.device, len(loader)
+    meters, finite = meters or Meters(), finite or Finite()
+    steps = len(loader) // updater.accumulate
+    batches = iter(loader)
     progress = Progress(header, print_freq, epochs_after)
-    for step, (images, targets) in enumerate(progress.over(loader, steps, meters), start=1):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        images, labels = mixup(images, targets)  # labels: image and per patch, compact
+    for step in progress.over(first_step, steps, meters):
+        updater.optimizer.zero_grad()
+        values: dict[str, Tensor] = {}
+        for left in reversed(range(updater.accumulate)):
+            with nullcontext() if left == 0 else no_sync(model):
+                terms = objective(model, label_loss, diversity, next(batches), mixup, updater)
+                if left == 0:
+                    terms |= diversity.of_weights(unwrap(model).weights)  # once a step, like clipping
+                loss = total(terms)
+                for name, value in [("loss", loss), *((name, term.value) for name, term in terms.items())]:
+                    values[name] = values[name] + value.detach() if name in values else value.detach()
+                if left == 0:
+                    finite.ask({name: values[name] for name in [*terms, "loss"]}, wish())
+                updater.backward(loss)
+        if finite.verdict(step):
+            updater.step(model)
+            meters.update(values)
+        after_step(step, finite.wish)
+    rate = max(group["lr"] for group in updater.optimizer.param_groups)
+    return meters.global_means() | {"lr": rate, "dropped": finite.dropped}
 
-        with updater.precision.autocast():
-            captured = model(images)  # logits, and what the objective asked for
-            teacher_logits = label_loss.ask_teacher(images)
-        terms = label_loss(captured, labels, teacher_logits)  # float32, outside autocast
-        terms |= diversity(captured, weights, total(terms))
-        loss = total(terms)
 
-        updater.step(loss, model)
-        meters.update({"loss": loss} | {name: term.value for name, term in terms.items()})
-        if step % print_freq == 0 or step == steps:
-            check_finite(meters)
-    return meters.global_means() | {"lr": max(group["lr"] for group in updater.optimizer.param_groups)}
+def objective(
+    model: nn.Module,
+    label_loss: LabelLoss,
+    diversity: Diversity,
+    batch: tuple[Tensor, Tensor],
+    mixup: Mixup,
+    updater: Updater,
+) -> dict[str, Term]:
+    """The terms of one batch, all but those of the weights, as its share of the step."""
+    device = updater.precision.device
+    images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    images, labels = mixup(images, targets)  # labels: image and per patch, compact
+    with updater.precision.autocast():
+        captured = model(images)  # logits, and what the objective asked for
+        teacher_logits = label_loss.ask_teacher(images)
+    terms = label_loss(captured, labels, teacher_logits)  # float32, outside autocast
+    terms |= diversity.of_batch(captured, total(terms))
+    return {name: Term(term.value / updater.accumulate, term.weight) for name, term in terms.items()}
 
 
-def check_finite(meters: Meters) -> None:
-    """Raise TrainingDiverged on every process if a term stopped being finite on any, naming the first."""
-    first = meters.first_broken()
-    if first is not None:
-        raise TrainingDiverged(
-            f"the loss is not finite; the first term to break was {first}. Nothing of this epoch was saved. Try "
-            "--amp-dtype bfloat16 or float32, a smaller --lr, or --clip-grad 1, and --resume the last checkpoint"
-        )
+def no_sync(model: nn.Module) -> AbstractContextManager[object]:
+    """Leave gradients unreduced: a later batch of the same step reduces them."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()
 def evaluate(
-    model: DiverseViT, loader: Loader, precision: Precision, measure: Diversity | None = None
+    model: DiverseViT,
+    loader: Loader,
+    precision: Precision,
+    measure: Diversity | None = None,
+    after_batch: Callable[[int], None] = lambda batch: None,
 ) -> dict[str, float]:
     """Loss and accuracy over all samples that the processes' loaders hold together.
 
@@ -176,6 +278,7 @@ def evaluate(
         loader: this process's share of the samples, or all of them in every process.
         precision: where, and in which dtype.
         measure: redundancy terms to measure as well; their coefficients do not matter.
+        after_batch: told the number of each batch that is done, from 1.
     Returns:
         'loss' (plain cross-entropy), 'acc1' and 'acc5' in percent, and every measured term by name: means over
         samples.
@@ -186,7 +289,7 @@ def evaluate(
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts samples
     sums = sums if device.type == "mps" else sums.to(device)
     needs = measure.needs if measure else Needs()
-    for images, targets in loader:
+    for batch, (images, targets) in enumerate(loader, start=1):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
             captured = model(images, needs=needs)
@@ -199,6 +302,7 @@ def evaluate(
             row += [term.value * len(targets) for term in terms.values()]
         row.append(torch.full((), len(targets), device=device))
         sums += torch.stack([value.to(sums.device).to(sums.dtype) for value in row])  # MPS has no float64
+        after_batch(batch)
     *totals, count = all_reduce(sums).tolist()
     return {name: value / count for name, value in zip(names, totals, strict=True)}
 

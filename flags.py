@@ -214,6 +214,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "three differently augmented copies of each image (the default)",
     )
     group.switch("--no-repeated-aug", "repeated_aug", False, True, "each image once an epoch")
+    skip = "train on the next image where one cannot be decoded; in evaluation, whose accuracy that would change, "
+    group.switch("--skip-bad-images", "skip_bad_images", True, False, skip + "it is always an error")
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +246,10 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.value("--opt", str, "adamw", "any optimizer that timm knows")
     group.value("--opt-eps", float, 1e-8, "epsilon")
     group.value("--opt-betas", float, None, "betas; the optimizer's own by default", nargs="+")
+    group.value("--grad-accum-steps", int, 1, "batches whose gradients make one step; the global batch grows by it")
+    skip = "a step that is not finite on any process: skip drops it on all, stop ends the run"
+    group.value("--nonfinite", str, "skip", skip, choices=["skip", "stop"])
+    group.value("--nonfinite-patience", int, 10, "that many dropped steps in a row end the run")
     group.value("--clip-grad", float, None, "largest norm of the whole gradient; none by default")
     group.value("--momentum", float, 0.9, "momentum of SGD and its kin")
     group.value("--weight-decay", float, 0.05, "weight decay; none on biases, norms and embeddings")
@@ -302,8 +308,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.value("--output_dir", str, "", "where checkpoints and logs go; none are written by default")
     group.value("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
+    exact = "use deterministic algorithms only: equal runs are equal bit for bit, on CUDA more slowly"
+    group.switch("--deterministic", "deterministic", True, False, exact)
     group.value("--seed", int, 0, "of initialisation, data order, augmentation and mixing")
-    group.value("--resume", str, "", "continue from this checkpoint: a file or an https address")
+    newest = "continue from this checkpoint: a file, an https address, or auto: the newest in --output_dir, if any"
+    group.value("--resume", str, "", newest)
+    group.value("--save-interval-steps", int, 0, "steps between checkpoints within an epoch; 0: only after it")
+    group.value("--save-interval-minutes", float, 0.0, "minutes between checkpoints; 0: only after each epoch")
+    group.value("--checkpoint-hist", int, 2, "checkpoints to keep: checkpoint.pth, then checkpoint.1.pth, ...")
     group.switch("--eval", "eval", True, False, "evaluate (--resume FILE) and stop")
     group.value("--print-freq", int, 10, "steps between progress lines")
 
@@ -313,3 +325,4 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.switch("--dist-eval", "dist_eval", True, False, "share the evaluation among the processes, exactly")
     group.value("--world_size", int, 1, "number of processes, where the launcher sets RANK but no WORLD_SIZE")
     group.value("--dist_url", str, "env://", "rendezvous address")
+    group.value("--dist-timeout", float, 1800.0, "seconds that processes wait for one that may have died")

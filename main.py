@@ -3,18 +3,18 @@
     python main.py --data-path IMAGENET --model deit_small_patch16_224 --output_dir experiment/deit_small
     torchrun --nproc_per_node 8 main.py --config configs/deit_small_diverse.yaml --data-path IMAGENET
 
-Exit codes: 0 done, 1 the loss stopped being finite, 2 something in the flags, data or files cannot
-work, 130 interrupted.
+Exit codes: 0 done, 1 the loss stopped being finite, 2 something in the flags, data or files cannot work, 75 stopped
+by SIGTERM or SIGUSR1 and saved (run the same again with --resume auto), 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from build import (
     build_run,
     build_teacher,
     compile_model,
+    global_batch,
     scaled_lr,
 )
 from datasets import build_dataset, build_eval_loader, build_train_loader
@@ -40,18 +41,19 @@ from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
 from losses import LabelLoss
 from models import DiverseViT, check_name
 from regularizers import Diversity
-from run_state import RunState
+from run_state import RunState, Saver
 from utils import (
+    Interrupted,
     LocalError,
+    Signals,
     TrainingDiverged,
     UserError,
-    agree,
     broadcast_from_main,
+    broadcast_object,
     clock,
     find_launch,
     init_distributed,
     is_first_on_machine,
-    is_main,
     pick_device,
     print_main,
     rank,
@@ -69,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, LocalError) or is_first_on_machine():
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except Interrupted as stop:
+        print_main(f"main.py: {stop}")
+        return 75
     except torch._dynamo.exc.TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"main.py: error: --torchcompile does not work here, drop it: {' '.join(lines[:2])}", file=sys.stderr)
@@ -88,9 +93,12 @@ def run(args: argparse.Namespace) -> None:
     launch = find_launch(args.world_size)
     device = pick_device(args.device, launch.local_rank)
     precision = Precision(device, args.amp_dtype)
-    init_distributed(launch, device, args.dist_url)
+    init_distributed(launch, device, args.dist_url, args.dist_timeout)
     seed_everything(args.seed + rank())
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
 
     val_set, num_classes = build_dataset(False, args)
     if args.teacher_eval:
@@ -125,32 +133,45 @@ def run_training(
     """Build what only training needs, and bind one epoch's training and testing for `train`."""
     train_set, _ = build_dataset(True, args)
     mixup = build_mixup(args, model.backbone, diversity)
-    run_state = build_run(args, model, precision)
     train_loader = build_train_loader(args, train_set, world_size(), rank())
+    samples: Any = train_loader.dataset  # torch's types know neither a SeededDataset nor its ResumableSampler
+    sampler: Any = train_loader.sampler
+    run_state = build_run(args, model, precision, mixup, samples.replaced)
     val_loader = build_eval_loader(args, val_set, world_size(), rank())
     if args.torchcompile:
         compile_model(args, model, diversity)
     print_plan(args, model, precision, len(train_set), run_state)
 
-    sampler: Any = train_loader.sampler  # torch's type has no set_epoch
-
-    def train_epoch(wrapped: nn.Module, updater: Updater, epoch: int) -> dict[str, float]:
-        sampler.set_epoch(epoch)
-        return train_one_epoch(
+    def train_epoch(wrapped: nn.Module, updater: Updater, saver: Saver) -> dict[str, float]:
+        epoch, done = run_state.epoch + 1, run_state.step
+        sampler.set_epoch(epoch, start=done * args.grad_accum_steps * args.batch_size)
+        trained = train_one_epoch(
             wrapped,
             label_loss,
             diversity,
             train_loader,
             updater,
             mixup,
+            meters=run_state.meters,
+            finite=run_state.finite,
+            first_step=done + 1,
+            wish=saver.wish,
+            after_step=saver.after_step,
             header=f"Epoch {epoch + 1}/{args.epochs}",
             epochs_after=args.epochs - epoch - 1,
             print_freq=args.print_freq,
             training_mode=not args.finetune,  # DeiT fine-tunes in evaluation mode
         )
+        return trained | ({"bad_images": run_state.count_bad_images()} if args.skip_bad_images else {})
 
-    def test(network: DiverseViT) -> dict[str, float]:
-        return evaluate(network, val_loader, precision, measure if network is model else None)
+    every_process_has = len(val_set) // world_size() // int(val_loader.batch_size or 1)  # batches
+
+    def test(network: DiverseViT, saver: Saver) -> dict[str, float]:
+        def after_batch(batch: int) -> None:
+            if batch <= every_process_has:
+                saver.after_batch()
+
+        return evaluate(network, val_loader, precision, measure if network is model else None, after_batch)
 
     train(args, run_state, precision, train_epoch, test, len(val_set))
 
@@ -191,7 +212,7 @@ def print_plan(
     print_main(
         f"{args.model}: {parameters:,} parameters, {samples:,} training images, {world_size()} process(es) on "
         f"{precision.device.type} in {precision.name}\n"
-        f"global batch {args.batch_size * world_size()}, peak learning rate {scaled_lr(args):.4g}, "
+        f"global batch {global_batch(args)}, peak learning rate {scaled_lr(args):.4g}, "
         f"epochs {run_state.epoch + 2} to {args.epochs}\n"
         f"diversity: {'  '.join(args.reg) or 'none (plain DeiT)'}"
     )
@@ -201,36 +222,36 @@ def train(
     args: argparse.Namespace,
     run_state: RunState,
     precision: Precision,
-    train_epoch: Callable[[nn.Module, Updater, int], dict[str, float]],
-    test: Callable[[DiverseViT], dict[str, float]],
+    train_epoch: Callable[[nn.Module, Updater, Saver], dict[str, float]],
+    test: Callable[[DiverseViT, Saver], dict[str, float]],
     samples: int,
 ) -> None:
     """The epochs: train, test the raw model and its EMA, log, save."""
     if run_state.epoch + 1 >= args.epochs:
         print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
         return
-    output = make_output_dir(args) if args.output_dir else None
+    output = make_output_dir(args, run_state) if args.output_dir else None
     model, ema = run_state.model, run_state.ema
-    updater = Updater(run_state.optimizer, precision, args.clip_grad, ema)
+    updater = Updater(run_state.optimizer, precision, args.clip_grad, ema, args.grad_accum_steps)
     wrapped = distribute(model, precision.device)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     start = time.perf_counter()
-    for epoch in range(run_state.epoch + 1, args.epochs):
-        trained = train_epoch(wrapped, updater, epoch)
-        tested = test(model)
-        report(tested, samples)
-        run_state.lr_scheduler.step(epoch, tested["acc1"])
-        averaged = test(on_device(ema.module, precision.device)) if ema is not None else {}
-        if averaged:
-            print_main(
-                f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}"
-            )
-        best = tested["acc1"] > run_state.max_acc
-        run_state.max_acc = max(run_state.max_acc, tested["acc1"])
-        run_state.epoch = epoch
-        print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
-        if output is not None and is_main():
-            write_epoch(output, run_state, trained, tested, averaged, parameters, best)
+    with Signals() as signals:
+        saver = Saver(
+            run_state, output, signals, args.checkpoint_hist, args.save_interval_steps, args.save_interval_minutes
+        )
+        run_state.restore_streams()
+        while run_state.epoch + 1 < args.epochs:
+            trained = train_epoch(wrapped, updater, saver)
+            tested = test(model, saver)
+            report(tested, samples)
+            averaged = test(on_device(ema.module, precision.device), saver) if ema is not None else {}
+            if averaged:
+                print_main(
+                    f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}"
+                )
+            best = run_state.finish_epoch(trained, tested, averaged)
+            print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
+            saver.after_epoch(best)
     print_main(f"Training time {clock(time.perf_counter() - start)}")
 
 
@@ -246,41 +267,21 @@ def on_device(model: DiverseViT, device: torch.device) -> DiverseViT:
     return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
 
 
-def make_output_dir(args: argparse.Namespace) -> Path:
-    """Create --output_dir and write args.yaml into it; a fresh run sets the log of an earlier one aside."""
-    output, failure = Path(args.output_dir), None
-    if is_main():
+def make_output_dir(args: argparse.Namespace, run_state: RunState) -> Path:
+    """Create and try --output_dir, and write args.yaml; a fresh run sets the log of an earlier one aside."""
+    output = Path(args.output_dir)
+
+    def make() -> None:
         try:
             output.mkdir(parents=True, exist_ok=True)
+            checkpoint.check_space(output, (args.checkpoint_hist + 2) * run_state.nbytes())
             config.write_args(args, output / "args.yaml")
-            if not args.resume and (output / "log.txt").exists():
-                (output / "log.txt").replace(output / "log.old.txt")
+            run_state.adopt_log(output / "log.txt")
         except OSError as error:
-            failure = f"cannot write to --output_dir {output}: {error.strerror}"
-    agree(failure)
+            raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
+
+    broadcast_object(make)
     return output
-
-
-def write_epoch(
-    output: Path,
-    run_state: RunState,
-    trained: Mapping[str, float],
-    tested: Mapping[str, float],
-    averaged: Mapping[str, float],
-    parameters: int,
-    best: bool,
-) -> None:
-    """Save the checkpoint (and the best one), then append the epoch's line to log.txt."""
-    state = run_state.state_dict()
-    if best:
-        checkpoint.save(state, output / "checkpoint_best.pth")
-    checkpoint.save(state, output / "checkpoint.pth")
-    line = {f"train_{name}": value for name, value in trained.items()}
-    line |= {f"test_{name}": value for name, value in tested.items()}
-    line |= {f"ema_test_{name}": value for name, value in averaged.items()}
-    line |= {"max_acc": run_state.max_acc, "epoch": run_state.epoch, "n_parameters": parameters}
-    with open(output / "log.txt", "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

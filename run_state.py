@@ -1,22 +1,49 @@
-"""Everything of a run that a checkpoint holds, and the way back."""
+"""Everything of a run that a checkpoint holds, and the way back: a resumed run is the run that would have been."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
+import checkpoint
 from checkpoint import load_weights, model_weights
+from engine import Finite
+from mixup import Mixup
 from models.capture import DiverseViT
-from utils import BAD_ARGUMENT, UserError, print_main
+from utils import (
+    BAD_ARGUMENT,
+    Interrupted,
+    Meters,
+    Signals,
+    TrainingDiverged,
+    UserError,
+    Vote,
+    all_reduce,
+    broadcast_object,
+    gather_to_main,
+    is_main,
+    print_main,
+    rank,
+    world_size,
+)
 
-# Flags that a resumed run must keep, and flags whose old values live on in the restored optimizer and schedule.
+# Flags that a resumed run must keep; those whose old values live on in the restored optimizer and schedule; and
+# those that say which images come next, which cannot change in the middle of an epoch.
 FIXED = ("opt", "sched")
 OVERRULED = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "batch_size", "decay_rate")
+ORDER = ("batch_size", "grad_accum_steps", "seed", "repeated_aug", "data_set")
 
 
 @dataclass
@@ -27,8 +54,14 @@ class RunState:
         model: the unwrapped model.
         optimizer, lr_scheduler, scaler, ema: as trained.
         args: the resolved flags, plain data.
+        mixup: draws from a stream of its own.
         epoch: the last finished epoch, -1 before the first.
+        step: steps that are done of the epoch after it.
         max_acc: the best top-1 so far, the last epoch's included.
+        meters, finite: the running epoch's means, and its steps that were not finite.
+        log: the lines of log.txt.
+        replaced: bool [samples of an epoch], those of this process that stand in for an image that cannot be read.
+        resumed: whether this run continues another.
     """
 
     model: DiverseViT
@@ -37,29 +70,66 @@ class RunState:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     args: dict[str, Any]
+    mixup: Mixup = field(default_factory=Mixup)
     epoch: int = -1
+    step: int = 0
     max_acc: float = 0.0
+    meters: Meters = field(default_factory=Meters)
+    finite: Finite = field(default_factory=Finite)
+    log: list[str] = field(default_factory=list)
+    replaced: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    resumed: bool = False
+    _streams: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint's content."""
+        """The checkpoint's content, on the main process. All processes must ask for it together."""
+        own = {
+            "streams": streams(self.device, self.mixup),
+            "meters": self.meters.state_dict(),
+            "finite": self.finite.state_dict(),
+            "replaced": self.replaced[: self.samples].nonzero()[:, 0],
+        }
         state = {
             "model": self.model.backbone.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": self.epoch,
+            "step": self.step,
             "scaler": self.scaler.state_dict(),
             "args": self.args,
             "max_acc": self.max_acc,
+            "log": self.log,
+            "processes": gather_to_main(own),
         }
         if self.ema is not None:
             state["model_ema"] = self.ema.module.backbone.state_dict()
         return state
 
+    @property
+    def place(self) -> str:
+        """How far the run is, in words."""
+        return f"epoch {self.epoch + 2}, step {self.step}" if self.step else f"epoch {self.epoch + 1}"
+
+    @property
+    def samples(self) -> int:
+        """Those of this process that the running epoch's steps took."""
+        return self.step * int(self.args["grad_accum_steps"]) * int(self.args["batch_size"])
+
+    def count_bad_images(self) -> int:
+        """How often all processes have replaced an image that cannot be read, in the running epoch."""
+        count = self.replaced[: self.samples].sum()
+        return int(all_reduce(count.to(self.device)))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def load_state_dict(self, state: Any, path: str) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint. Random streams are put back by `restore_streams`, when training begins.
 
         Raises:
-            UserError: it lacks what a continuation needs, or is another model's.
+            UserError: it lacks what a continuation needs, is another model's, or was written in the middle of an
+                epoch that cannot go on with these flags and processes.
         """
         needed = ["model", "optimizer", "lr_scheduler", "epoch"]
         missing = [key for key in needed if not isinstance(state, dict) or key not in state]
@@ -68,15 +138,17 @@ class RunState:
                 f"{path} cannot be resumed, it has no {', '.join(missing)}; --finetune starts from its weights, "
                 "--eval --resume evaluates them"
             )
-        self._compare_args(state.get("args"), path)
+        self._compare_args(state.get("args"), int(state.get("step", 0)), path)
         load_weights(self.model.backbone, model_weights(state, path), path)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
-            self.epoch = int(state["epoch"])
+            self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
             self.max_acc = float(state.get("max_acc", 0.0))
+            self.log = [str(line) for line in state.get("log", [])]
+            self.resumed = True
         except BAD_ARGUMENT as error:
             raise UserError(
                 f"the optimizer or schedule in {path} is not what --opt and --sched say ({error}); "
@@ -87,16 +159,248 @@ class RunState:
         elif self.ema is not None:
             print_main(f"warning: {path} holds no EMA; the average starts anew from its weights")
             self.ema.set(self.model)
+        self._load_process(state.get("processes"), path)
 
-    def _compare_args(self, saved: Any, path: str) -> None:
-        """Refuse another optimizer or schedule; say which other flags the checkpoint's state overrules."""
-        then = vars(saved) if isinstance(saved, argparse.Namespace) else saved or {}
-        changed = {key: then[key] for key in FIXED + OVERRULED if key in then and then[key] != self.args.get(key)}
-        for key in FIXED:
-            if key in changed:
-                raise UserError(
-                    f"{path} was trained with --{key} {changed[key]}, not {self.args.get(key)}: keep it"
+    def _load_process(self, processes: list[dict[str, Any]] | None, path: str) -> None:
+        """This process's own part: its meters, and what `restore_streams` puts back."""
+        if processes is None:
+            print_main(f"note: {path} holds no random streams; they start anew")
+        elif len(processes) == world_size():
+            own = processes[rank()]
+            self._streams = own["streams"]
+            self.meters.load_state_dict(own["meters"])
+            self.finite.load_state_dict(own["finite"])
+            self.replaced[own["replaced"]] = True
+        elif self.step:
+            raise UserError(
+                f"{path} was written in the middle of an epoch by {len(processes)} processes, not {world_size()}: "
+                "resume with as many, or from a checkpoint of a whole epoch"
+            )
+        else:
+            print_main(f"note: {path} is of {len(processes)} processes, not {world_size()}: other random draws")
+
+    def restore_streams(self) -> None:
+        """Put the random streams back to where the checkpoint left them."""
+        if self._streams is not None:
+            set_streams(self._streams, self.device, self.mixup)
+            self._streams = None
+
+    def adopt_log(self, path: Path) -> None:
+        """Set the log of an earlier run aside; but go on with it if this run continues a file without a log."""
+        if not path.exists():
+            return
+        if not self.resumed:
+            path.replace(path.with_name("log.old.txt"))
+        elif not self.log:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self.log = [line for line in lines if json.loads(line)["epoch"] <= self.epoch]
+
+    def check_weights(self) -> None:
+        """Raise TrainingDiverged if a weight is not finite: a gradient was not, although the loss was."""
+        for name, weight in self.model.backbone.named_parameters():
+            if not weight.isfinite().all():
+                raise TrainingDiverged(
+                    f"{name} is no longer finite after {self.place}: a gradient overflowed where the loss did not. "
+                    "The last checkpoint is from before: continue from it with --resume auto and --amp-dtype "
+                    "bfloat16 or float32, a smaller --lr, or --clip-grad 1"
                 )
+
+    def nbytes(self) -> int:
+        """About how large a checkpoint is: weights, average, and what the optimizer will hold of each weight."""
+        weights = checkpoint.nbytes(self.model.backbone.state_dict())
+        return weights * (4 if self.ema is not None else 3)
+
+    def finish_epoch(
+        self, trained: Mapping[str, float], tested: Mapping[str, float], averaged: Mapping[str, float]
+    ) -> bool:
+        """Step the schedule and add the epoch to the log; whether it is the best so far."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self.meters, self.finite.dropped = Meters(), 0
+        self.replaced.zero_()
+        self.lr_scheduler.step(self.epoch, tested["acc1"])
+        best = tested["acc1"] > self.max_acc
+        self.max_acc = max(self.max_acc, tested["acc1"])
+        line: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
+        line |= {f"test_{name}": value for name, value in tested.items()}
+        line |= {f"ema_test_{name}": value for name, value in averaged.items()}
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        line |= {"max_acc": self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
+        self.log.append(json.dumps(line))
+        return best
+
+    def _compare_args(self, saved: Any, step: int, path: str) -> None:
+        """Refuse what cannot change; say which other flags the checkpoint's state overrules."""
+        then = vars(saved) if isinstance(saved, argparse.Namespace) else saved or {}
+        known = FIXED + OVERRULED + ORDER
+        changed = {key: then[key] for key in known if key in then and then[key] != self.args.get(key)}
         for key, value in changed.items():
-            name = key.replace("_", "-")
-            print_main(f"warning: --{name} {self.args.get(key)} has no effect: the checkpoint's {value} goes on")
+            name, now = key.replace("_", "-"), self.args.get(key)
+            if key in FIXED:
+                raise UserError(f"{path} was trained with --{name} {value}, not {now}: keep it")
+            if step and key in ORDER:
+                raise UserError(
+                    f"{path} was written in the middle of an epoch with --{name} {value}, not {now}: keep it, or "
+                    "resume from a checkpoint of a whole epoch"
+                )
+            if key in OVERRULED:
+                print_main(f"warning: --{name} {now} has no effect: the checkpoint's {value} goes on")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random streams
+
+
+def streams(device: torch.device, mixup: Mixup) -> dict[str, Any]:
+    """Where the random streams of this process are, as plain data: python, numpy, torch, the device, Mixup."""
+    version, words, gauss = random.getstate()
+    found: dict[str, Any] = {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": _plain(np.random.get_state(legacy=False)),
+        "mixup": _plain(mixup.random.get_state(legacy=False)),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        found["device"] = torch.mps.get_rng_state()
+    return found
+
+
+def set_streams(state: Mapping[str, Any], device: torch.device, mixup: Mixup) -> None:
+    """Put them back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    np.random.set_state(_as_numpy(state["numpy"]))
+    mixup.random.set_state(_as_numpy(state["mixup"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "device" in state:
+        torch.cuda.set_rng_state(state["device"], device)
+    elif device.type == "mps" and "device" in state:
+        torch.mps.set_rng_state(state["device"])
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    """numpy's state of a generator with its words as a tensor, which checkpoints can hold."""
+    words = torch.from_numpy(state["state"]["key"].astype(np.int64))
+    return {**state, "state": {"key": words, "pos": int(state["state"]["pos"])}}
+
+
+def _as_numpy(state: Mapping[str, Any]) -> dict[str, Any]:
+    words = state["state"]["key"].numpy().astype(np.uint32)
+    return {**state, "state": {"key": words, "pos": state["state"]["pos"]}}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+class Saver:
+    """Saves, and stops the run after a signal: after the same step on all processes.
+
+    Any process may have received the signal, and the main process's clock says when minutes have passed. What each
+    wishes for, and what all then do, is 0 (go on), SAVE or STOP.
+
+    Args:
+        run_state: what is saved.
+        folder: where; None saves nothing.
+        signals: what asks a run to stop.
+        keep: how many of the latest checkpoints stay.
+        steps: steps between checkpoints within an epoch; 0: none.
+        minutes: minutes between checkpoints; 0: none.
+    """
+
+    SAVE, STOP = 1, 2
+
+    def __init__(
+        self,
+        run_state: RunState,
+        folder: Path | None,
+        signals: Signals,
+        keep: int = 1,
+        steps: int = 0,
+        minutes: float = 0.0,
+    ) -> None:
+        self.run_state = run_state
+        self.folder = folder
+        self.signals = signals
+        self.keep = keep
+        self.steps = steps
+        self.minutes = minutes
+        self._last = time.monotonic()
+        self._vote = Vote()
+
+    def wish(self) -> int:
+        """What this process wishes for."""
+        late = self.minutes > 0 and is_main() and time.monotonic() - self._last >= 60 * self.minutes
+        return self.STOP if self.signals.received else self.SAVE if late else 0
+
+    def after_step(self, step: int, wish: int) -> None:
+        """Do what any process wished for, after a training step.
+
+        Raises:
+            Interrupted: a signal asked the run to stop; it is saved.
+        """
+        self.run_state.step = step
+        if wish or (self.steps and step % self.steps == 0):
+            self.save()
+        if wish == self.STOP:
+            self._stop()
+
+    def after_batch(self) -> None:
+        """Stop for a signal during the evaluation, one batch after it came; the epoch's steps are all done.
+
+        All processes must call this equally often.
+
+        Raises:
+            Interrupted: as in `after_step`.
+        """
+        wish = self._agreed()
+        self._ask()
+        if wish == self.STOP:
+            self.save()
+            self._stop()
+
+    def after_epoch(self, best: bool) -> None:
+        """Save the state of a finished epoch, as the best one too if it is.
+
+        Raises:
+            Interrupted: as in `after_step`.
+        """
+        self.save(best)
+        self._ask()
+        if self._agreed() == self.STOP:
+            self._stop()
+
+    def _ask(self) -> None:
+        self._vote.ask(torch.tensor([-float(self.wish())], device=self.run_state.device))
+
+    def _agreed(self) -> int:
+        """What any process wished for when last asked."""
+        return round(-min(self._vote.answer(), default=0))
+
+    def save(self, best: bool = False) -> None:
+        """Write checkpoint.pth, and checkpoint_best.pth if it is the best. All processes take part.
+
+        Raises:
+            UserError: the main process cannot write.
+            TrainingDiverged: weights are not finite; the last checkpoint stays as it is.
+        """
+        self._last = time.monotonic()
+        if self.folder is None:
+            return
+        self.run_state.check_weights()
+        state = self.run_state.state_dict()
+        broadcast_object(lambda: self._write(state, best))
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        assert self.folder is not None
+        if best:
+            checkpoint.save(state, self.folder / "checkpoint_best.pth")
+        checkpoint.save(state, self.folder / "checkpoint.pth", keep=self.keep)
+        checkpoint.write_text("".join(f"{line}\n" for line in self.run_state.log), self.folder / "log.txt")
+
+    def _stop(self) -> None:
+        where = f"stopped by a signal after {self.run_state.place}"
+        if self.folder is None:
+            raise Interrupted(f"{where}; nothing is saved without --output_dir")
+        raise Interrupted(f"{where}, and saved: continue with --resume auto")

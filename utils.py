@@ -11,11 +11,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +51,10 @@ BAD_ARGUMENT = (
 
 class TrainingDiverged(Exception):
     """The loss is no longer finite. The message names the first term that broke."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did so after saving."""
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
@@ -102,8 +108,14 @@ def find_launch(world_size: int = 1, env: Mapping[str, str] = os.environ) -> Lau
     return Launch(0, 1, 0)
 
 
-def init_distributed(launch: Launch, device: torch.device, dist_url: str = "env://") -> None:
-    """Join the process group (NCCL on CUDA, gloo elsewhere); a single process joins none."""
+def init_distributed(
+    launch: Launch, device: torch.device, dist_url: str = "env://", timeout: float = 1800.0
+) -> None:
+    """Join the process group (NCCL on CUDA, gloo elsewhere); a single process joins none.
+
+    Args:
+        timeout: seconds that a process waits for the others, here and in every exchange.
+    """
     if launch.world_size == 1:
         return
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
@@ -118,6 +130,7 @@ def init_distributed(launch: Launch, device: torch.device, dist_url: str = "env:
             rank=launch.rank,
             world_size=launch.world_size,
             device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(seconds=timeout),
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{launch.world_size} processes cannot meet at --dist_url {dist_url}: {error}") from error
@@ -130,13 +143,79 @@ def broadcast_from_main(module: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def agree(failure: str | None) -> None:
-    """Raise the main process's failure, if it has one, on every process."""
-    told = [failure]
+def broadcast_object(find: Callable[[], Any]) -> Any:
+    """What the main process finds, on every process; its UserError, too."""
+    told: list[Any] = [None, None]  # result, failure
+    if is_main():
+        try:
+            told[0] = find()
+        except UserError as error:
+            told[1] = str(error)
     if world_size() > 1:
         dist.broadcast_object_list(told, src=0)
-    if told[0] is not None:
-        raise UserError(told[0])
+    if told[1] is not None:
+        raise UserError(told[1])
+    return told[0]
+
+
+def gather_to_main(value: Any) -> list[Any]:
+    """Every process's value, rank by rank, on the main process; an empty list elsewhere."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
+class Vote:
+    """What all processes think of a question, found out without waiting for the end of their devices' queues.
+
+    Each process asks with its own numbers; the answer is the smallest of any process, for each number. The device
+    reduces them while it is busy anyway, and `answer` waits for that result alone. All processes must ask the same
+    number of times.
+    """
+
+    def __init__(self) -> None:
+        self._answer: Tensor | None = None
+        self._ready: torch.cuda.Event | None = None
+
+    def ask(self, numbers: Tensor) -> None:
+        """Start to find out the smallest; `numbers` [n] is overwritten."""
+        smallest = all_reduce(numbers, dist.ReduceOp.MIN)
+        self._answer = smallest.to("cpu", non_blocking=smallest.device.type == "cuda")
+        if smallest.device.type == "cuda":
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def answer(self) -> list[float]:
+        """The answer to the last question, once; an empty list if there is none."""
+        if self._answer is None:
+            return []
+        if self._ready is not None:
+            self._ready.synchronize()
+        smallest, self._answer = self._answer.tolist(), None
+        return smallest
+
+
+class Signals:
+    """Remembers SIGTERM and SIGUSR1, which ask a run to save and stop, while it is entered."""
+
+    NAMES = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {name: signal.signal(name, self._remember) for name in self.NAMES}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.received = True
 
 
 def is_first_on_machine(env: Mapping[str, str] = os.environ) -> bool:
@@ -217,29 +296,23 @@ def seed_everything(seed: int) -> None:
 class Meters:
     """Running means that stay on the device until somebody reads them.
 
-    `update` only enqueues device work; `means`, `global_means` and `first_broken` wait for the device. Every
-    update gives the same names in the same order.
-
-    Args:
-        total: the meter that is made of the others, and so is blamed last.
+    `update` only enqueues device work; `means` and `global_means` wait for the device. Every update gives the same
+    names in the same order.
     """
 
-    def __init__(self, total: str = "loss") -> None:
-        self._total = total
+    def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None  # [names]
-        self._finite: Tensor | None = None  # [names], for how many updates the sum has stayed finite
         self._count = 0
 
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Add one value of each meter."""
         row = torch.stack([value.detach() for value in values.values()])  # [names]
         row = row if row.device.type == "mps" else row.double()  # float64 keeps long sums exact; MPS has none
-        if self._sums is None or self._finite is None:
+        if self._sums is None:
             self._names = list(values)
-            self._sums, self._finite = torch.zeros_like(row), torch.zeros_like(row)
-        self._sums = self._sums + row
-        self._finite = self._finite + self._sums.isfinite()
+            self._sums = torch.zeros_like(row)
+        self._sums = self._sums.to(row.device) + row
         self._count += 1
 
     def means(self) -> dict[str, float]:
@@ -256,13 +329,14 @@ class Meters:
         *sums, updates = all_reduce(torch.cat([self._sums, count])).tolist()
         return {name: total / updates for name, total in zip(self._names, sums, strict=True)}
 
-    def first_broken(self) -> str | None:
-        """The meter that was the first to stop being finite, on any process; None if all are finite."""
-        if self._finite is None:
-            return None
-        updates = all_reduce(self._finite.clone(), dist.ReduceOp.MIN).tolist()
-        steps, _, name = min((n, name == self._total, name) for n, name in zip(updates, self._names, strict=True))
-        return name if steps < self._count else None
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as plain data."""
+        sums = self._sums.cpu() if self._sums is not None else None
+        return {"names": self._names, "sums": sums, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from such sums."""
+        self._names, self._sums, self._count = list(state["names"]), state["sums"], int(state["count"])
 
 
 def clock(seconds: float) -> str:
@@ -273,7 +347,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Iterate over a loader and show where the work stands: a bar on a terminal, a line per interval elsewhere.
+    """Count steps and show where the work stands: a bar on a terminal, a line per interval elsewhere.
 
     Args:
         header: what the line starts with, e.g. 'Epoch 3/300'.
@@ -291,18 +365,18 @@ class Progress:
         self._terminal = sys.stdout.isatty()
         self._shown_width = 0
 
-    def over(self, loader: Iterable[T], total: int, meters: Meters) -> Iterator[T]:
-        """Yield the loader's items; show progress every `interval` items and after the last."""
+    def over(self, first: int, total: int, meters: Meters) -> Iterator[int]:
+        """Yield the steps from `first` to `total`; show progress every `interval` steps and after the last."""
         start = time.perf_counter()
-        for step, item in enumerate(loader, start=1):
-            yield item
+        for step in range(first, total + 1):
+            yield step
             if is_main() and (step % self.interval == 0 or step == total):
-                self._show(step, total, meters.means(), time.perf_counter() - start)
+                each = (time.perf_counter() - start) / (step - first + 1)
+                self._show(step, total, meters.means(), each)
         if is_main() and self._terminal:
             print(flush=True)
 
-    def _show(self, step: int, total: int, means: Mapping[str, float], elapsed: float) -> None:
-        each = elapsed / step
+    def _show(self, step: int, total: int, means: Mapping[str, float], each: float) -> None:
         eta = f"eta {clock(each * (total - step))}"
         if self.units_after:
             eta += f", run {clock(each * (total - step + total * self.units_after))}"

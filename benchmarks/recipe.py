@@ -59,11 +59,11 @@ class Variant:
         self.diversity, _ = build.build_diversity(args, backbone)
         model = DiverseViT(backbone, self.diversity.needs).to(device)
         self.precision = Precision(device, args.amp_dtype)
-        run_state = build.build_run(args, model, self.precision)
+        self.mixup = build.build_mixup(args, backbone, self.diversity)
+        run_state = build.build_run(args, model, self.precision, self.mixup)
         self.model, self.ema = model, run_state.ema
         self.updater = Updater(run_state.optimizer, self.precision, args.clip_grad, run_state.ema)
         self.label_loss = build.build_label_loss(args, self.diversity, 1000, device)
-        self.mixup = build.build_mixup(args, backbone, self.diversity)
         self.batches = Batches(flags.batch_size, flags.steps, args.input_size, device)
 
     def round(self) -> tuple[float, float]:
@@ -83,9 +83,7 @@ class Variant:
                 self.mixup,
                 print_freq=10**9,
             )
-        seconds = (time.perf_counter() - start) / len(
-            self.batches
-        )  # the epoch's means were read: the device is done
+        seconds = (time.perf_counter() - start) / len(self.batches)  # its means were read: the device is done
         return seconds, torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
 
 

@@ -264,10 +264,11 @@ class _Bound:
                     f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
                 )
 
-    def __call__(self, captured: Captured, weights: weight.Weights, label_loss: Tensor | None) -> Tensor:
-        if self.spec.level == "weight":
-            stacks = weight.items(weights, self.layers, self.spec.matrices)  # each [M, n, d]
-            return _sum(len(stack) * self.function(stack) for stack in stacks)
+    def of_weights(self, weights: weight.Weights) -> Tensor:
+        stacks = weight.items(weights, self.layers, self.spec.matrices)  # each [M, n, d]
+        return _sum(len(stack) * self.function(stack) for stack in stacks)
+
+    def of_batch(self, captured: Captured, label_loss: Tensor | None) -> Tensor:
         items = self.level.items
         if self.takes == "pair":
             return _sum(self.function(items(captured, a), items(captured, b)) for a, b in self.pairs)
@@ -310,7 +311,7 @@ class Diversity:
     """
 
     def __init__(self, specs: Sequence[Spec], depth: int, patches_reach_label: bool = False) -> None:
-        specs = [spec for spec in specs if spec.coef > 0]
+        specs = sorted((spec for spec in specs if spec.coef > 0), key=lambda spec: spec.level == "weight")
         self.mixing = sum(spec.coef for spec in specs if spec.name == MIXING)
         self.terms = [_Bound(spec, depth) for spec in specs if spec.name != MIXING]
         _refuse_repetition([(term.key, term.spec.name) for term in self.terms])
@@ -353,4 +354,14 @@ class Diversity:
             weights: block, matrix -> the block's matrices of that kind.
             label_loss: the label loss; only gradient diversity looks at it.
         """
-        return {term.spec.name: Term(term(captured, weights, label_loss), term.spec.coef) for term in self.terms}
+        return self.of_batch(captured, label_loss) | self.of_weights(weights)
+
+    def of_batch(self, captured: Captured, label_loss: Tensor | None = None) -> dict[str, Term]:
+        """The patch and attention terms: means over the images of a batch."""
+        terms = [term for term in self.terms if term.spec.level != "weight"]
+        return {term.spec.name: Term(term.of_batch(captured, label_loss), term.spec.coef) for term in terms}
+
+    def of_weights(self, weights: weight.Weights) -> dict[str, Term]:
+        """The weight terms, which do not depend on a batch."""
+        terms = [term for term in self.terms if term.spec.level == "weight"]
+        return {term.spec.name: Term(term.of_weights(weights), term.spec.coef) for term in terms}

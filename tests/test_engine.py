@@ -18,7 +18,7 @@ from torch import nn
 import build
 import config
 import main
-from engine import Precision, Updater, evaluate, train_one_epoch
+from engine import Finite, Precision, Updater, evaluate, train_one_epoch
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT
@@ -62,7 +62,7 @@ def test_empty_objective_is_plain_deit(tiny, kind):
     updater = Updater(adamw(model), CPU, ema=ModelEmaV3(model, decay=0.9))
     torch.manual_seed(11)
     means = train_one_epoch(model, LabelLoss(), diversity, batches(), updater, mixup)
-    assert set(means) == {"loss", "ce", "lr"} and means["loss"] == means["ce"]
+    assert set(means) == {"loss", "ce", "lr", "dropped"} and means["loss"] == means["ce"]
 
     optimizer = create_optimizer_v2(stock, opt="adamw", lr=1e-3, weight_decay=0.05)
     ema = ModelEmaV3(stock, decay=0.9)
@@ -140,8 +140,11 @@ def test_diverged_loss_names_the_first_term(tiny):
 
     diversity.terms[1].function = breaks_later
     updater = Updater(adamw(model), CPU)
-    with pytest.raises(TrainingDiverged, match=r"first term to break was attn.cosine@0"):
-        train_one_epoch(model, LabelLoss(), diversity, batches(), updater, no_mixing())
+    with pytest.raises(TrainingDiverged, match=r"3 step\(s\) in a row up to step 4; .* to break was attn.cosine@0"):
+        train_one_epoch(model, LabelLoss(), diversity, batches(9), updater, no_mixing(), finite=Finite(patience=3))
+    calls.clear()
+    with pytest.raises(TrainingDiverged, match=r"1 step\(s\) in a row up to step 2"):
+        train_one_epoch(model, LabelLoss(), diversity, batches(9), updater, no_mixing(), finite=Finite("stop"))
 
 
 def test_no_step_waits_for_the_device(tiny, monkeypatch):
@@ -158,6 +161,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch):
         monkeypatch.setattr(torch.Tensor, method, spy)
     updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, ema=ModelEmaV3(model))
     mixup = Mixup(patch_size=(8, 8))
+    monkeypatch.setattr(Finite, "verdict", lambda self, step: True)  # reads a copy that is on the host long before
     counts = []
     for steps in (6, 12):
         reads.clear()
@@ -191,10 +195,10 @@ def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
     with pytest.raises(
         UserError, match=r"second derivatives, which fused attention does not have: set .*TIMM_FUSED"
     ):
-        build.build_run(run_args("--opt", "adahessian"), model, CPU)
+        build.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing())
     for block in model.backbone.blocks:
         block.attn.fused_attn = False
-    optimizer = build.build_run(run_args("--opt", "adahessian"), model, CPU).optimizer
+    optimizer = build.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing()).optimizer
     with pytest.warns(UserWarning, match="create_graph=True"):
         train_one_epoch(model, LabelLoss(), diversity, batches(2), Updater(optimizer, CPU), no_mixing())
 
@@ -295,14 +299,14 @@ def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
     """The learning rate of every epoch, through main's own schedule and loop."""
     args = run_args(*argv)
     model = DiverseViT(nn.Linear(2, 2))
-    run_state = build.build_run(args, model, CPU)
+    run_state = build.build_run(args, model, CPU, no_mixing())
     seen = []
 
-    def train_epoch(wrapped, updater, epoch):
+    def train_epoch(wrapped, updater, saver):
         seen.append(updater.optimizer.param_groups[0]["lr"])
         return {"loss": 0.0}
 
-    main.train(args, run_state, CPU, train_epoch, lambda network: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0}, 1)
+    main.train(args, run_state, CPU, train_epoch, lambda network, saver: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0}, 1)
     return seen
 
 
@@ -381,7 +385,7 @@ def test_optimizer_flags(tiny):
     args = run_args(
         "--opt", "adamw", "--opt-eps", "1e-6", "--opt-betas", "0.8", "0.9", "--weight-decay", "0.1", "--lr", "1"
     )
-    optimizer = build.build_run(args, model, CPU).optimizer
+    optimizer = build.build_run(args, model, CPU, no_mixing()).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
     for name, parameter in model.backbone.named_parameters():
@@ -389,13 +393,15 @@ def test_optimizer_flags(tiny):
         assert (id(parameter) in decayed) != spared, name
     for group in optimizer.param_groups:
         assert group["eps"] == 1e-6 and tuple(group["betas"]) == (0.8, 0.9)
-    sgd = build.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU).optimizer
+    sgd = build.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU, no_mixing()).optimizer
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.5
 
 
 def test_ema_flags(tiny):
     model, _ = tiny()
-    assert build.build_run(run_args("--no-model-ema"), model, CPU).ema is None
-    ema = build.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU).ema
+    assert build.build_run(run_args("--no-model-ema"), model, CPU, no_mixing()).ema is None
+    ema = build.build_run(
+        run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU, no_mixing()
+    ).ema
     assert ema.decay == 0.5 and next(ema.module.parameters()).device.type == "cpu"
-    assert isinstance(build.build_run(run_args(), model, CPU), RunState)
+    assert isinstance(build.build_run(run_args(), model, CPU, no_mixing()), RunState)

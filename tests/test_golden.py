@@ -228,7 +228,7 @@ def test_whole_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         stays = torch.optim.SGD(run.model.parameters(), lr=0.0)
         means = run.train([batch], Updater(stays, Precision(torch.device("cpu"))), mixup)
 
-        assert set(means) == {"loss", "lr", *TERMS}
+        assert set(means) == {"loss", "lr", "dropped", *TERMS}
         for term, key in {"loss": "total", **TERMS}.items():
             assert_close(torch.tensor(means[term]), golden[key], term)
         grads = starting_with(golden, "grad/")

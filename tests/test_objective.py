@@ -489,8 +489,8 @@ def test_terms_are_named_in_order_and_weighted() -> None:
     objective = diversity(*texts)
     captured = forward_pass()
     terms = objective(captured, weights)
-    assert list(terms) == objective.names == ["weight.so@0", "patch.cosine:abs@last", "attn.mhs@0"]
-    assert [term.weight for term in terms.values()] == [0.125, 0.5, 2.0]
+    assert list(terms) == objective.names == ["patch.cosine:abs@last", "attn.mhs@0", "weight.so@0"]
+    assert [term.weight for term in terms.values()] == [0.5, 2.0, 0.125]
     assert objective.mixing == 1.0
     expected = sum(term.weight * term.value.item() for term in terms.values())
     assert total(terms).item() == pytest.approx(expected)

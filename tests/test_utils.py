@@ -93,17 +93,24 @@ def test_seeds_make_draws_repeat():
     assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[1], draws[2], strict=True))
 
 
-def test_meters_keep_means_and_find_the_first_break():
+def test_meters_keep_means():
     meters = Meters()
-    assert meters.means() == {} and meters.first_broken() is None
+    assert meters.means() == {} == meters.global_means()
     for step in range(4):
-        bad = float("inf") if step >= 2 else 1.0
-        meters.update({"loss": torch.tensor(bad), "a": torch.tensor(2.0 * step), "b": torch.tensor(bad)})
-        assert meters.first_broken() == (None if step < 2 else "b")
-    assert meters.means()["a"] == 3.0 == meters.global_means()["a"]
-    only_total = Meters()
-    only_total.update({"loss": torch.tensor(float("nan")), "a": torch.tensor(1.0)})
-    assert only_total.first_broken() == "loss"
+        meters.update({"loss": torch.tensor(1.0), "a": torch.tensor(2.0 * step)})
+    assert meters.means() == {"loss": 1.0, "a": 3.0} == meters.global_means()
+
+
+def test_meters_go_on_where_they_were():
+    whole, first, second = Meters(), Meters(), Meters()
+    second.load_state_dict(first.state_dict())
+    assert second.means() == {}
+    for step, meters in enumerate((first, first, second)):
+        if meters is second:
+            second.load_state_dict(first.state_dict())
+        for each in (whole, meters):
+            each.update({"x": torch.tensor(0.1 * step)})
+    assert second.means() == whole.means()
 
 
 def test_meters_keep_float64():
@@ -119,23 +126,23 @@ def test_progress(capsys, monkeypatch, terminal):
     monkeypatch.setenv("COLUMNS", "200")
     meters = Meters()
     progress = Progress("Epoch 1/3", interval=2, units_after=2)
-    for value in progress.over(range(5), 5, meters):
+    for value in progress.over(1, 5, meters):
         meters.update({"loss": torch.tensor(float(value))})
     text = capsys.readouterr().out
     shown = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     assert len(shown) == 3 and [s.split("[")[1].split("]")[0] for s in shown] == ["2/5", "4/5", "5/5"]
     assert all(re.search(r"eta 0:00:0\d, run 0:00:0\d  .*it/s  loss \d", s) for s in shown)
-    assert ("█" in text) == terminal and shown[-1].rstrip().endswith("loss 2")
+    assert ("█" in text) == terminal and shown[-1].rstrip().endswith("loss 3")
 
 
 def test_a_narrow_terminal_drops_whole_entries(capsys, monkeypatch):
     monkeypatch.setattr(utils.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     meters = Meters()
-    for value in Progress("Epoch 1/3").over(range(1), 1, meters):
+    for value in Progress("Epoch 1/3").over(1, 1, meters):
         meters.update({name: torch.tensor(float(value)) for name in ("loss", "a_long_name_of_a_term", "another")})
     line = capsys.readouterr().out.strip("\r\n")
-    assert len(line) < 80 and line.endswith("it/s  loss 0")
+    assert len(line) < 80 and line.endswith("it/s  loss 1")
 
 
 def test_clock():

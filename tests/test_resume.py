@@ -1,0 +1,183 @@
+"""Runs that are stopped, killed and continued, against the run that nothing happened to: equal bit for bit.
+
+Everything happens in processes of its own, started as a user starts them: Mixup, EMA, repeated augmentation, random
+erasing, dropout, drop path and all five terms are on, and the run measures redundancy as well.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FLAGS = [
+    "--data-set",
+    "DIGITS",
+    "--model",
+    "deit_tiny_patch16_224_diverse",
+    "--input-size",
+    "16",
+    "--device",
+    "cpu",
+]
+FLAGS += ["--model-kwargs", "patch_size=4", "embed_dim=24", "depth=2", "num_heads=2", "--batch-size", "32"]
+FLAGS += ["--drop", "0.1", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--num_workers", "0"]
+FLAGS += ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--emb_contrast_cross_coef", "0.5"]
+FLAGS += ["--attn_cos_within_coef", "1e-4", "--weight_mha_cond_orth_coef", "5e-4", "--model-ema-decay", "0.9"]
+FLAGS += ["--measure", "patch.cno@last", "--print-freq", "1", "--epochs", "3", "--save-interval-steps", "4"]
+ENV = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
+ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(folder: Path, processes: int, *extra: str, restarts: int = 0) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [f"--max-restarts={restarts}"]
+    return [*launcher, str(ROOT / "main.py"), *FLAGS, "--output_dir", str(folder), "--resume", "auto", *extra]
+
+
+def finish(folder: Path, processes: int, *extra: str) -> str:
+    """Run to the end."""
+    done = subprocess.run(
+        command(folder, processes, *extra),
+        env=ENV,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def interrupt(
+    folder: Path, processes: int, when: str, how: Callable[[subprocess.Popen[str]], None]
+) -> tuple[int, str]:
+    """Start the run, and do something to it when a line of its output contains `when`."""
+    run = subprocess.Popen(
+        command(folder, processes),
+        env=ENV,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    seen: list[str] = []
+    with run.stdout:
+        for line in run.stdout:
+            seen.append(line)
+            if when in line:
+                how(run)
+                break
+        seen += list(run.stdout)
+    return run.wait(timeout=120), "".join(seen)
+
+
+def kill(run: subprocess.Popen[str]) -> None:
+    """The launcher, if there is one, and all training processes."""
+    for pid in [run.pid, *children(run.pid)]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a launcher started; a single training process has none."""
+    listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor) and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert isinstance(other, dict) and list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert isinstance(other, (list, tuple)) and len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}/{i}")
+    else:
+        assert one == other or (one != one and other != other), f"{where}: {one} and {other}"
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """All checkpoints' tensors and numbers, and all log lines; only the flags' folder may differ."""
+    for name in ("checkpoint.pth", "checkpoint_best.pth"):
+        one, other = (torch.load(each / name, weights_only=True) for each in (folder, expected))
+        for state in (one, other):
+            del state["args"]["output_dir"], state["checksum"]
+        assert_same(one, other, name)
+    assert (folder / "log.txt").read_text() == (expected / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[int], Path]:
+    """The run that nothing happens to, for a number of processes."""
+    runs: dict[int, Path] = {}
+
+    def run(processes: int) -> Path:
+        if processes not in runs:
+            runs[processes] = tmp_path_factory.mktemp(f"whole{processes}")
+            finish(runs[processes], processes)
+        return runs[processes]
+
+    return run
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, processes):
+    """SIGKILL after a step that is not a checkpoint's, twice."""
+    total = 1437 // 256 * 256 // 32 // processes
+    for epoch, step in ((1, 6), (2, total - 1)):
+        code, text = interrupt(tmp_path, processes, f"Epoch {epoch}/3  [{step}/{total}]", kill)
+        assert code == -signal.SIGKILL, text[-3000:]
+    assert "resumed" in finish(tmp_path, processes)
+    assert_same_run(tmp_path, whole(processes))
+
+
+@pytest.mark.parametrize(("processes", "name"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGUSR1)])
+def test_stopped_by_a_signal(tmp_path, whole, processes, name):
+    """The step is finished, a checkpoint is written, and the exit code says so."""
+    total = 1437 // 256 * 256 // 32 // processes
+
+    def send(run: subprocess.Popen[str]) -> None:
+        os.kill([run.pid, *children(run.pid)][-1], name)  # one training process is enough
+
+    started = time.monotonic()
+    code, text = interrupt(tmp_path, processes, f"Epoch 2/3  [3/{total}]", send)
+    assert time.monotonic() - started < 120
+    assert "stopped by a signal after epoch 2, step" in text and "continue with --resume auto" in text
+    assert code == 75 if processes == 1 else code != 0
+    last = int(text.split("stopped by a signal after epoch 2, step ")[1].split(",")[0])
+    assert 3 <= last <= 6
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == last
+    finish(tmp_path, processes)
+    assert_same_run(tmp_path, whole(processes))
+
+
+def test_torchrun_restarts_what_died(tmp_path, whole):
+    """A process kills itself once; --max-restarts=1 starts all of them again, and --resume auto goes on."""
+    launch = command(tmp_path, 2, restarts=1)
+    launch[launch.index(str(ROOT / "main.py"))] = str(ROOT / "tests" / "dying_main.py")
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "died").exists() and "epoch 1 is done, and 4 steps after it" in done.stdout
+    assert_same_run(tmp_path, whole(2))
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, whole):
+    finish(tmp_path, 1, "--num_workers", "2")
+    assert_same_run(tmp_path, whole(1))
