@@ -3,8 +3,9 @@
     python main.py --data-path IMAGENET --model deit_small_patch16_224 --output_dir experiment/deit_small
     torchrun --nproc_per_node 8 main.py --config configs/deit_small_diverse.yaml --data-path IMAGENET
 
-Exit codes: 0 done, 1 the loss stopped being finite, 2 something in the flags, data or files cannot work, 75 stopped
-by SIGTERM or SIGUSR1 and saved (run the same again with --resume auto), 130 interrupted from the keyboard.
+Exit codes: 0 done, 1 the loss stopped being finite or another process died, 2 something in the flags, data or files
+cannot work, 75 stopped by SIGTERM or SIGUSR1 and saved (the same command with --resume auto goes on), 130
+interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from build import (
     global_batch,
     scaled_lr,
 )
-from datasets import build_dataset, build_eval_loader, build_train_loader
+from datasets import build_dataset, build_eval_loader, build_train_loader, name_dead_workers
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
 from losses import LabelLoss
 from models import DiverseViT, check_name
@@ -54,6 +55,7 @@ from utils import (
     find_launch,
     init_distributed,
     is_first_on_machine,
+    lost_process,
     pick_device,
     print_main,
     rank,
@@ -65,7 +67,8 @@ from utils import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
     try:
-        run(config.resolve(argv))
+        with name_dead_workers():
+            run(config.resolve(argv))
     except (UserError, TrainingDiverged) as error:
         # all processes meet the same mistake, and one of each machine reports it; but a LocalError is its own
         if isinstance(error, LocalError) or is_first_on_machine():
@@ -78,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"main.py: error: --torchcompile does not work here, drop it: {' '.join(lines[:2])}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        print(f"main.py: error: {lost}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("\nmain.py: interrupted", file=sys.stderr)
         return 130
@@ -118,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
         evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
     label_loss = build_label_loss(args, diversity, num_classes, device)
-    run_training(args, model, label_loss, diversity, measure, val_set, precision)
+    with Signals() as signals:
+        run_training(args, model, label_loss, diversity, measure, val_set, precision, signals)
 
 
 def run_training(
@@ -129,6 +139,7 @@ def run_training(
     measure: Diversity,
     val_set: Any,
     precision: Precision,
+    signals: Signals,
 ) -> None:
     """Build what only training needs, and bind one epoch's training and testing for `train`."""
     train_set, _ = build_dataset(True, args)
@@ -173,7 +184,7 @@ def run_training(
 
         return evaluate(network, val_loader, precision, measure if network is model else None, after_batch)
 
-    train(args, run_state, precision, train_epoch, test, len(val_set))
+    train(args, run_state, precision, train_epoch, test, len(val_set), signals)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,6 +236,7 @@ def train(
     train_epoch: Callable[[nn.Module, Updater, Saver], dict[str, float]],
     test: Callable[[DiverseViT, Saver], dict[str, float]],
     samples: int,
+    signals: Signals,
 ) -> None:
     """The epochs: train, test the raw model and its EMA, log, save."""
     if run_state.epoch + 1 >= args.epochs:
@@ -235,23 +247,22 @@ def train(
     updater = Updater(run_state.optimizer, precision, args.clip_grad, ema, args.grad_accum_steps)
     wrapped = distribute(model, precision.device)
     start = time.perf_counter()
-    with Signals() as signals:
-        saver = Saver(
-            run_state, output, signals, args.checkpoint_hist, args.save_interval_steps, args.save_interval_minutes
-        )
-        run_state.restore_streams()
-        while run_state.epoch + 1 < args.epochs:
-            trained = train_epoch(wrapped, updater, saver)
-            tested = test(model, saver)
-            report(tested, samples)
-            averaged = test(on_device(ema.module, precision.device), saver) if ema is not None else {}
-            if averaged:
-                print_main(
-                    f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}"
-                )
-            best = run_state.finish_epoch(trained, tested, averaged)
-            print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
-            saver.after_epoch(best)
+    saver = Saver(
+        run_state, output, signals, args.checkpoint_hist, args.save_interval_steps, args.save_interval_minutes
+    )
+    run_state.restore_streams()
+    while run_state.epoch + 1 < args.epochs:
+        trained = train_epoch(wrapped, updater, saver)
+        tested = test(model, saver)
+        report(tested, samples)
+        averaged = test(on_device(ema.module, precision.device), saver) if ema is not None else {}
+        if averaged:
+            print_main(
+                f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}"
+            )
+        best = run_state.finish_epoch(trained, tested, averaged)
+        print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
+        saver.after_epoch(best)
     print_main(f"Training time {clock(time.perf_counter() - start)}")
 
 

@@ -122,11 +122,13 @@ def init_distributed(
         if "SLURM_JOB_NODELIST" not in os.environ:
             raise UserError("several processes, but no MASTER_ADDR: start with torchrun, or give --dist_url")
         os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_JOB_NODELIST"])
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
+    restart = _restart(launch)
     try:
+        store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=dist.PrefixStore(f"restart{restart}", store),
             rank=launch.rank,
             world_size=launch.world_size,
             device_id=device if device.type == "cuda" else None,
@@ -134,6 +136,25 @@ def init_distributed(
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{launch.world_size} processes cannot meet at --dist_url {dist_url}: {error}") from error
+
+
+def _restart(launch: Launch, env: Mapping[str, str] = os.environ) -> str:
+    """How often torchrun has restarted the processes.
+
+    torchrun keeps one store for all of them, in which a restarted process would find addresses of dead ones. On one
+    machine each restart gets a part of its own; several machines count restarts differently, and need a new store.
+
+    Raises:
+        UserError: several machines would restart in one store. Source: pytorch issue 135712.
+    """
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    several = int(env.get("LOCAL_WORLD_SIZE", 0)) < launch.world_size
+    if shared and several and int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UserError(
+            "torchrun --max-restarts on several machines works with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 only: "
+            "export it on all of them before torchrun"
+        )
+    return env.get("TORCHELASTIC_RESTART_COUNT", "0") if shared and not several else "0"
 
 
 def broadcast_from_main(module: nn.Module) -> None:
@@ -216,6 +237,18 @@ class Signals:
 
     def _remember(self, number: int, frame: object) -> None:
         self.received = True
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """What to tell the user if the error is a failed exchange with another process; None if it is another error."""
+    reason = str(error).strip().partition("\n")[0]
+    if not isinstance(error, dist.DistError) and "/gloo/" not in reason:
+        return None
+    reason = re.sub(r"^\[.*?\] ", "", reason).partition(". ")[0]  # without the place in gloo's source
+    return (
+        f"process {rank()} of {world_size()} has lost another one ({reason}): it died, or did not answer for "
+        "--dist-timeout seconds, and says why in its own messages; continue with --resume auto"
+    )
 
 
 def is_first_on_machine(env: Mapping[str, str] = os.environ) -> bool:

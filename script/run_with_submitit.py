@@ -14,15 +14,14 @@ first of all tasks: it asks `Training.checkpoint` what to run next (the same, wi
 job. SLURM sends USR2 ahead of the time limit; SIGTERM means preemption or scancel. A cancelled job saves as well,
 but does not come back: `Training` asks SLURM whether the job is still running.
 
-Exit codes: 0 submitted, or done; 1 the training failed (--cluster local); 2 something given cannot work; 130
-interrupted. --cluster debug ends with main.py's own.
+Exit codes: 0 submitted, or done; 1 the training failed (--cluster local); 2 something given cannot work; 75 stopped
+by SIGTERM and saved (--cluster local); 130 interrupted. --cluster debug ends with main.py's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import os
 import shutil
 import signal
@@ -39,21 +38,20 @@ import config
 from flags import KeyValues, Parser
 from utils import UserError
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
+MAIN = str(Path(__file__).resolve().parents[1] / "main.py")
 INTERRUPTED = 75  # main.py has saved a checkpoint and wants to be run again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAVING_TIME = 120  # seconds between SLURM's signal and the time limit
 
 
 # ------------------------------------------------------------------------------------------------------------
-# In the job. submitit pickles this class by value: what it uses is imported where the job runs.
+# In the job. submitit pickles this class by value, with the constants above; what it imports, the job imports.
 
 
 @dataclass(frozen=True)
 class Training:
     """main.py with its flags, as one task of a job."""
 
-    program: str
     flags: tuple[str, ...]
 
     def __call__(self) -> int:
@@ -63,13 +61,13 @@ class Training:
         job = submitit.JobEnvironment()
         number = signal.Signals[f"SIG{job.USR_SIG}"]
         requeue: Any = signal.getsignal(number)  # submitit's
-        code, received = self.run()
+        code, received = self.run(environment(job))
+        if code not in (0, INTERRUPTED):
+            raise RuntimeError(f"main.py ended with exit code {code}")
         if code == INTERRUPTED and job.global_rank == 0:
-            if self.comes_back(job.cluster, job.job_id, received):
+            if comes_back(job, received):
                 requeue(number, None)
             print("saved; the job is being ended: the same command continues the run", flush=True)
-        elif code not in (0, INTERRUPTED):
-            raise RuntimeError(f"main.py ended with exit code {code}")
         return code
 
     def checkpoint(self) -> Any:
@@ -78,7 +76,7 @@ class Training:
 
         return DelayedSubmission(self)
 
-    def run(self) -> tuple[int, list[int]]:
+    def run(self, env: dict[str, str]) -> tuple[int, list[int]]:
         """main.py's exit code, and the signals that came for it."""
         received: list[int] = []
         process: subprocess.Popen[bytes] | None = None
@@ -88,47 +86,40 @@ class Training:
             if process is not None:
                 process.terminate()
 
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, pass_on)
         # Some clusters signal a task's children too. main.py does not know USR2; blocked here, it is blocked there.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
-        process = subprocess.Popen([sys.executable, self.program, *self.flags], env=self.environment())
+        process = subprocess.Popen([sys.executable, MAIN, *self.flags], env=env)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         try:
             if received:
                 process.terminate()  # a signal came before there was a process
             return process.wait(), received
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            process.terminate()  # it must not outlive this task, which the keyboard can end
 
-    def environment(self) -> dict[str, str]:
-        """This process's variables, with torchrun's, which main.py reads."""
-        import submitit
 
-        job = submitit.JobEnvironment()
-        digits = int("".join(filter(str.isdigit, job.job_id)))
-        return {
-            **os.environ,
-            "RANK": str(job.global_rank),
-            "WORLD_SIZE": str(job.num_tasks),
-            "LOCAL_RANK": str(job.local_rank),
-            "MASTER_ADDR": job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1",
-            "MASTER_PORT": str(20000 + digits % 10000),  # below what Linux hands out by itself
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as torchrun has it
-        }
+def environment(job: Any) -> dict[str, str]:
+    """This process's variables, with torchrun's, which main.py reads."""
+    return {
+        **os.environ,
+        "RANK": str(job.global_rank),
+        "WORLD_SIZE": str(job.num_tasks),
+        "LOCAL_RANK": str(job.local_rank),
+        "MASTER_ADDR": job.hostnames[0] if job.cluster == "slurm" else "127.0.0.1",
+        "MASTER_PORT": str(20000 + int(job.job_id) % 10000),  # below what Linux hands out by itself
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as torchrun has it
+    }
 
-    @staticmethod
-    def comes_back(cluster: str, job_id: str, received: Sequence[int]) -> bool:
-        """Whether an interrupted job is to be requeued: not if it was cancelled."""
-        if cluster != "slurm":
-            return signal.SIGTERM not in received
-        command = ["scontrol", "show", "job", job_id]
-        shown = subprocess.run(command, capture_output=True, text=True, check=False)
-        return shown.returncode != 0 or "JobState=RUNNING" in shown.stdout
+
+def comes_back(job: Any, received: Sequence[int]) -> bool:
+    """Whether an interrupted job is to be requeued: not if it was cancelled."""
+    if job.cluster != "slurm":
+        return signal.SIGTERM not in received
+    command = ["scontrol", "show", "job", job.job_id]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    return shown.returncode != 0 or "JobState=RUNNING" in shown.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -144,7 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (1)")
-    parser.add_argument("--ngpus", type=int, default=8, metavar="N", help="processes and GPUs per machine (8)")
+    gpus = "processes and GPUs per machine (8); 0 is one process without a GPU"
+    parser.add_argument("--ngpus", type=int, default=8, metavar="N", help=gpus)
     parser.add_argument("--cpus-per-task", type=int, default=10, metavar="N", help="CPU cores per process (10)")
     parser.add_argument("--timeout", type=int, default=1440, metavar="MINUTES", help="time limit (1440)")
     retries = "times that the job may reach its time limit and be requeued (100); preemptions do not count"
@@ -154,13 +146,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--job-dir", metavar="DIR", help="for logs, %%j is the job; OUTPUT_DIR/submitit/%%j")
     other = "other options of sbatch, e.g. account=vision constraint=h100"
     parser.add_argument("--slurm", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=other)
-    where = "slurm; local: processes of this machine; debug: one process, its output on this terminal"
+    where = "slurm; local: processes of this machine; debug: main.py itself, in this terminal"
     parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm", help=where)
     return parser
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
-    """Own flags, and main.py's with --resume auto.
+    """Own flags, and main.py's, which end with --resume auto.
 
     Raises:
         UserError: they cannot work.
@@ -168,7 +160,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
     args, unknown = get_args_parser().parse_known_args(words[:end])
-    flags = with_resume([*unknown, *words[end + 1 :]])
+    flags = [*unknown, *words[end + 1 :]]
     for name, least in (("nodes", 1), ("ngpus", 0), ("cpus_per_task", 1), ("timeout", 1), ("max_timeouts", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -176,24 +168,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
         raise UserError(f"--cluster {args.cluster} is this machine alone: drop --nodes {args.nodes}")
     if args.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError("no sbatch and srun on PATH: submit where SLURM is, or try --cluster local")
+    resume = config.resolve(flags).resume
+    if resume not in ("", "auto"):  # every requeued job would read it again
+        advice = "copy the file to OUTPUT_DIR/checkpoint.pth"
+        raise UserError(f"--resume {resume}: a job continues with --resume auto; {advice}")
+    flags += ["--resume", "auto"]
     output_dir = config.resolve(flags).output_dir
     args.job_dir = args.job_dir or str(Path(output_dir) / "submitit" / "%j")
     return args, tuple(flags)
-
-
-def with_resume(flags: Sequence[str]) -> list[str]:
-    """The flags with --resume auto, once.
-
-    Raises:
-        UserError: they resume from a file, which every requeued job would read again.
-    """
-    given = [after for word, after in itertools.pairwise([*flags, ""]) if word == "--resume"]
-    given += [word.partition("=")[2] for word in flags if word.startswith("--resume=")]
-    others = [value for value in given if value != "auto"]
-    if others:
-        advice = "copy the file to OUTPUT_DIR/checkpoint.pth"
-        raise UserError(f"--resume {others[0]}: a job continues with --resume auto; {advice}")
-    return list(flags) if given else [*flags, "--resume", "auto"]
 
 
 def make_executor(args: argparse.Namespace) -> Any:
@@ -210,13 +192,13 @@ def make_executor(args: argparse.Namespace) -> Any:
         name=args.job_name,
         nodes=args.nodes,
         tasks_per_node=max(args.ngpus, 1),
-        gpus_per_node=args.ngpus,
+        gpus_per_node=args.ngpus or None,
         cpus_per_task=args.cpus_per_task,
         timeout_min=args.timeout,
         slurm_partition=args.partition,
         slurm_signal_delay_s=SAVING_TIME,
-        # A task that is done must not end the first one, which saves; one that crashed ends the others, but later.
-        # Recent versions of srun do not take the cores from sbatch.
+        # submitit ends the first task of a requeued job with an error, which must not end the others; one that
+        # crashed does, after a while. Recent versions of srun do not take the cores from sbatch.
         slurm_srun_args=["--kill-on-bad-exit=0", f"--wait={SAVING_TIME}", f"--cpus-per-task={args.cpus_per_task}"],
         slurm_additional_parameters={"requeue": True, **args.slurm},
     )
@@ -227,13 +209,8 @@ def submit(args: argparse.Namespace, flags: tuple[str, ...]) -> int:
     """Submit the job; on this machine also wait for it."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
-    training = Training(str(MAIN), flags)
-    executor = make_executor(args)
-    if args.cluster == "debug":
-        code, _ = executor.submit(training.run).result()
-        return code
     try:
-        job = executor.submit(training)
+        job = make_executor(args).submit(Training(flags))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"sbatch refuses the job: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -252,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
     try:
         args, flags = parse(sys.argv[1:] if argv is None else argv)
+        if args.cluster == "debug":
+            os.execv(sys.executable, [sys.executable, MAIN, *flags])
         if importlib.util.find_spec("submitit") is None:
             raise UserError("submitit is missing: pip install -r requirements-submitit.txt")
         return submit(args, flags)

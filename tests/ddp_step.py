@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import build
-from engine import Precision, Updater, evaluate, train_one_epoch, unwrap
+from engine import Finite, Precision, Updater, evaluate, train_one_epoch, unwrap
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, build_model
@@ -55,17 +55,40 @@ def check_ema(model: DiverseViT, ema: ModelEmaV3, before: dict[str, torch.Tensor
     assert evaluate(ema.module, [(images, random_batch()[1])], CPU)["loss"] > 0  # model.eval() between epochs
 
 
-def check_faults(wrapped: torch.nn.Module, model: DiverseViT, rank: int) -> None:
-    """A NaN in one process's images stops both at the same print; a process without samples still evaluates."""
-    images, targets = random_batch(seed=rank)
-    images = images.double() * (float("nan") if rank == 1 else 1.0)
-    updater = Updater(torch.optim.SGD(wrapped.parameters(), lr=0.0), CPU)
+def check_faults(wrapped: torch.nn.Module, model: DiverseViT, diversity: Diversity, rank: int) -> None:
+    """A NaN in one term of one process drops the step in both; a process without samples still evaluates."""
+    batches = [(random_batch(seed=10 * step + rank)[0].double(), random_batch()[1]) for step in range(3)]
+    start = copy.deepcopy(model.backbone.state_dict())
+    broken, whole = diversity.terms[1], diversity.terms[1].of_batch
+
+    def train(steps: list[int], planted: int | None, finite: Finite) -> dict[str, torch.Tensor]:
+        model.backbone.load_state_dict(start)
+        ema = ModelEmaV3(model, decay=EMA_DECAY)
+        updater = Updater(torch.optim.SGD(wrapped.parameters(), lr=0.1), CPU, ema=ema)
+        left = list(steps)
+
+        def of_batch(*given):
+            step = left.pop(0)
+            torch.manual_seed(step)  # CNO's probes, drawn later in the step
+            return whole(*given) * (float("nan") if rank == 1 and step == planted else 1.0)
+
+        broken.of_batch = of_batch
+        chosen = [batches[step] for step in steps]
+        train_one_epoch(wrapped, LabelLoss(0), diversity, chosen, updater, Mixup(0, 0), finite=finite)
+        return {**copy.deepcopy(model.backbone.state_dict()), **dict(ema.module.named_parameters(prefix="ema"))}
+
+    watch = Finite(patience=2)
+    skipped, without = train([0, 1, 2], 1, watch), train([0, 2], None, Finite())
+    assert watch.dropped == 1 and watch.in_a_row == 0
+    for name, value in without.items():
+        assert torch.equal(skipped[name], value), name
     try:
-        train_one_epoch(wrapped, LabelLoss(0), Diversity([], 0), [(images, targets)], updater, Mixup(0, 0))
+        train([0, 1], 1, Finite("stop"))
     except TrainingDiverged as error:
-        assert "first term to break was ce" in str(error)
+        assert f"up to step 2; the first term to break was {broken.spec.name}" in str(error)
     else:
         raise AssertionError("a NaN in one process went unnoticed in the other")
+    broken.of_batch = whole
     share = [] if rank else [(random_batch()[0].double(), random_batch()[1])]
     assert 0 <= evaluate(model, share, CPU)["acc1"] <= 100
 
@@ -96,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     assert apart > 1e-6  # the two processes really had different gradients
     check_ema(model, ema, before)
     if not args.static_graph:  # a static graph cannot change its terms
-        check_faults(wrapped, model, launch.rank)
+        check_faults(wrapped, model, diversity, launch.rank)
     dist.destroy_process_group()
 
 

@@ -17,8 +17,8 @@ from utils import rank, world_size
 saver_after_step = run_state.Saver.after_step
 
 
-def after_step(self: run_state.Saver, step: int) -> None:
-    saver_after_step(self, step)
+def after_step(self: run_state.Saver, step: int, wish: int) -> None:
+    saver_after_step(self, step, wish)
     assert self.folder is not None
     marker = Path(self.folder) / "died"
     if self.run_state.epoch == 0 and step == 7 and rank() == world_size() - 1 and not marker.exists():

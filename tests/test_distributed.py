@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,45 @@ def test_gradients_are_the_mean_of_the_processes(flags):
     """With an EMA; in DDP, compiled and recomputing, against eager single processes."""
     process = torchrun(2, "tests/ddp_step.py", *flags.split())
     assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("how", "timeout", "says"),
+    [(signal.SIGKILL, "600", "Connection"), (signal.SIGSTOP, "4", "Timed out waiting 4000ms")],
+)
+def test_a_process_that_dies_or_hangs_ends_the_other(tmp_path, how, timeout, says):
+    """Without a launcher that would do it. The one that is left says so in one line."""
+    argv = ["--data-set", "DIGITS", "--model", "deit_tiny_patch16_224", "--input-size", "16", "--device", "cpu"]
+    argv += ["--model-kwargs", "patch_size=4", "embed_dim=24", "depth=2", "num_heads=2", "--num_workers", "0"]
+    argv += ["--batch-size", "32", "--epochs", "1000", "--print-freq", "1", "--dist-timeout", timeout]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**NO_LAUNCHER, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    left, lost = (
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *argv],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    )
+    try:
+        assert left.stdout is not None
+        while "[3/" not in left.stdout.readline():
+            assert left.poll() is None
+        lost.send_signal(how)
+        error = left.communicate(timeout=60)[1]
+    finally:
+        left.kill(), lost.kill()
+        left.communicate(), lost.communicate()
+    assert left.returncode == 1
+    (line,) = [line for line in error.splitlines() if line.startswith("main.py")]
+    assert line.startswith("main.py: error: process 0 of 2 has lost another one (") and says in line
+    assert line.endswith("continue with --resume auto") and "Traceback" not in error
 
 
 @pytest.fixture(scope="module")

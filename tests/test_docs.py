@@ -30,10 +30,12 @@ def test_nothing_is_left_to_fill_in():
 
 
 def test_flags_and_scripts_exist():
-    exporter = runpy.run_path(str(ROOT / "script" / "export_model.py"), run_name="other")["get_args_parser"]()
-    known = set(flags.get_args_parser()._option_string_actions) | set(exporter._option_string_actions)
+    known = set(flags.get_args_parser()._option_string_actions)
+    for script in ("export_model.py", "run_with_submitit.py"):
+        parser = runpy.run_path(str(ROOT / "script" / script), run_name="other")["get_args_parser"]()
+        known |= set(parser._option_string_actions)
     for line in README.splitlines():
-        foreign = any(word in line for word in ("torchrun", "srun", "benchmarks/"))
+        foreign = any(word in line for word in ("torchrun", "srun", "sbatch", "benchmarks/"))
         for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line):
             assert flag in known or foreign, f"{flag} in: {line}"
     for script in re.findall(r"(?:script|configs|benchmarks)/[\w]+\.(?:sh|yaml|py)", README):

@@ -24,7 +24,7 @@ from mixup import Mixup
 from models import DiverseViT
 from regularizers import Diversity, parse_spec
 from run_state import RunState
-from utils import TrainingDiverged, UserError
+from utils import Signals, TrainingDiverged, UserError
 
 CPU = Precision(torch.device("cpu"))
 
@@ -145,6 +145,41 @@ def test_diverged_loss_names_the_first_term(tiny):
     calls.clear()
     with pytest.raises(TrainingDiverged, match=r"1 step\(s\) in a row up to step 2"):
         train_one_epoch(model, LabelLoss(), diversity, batches(9), updater, no_mixing(), finite=Finite("stop"))
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_four_batches_of_32_are_one_of_128(tiny, clip):
+    """Gradient, clipping, EMA and means; with terms of every kind, of which those of weights count once."""
+    specs = [*RECIPE, "patch.gradient_diversity=0.1", "patch.mgd=1e-3", "weight.so=1e-4"]
+    images, targets = random_batch(128)
+    found = []
+    for split in (1, 4):
+        model, diversity = tiny(*specs)
+        updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, clip, ModelEmaV3(model, 0.5), split)
+        parts = list(zip(images.chunk(split), targets.chunk(split), strict=True))
+        torch.manual_seed(5)  # CNO's probes
+        means = train_one_epoch(
+            *(model, LabelLoss(diversity.mixing), diversity, parts, updater),
+            Mixup(0, 0, smoothing=0.1, patch_size=(8, 8)),
+        )
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert clip is None or gradient.norm().item() == pytest.approx(clip, rel=1e-4)
+        found.append((gradient, means, updater.ema.module.backbone.head.weight))
+    (whole, means, average), (parts, means_of_parts, average_of_parts) = found
+    assert (parts - whole).norm() <= 1e-6 * whole.norm()
+    assert means_of_parts == pytest.approx(means, rel=1e-5)
+    assert torch.allclose(average, average_of_parts, rtol=1e-5, atol=1e-7)
+
+
+def test_batches_that_make_no_whole_step_are_left_out(tiny):
+    model, diversity = tiny()
+    seen = []
+    updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, accumulate=3)
+    train_one_epoch(
+        *(model, LabelLoss(), diversity, batches(8), updater, no_mixing()),
+        after_step=lambda *step: seen.append(step),
+    )
+    assert seen == [(1, 0), (2, 0)]
 
 
 def test_no_step_waits_for_the_device(tiny, monkeypatch):
@@ -306,7 +341,15 @@ def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
         seen.append(updater.optimizer.param_groups[0]["lr"])
         return {"loss": 0.0}
 
-    main.train(args, run_state, CPU, train_epoch, lambda network, saver: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0}, 1)
+    main.train(
+        args,
+        run_state,
+        CPU,
+        train_epoch,
+        lambda network, saver: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0},
+        1,
+        Signals(),
+    )
     return seen
 
 

@@ -53,7 +53,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_its_files(trained):
-    assert {p.name for p in trained.iterdir()} == {"args.yaml", "log.txt", "checkpoint.pth", "checkpoint_best.pth"}
+    checkpoints = {"checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth"}
+    assert {p.name for p in trained.iterdir()} == {"args.yaml", "log.txt", *checkpoints}
     lines = log_of(trained)
     assert [line["epoch"] for line in lines] == [0, 1]
     terms = [
@@ -65,6 +66,7 @@ def test_a_run_leaves_its_files(trained):
         "weight.cno@all",
     ]
     for line in lines:
+        assert line["train_dropped"] == 0
         assert {"train_loss", "train_lr", *(f"train_{term}" for term in terms)} <= set(line)
         assert {"test_loss", "test_acc1", "test_acc5", "ema_test_acc1", "n_parameters", "max_acc"} <= set(line)
         assert 0 < line["test_patch.pairwise_cosine@last"] < 1 and 0 < line["test_attn.pairwise_cosine@0"] < 1
@@ -113,10 +115,10 @@ def test_resume_continues(trained, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "resumed" in shown
     lines = log_of(tmp_path)
-    assert [line["epoch"] for line in lines] == [2, 3]
-    before = log_of(trained)[-1]
-    assert lines[0]["max_acc"] >= before["max_acc"]
-    assert abs(lines[0]["ema_test_loss"] - before["ema_test_loss"]) < abs(2.4 - before["ema_test_loss"])
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3] and lines[:2] == log_of(trained)
+    before, after = lines[1:3]
+    assert after["max_acc"] >= before["max_acc"]
+    assert abs(after["ema_test_loss"] - before["ema_test_loss"]) < abs(2.4 - before["ema_test_loss"])
     assert "--epochs 4 has no effect: the checkpoint's 2 goes on" in shown
     assert main.main([*flags, "--epochs", "2", "--resume", str(trained / "checkpoint.pth")]) == 0
     assert "nothing to train: 2 of 2 epochs are done" in capsys.readouterr().out
@@ -350,7 +352,7 @@ def test_divergence_stops_with_exit_code_1_and_keeps_the_last_checkpoint(trained
         == 1
     )
     error = capsys.readouterr().err
-    assert error.startswith("main.py: error: the loss is not finite; the first term to break was")
+    assert error.startswith("main.py: error: the loss is not finite, 10 step(s) in a row up to step 11; the first")
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
@@ -369,7 +371,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    assert "No space left on device" in one_error(capsys, [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)])
+    argv = [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)]
+    error = one_error(capsys, argv)
+    assert "cannot write checkpoints" in error and "No space left on device" in error
+    monkeypatch.setattr(checkpoint, "check_space", lambda *unused: None)  # the disk fills up while it trains
+    error = one_error(capsys, argv)
+    assert "cannot save" in error and "what was there before is still there" in error
     assert checkpoint.load(str(tmp_path / "checkpoint.pth")) == {"epoch": 1}
     assert not list(tmp_path.glob("*.tmp"))
 

@@ -18,17 +18,18 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FLAGS = [
-    "--data-set",
-    "DIGITS",
-    "--model",
-    "deit_tiny_patch16_224_diverse",
-    "--input-size",
-    "16",
+FLAGS = ["--data-set", "DIGITS", "--model", "deit_tiny_patch16_224_diverse", "--input-size", "16"]
+FLAGS += [
     "--device",
     "cpu",
+    "--model-kwargs",
+    "patch_size=4",
+    "embed_dim=24",
+    "depth=2",
+    "num_heads=2",
+    "--batch-size",
+    "32",
 ]
-FLAGS += ["--model-kwargs", "patch_size=4", "embed_dim=24", "depth=2", "num_heads=2", "--batch-size", "32"]
 FLAGS += ["--drop", "0.1", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--num_workers", "0"]
 FLAGS += ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--emb_contrast_cross_coef", "0.5"]
 FLAGS += ["--attn_cos_within_coef", "1e-4", "--weight_mha_cond_orth_coef", "5e-4", "--model-ema-decay", "0.9"]
@@ -113,11 +114,11 @@ def assert_same(one: object, other: object, where: str = "") -> None:
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """All checkpoints' tensors and numbers, and all log lines; only the flags' folder may differ."""
+    """All checkpoints' tensors and numbers, and all log lines; only the folder and the workers may differ."""
     for name in ("checkpoint.pth", "checkpoint_best.pth"):
         one, other = (torch.load(each / name, weights_only=True) for each in (folder, expected))
         for state in (one, other):
-            del state["args"]["output_dir"], state["checksum"]
+            del state["args"]["output_dir"], state["args"]["num_workers"], state["checksum"]
         assert_same(one, other, name)
     assert (folder / "log.txt").read_text() == (expected / "log.txt").read_text()
 

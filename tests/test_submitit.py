@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+
+import main
 
 ROOT = Path(__file__).parents[1]
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="needs submitit: pip install -r requirements-submitit.txt"
 )
 FLAGS = ["--data-set", "DIGITS", "--output_dir"]
+LOCAL = ["--cluster", "local"]
 
 # Stands for main.py: notes its arguments, and in its first run waits for SIGTERM and exits as if it had saved.
 PROGRAM = """
@@ -31,7 +34,7 @@ rank, notes = os.environ["RANK"], Path(os.environ["NOTES"])
 runs = len(list(notes.glob(f"{rank}-*.json")))
 meeting = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-note = {"flags": sys.argv[1:], "parent": os.getppid(), **meeting}
+note = {"flags": sys.argv[1:], "pids": [os.getpid(), os.getppid()], **meeting}
 temporary = notes / f"{rank}-{runs}.writing"
 temporary.write_text(json.dumps(note))
 temporary.rename(notes / f"{rank}-{runs}.json")
@@ -95,20 +98,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 # Flags
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([], ["--resume", "auto"]),
-        (["--epochs", "3"], ["--epochs", "3", "--resume", "auto"]),
-        (["--resume", "auto", "--epochs", "3"], ["--resume", "auto", "--epochs", "3"]),
-        (["--resume=auto"], ["--resume=auto"]),
-    ],
-)
-def test_resume_is_added_once(script: ModuleType, flags: list[str], expected: list[str]) -> None:
-    assert script.with_resume(flags) == expected
-
-
 def test_flags_of_main_stand_after_the_dashes_or_are_unknown(script: ModuleType, tmp_path: Path) -> None:
+    """main.py's come in the order given, and end with what lets the run continue."""
     own = ["--nodes", "1", "--cluster", "local", "--epochs", "3", "--ngpus", "2"]
     args, flags = script.parse([*own, "--", *FLAGS, str(tmp_path / "a b"), "--batch-size", "64"])
     assert (args.nodes, args.ngpus, args.job_dir) == (1, 2, str(tmp_path / "a b" / "submitit" / "%j"))
@@ -116,7 +107,12 @@ def test_flags_of_main_stand_after_the_dashes_or_are_unknown(script: ModuleType,
     assert flags == rest
 
 
-LOCAL = ["--cluster", "local"]
+@pytest.mark.parametrize("given", [["--resume", "auto"], ["--resume=auto"]])
+def test_resume_auto_may_be_given(script: ModuleType, tmp_path: Path, given: list[str]) -> None:
+    _, flags = script.parse([*LOCAL, "--", *given, *FLAGS, str(tmp_path)])
+    assert flags == (*given, *FLAGS, str(tmp_path), "--resume", "auto")
+
+
 MISTAKES = {
     "no machine": ([*LOCAL, "--nodes", "0"], "--nodes must be at least 1"),
     "negative GPUs": ([*LOCAL, "--ngpus", "-1"], "--ngpus must be at least 0"),
@@ -124,8 +120,8 @@ MISTAKES = {
     "two machines here": ([*LOCAL, "--nodes", "2"], "--cluster local is this machine alone"),
     "no SLURM": ([], "no sbatch and srun on PATH"),
     "unknown flag": ([*LOCAL, "--", "--batch-sise", "4"], "Did you mean --batch-size"),
-    "resume a file": ([*LOCAL, "--", "--resume", "old.pth"], "copy the file to OUTPUT_DIR/checkpoint.pth"),
-    "resume=a file": ([*LOCAL, "--", "--resume=old.pth"], "copy the file to OUTPUT_DIR/checkpoint.pth"),
+    "resume a file": ([*LOCAL, "--", "--resume", __file__], "copy the file to OUTPUT_DIR/checkpoint.pth"),
+    "resume=a file": ([*LOCAL, "--", f"--resume={__file__}"], "copy the file to OUTPUT_DIR/checkpoint.pth"),
     "no output": ([*LOCAL, "--", "--output_dir", ""], "--output_dir"),
     "options of sbatch": ([*LOCAL, "--slurm", "account"], "'account' is not KEY=VALUE"),
 }
@@ -160,9 +156,11 @@ def test_missing_submitit_is_named(
 
 
 def test_requirements_name_submitit() -> None:
+    """A file of its own, and the tests', so that none of these is skipped where script/test.sh installs them."""
     lines = (ROOT / "requirements-submitit.txt").read_text().splitlines()
     assert lines[0].startswith("#") and lines[1] == "-r requirements.txt"
     assert any(line.startswith("submitit>=") for line in lines)
+    assert "-r requirements-submitit.txt" in (ROOT / "requirements-test.txt").read_text().splitlines()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,30 +169,38 @@ def test_requirements_name_submitit() -> None:
 
 @needs_submitit
 def test_checkpoint_runs_the_same_again(script: ModuleType) -> None:
-    """What submitit pickles for the requeued job: the training itself, whose flags end with --resume auto."""
-    training = script.Training("main.py", tuple(script.with_resume(["--epochs", "3"])))
+    """What submitit pickles for the requeued job: the training itself."""
+    training = script.Training(("--epochs", "3", "--resume", "auto"))
     delayed = training.checkpoint()
     assert (delayed.function, delayed.args, delayed.kwargs) == (training, (), {})
-    assert delayed.function.flags == ("--epochs", "3", "--resume", "auto")
+
+
+def batch_file(script: ModuleType, slurm: Path, *own: str) -> list[str]:
+    """The lines of the file that submitit hands to sbatch."""
+    assert script.main([*own, "--", *FLAGS, str(slurm / "run")]) == 0
+    return (slurm / "run" / "submitit" / "4242" / "4242_submission.sh").read_text().splitlines()
 
 
 @needs_submitit
 def test_slurm_job_has_what_it_asks_for(
     script: ModuleType, by_value: None, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The batch file that submitit writes."""
     own = ["--nodes", "2", "--ngpus", "4", "--timeout", "90", "--partition", "gpu", "--cpus-per-task", "6"]
-    own += ["--slurm", "account=vision", "constraint=h100"]
-    assert script.main([*own, "--", *FLAGS, str(slurm / "run")]) == 0
-    folder = slurm / "run" / "submitit" / "4242"
-    assert f"submitted job 4242; logs in {folder}" in capsys.readouterr().out
-    text = (folder / "4242_submission.sh").read_text()
-    options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+    lines = batch_file(script, slurm, *own, "--slurm", "account=vision", "constraint=h100")
+    assert f"submitted job 4242; logs in {slurm / 'run' / 'submitit' / '4242'}" in capsys.readouterr().out
+    options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     wanted = {"nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "time=90", "partition=gpu", "cpus-per-task=6"}
     wanted |= {"signal=USR2@120", "requeue", "open-mode=append", "account=vision", "constraint=h100"}
-    assert wanted <= set(options)
-    srun = next(line for line in text.splitlines() if line.startswith("srun"))
+    assert wanted <= options
+    srun = next(line for line in lines if line.startswith("srun"))
     assert "--kill-on-bad-exit=0 --wait=120 --cpus-per-task=6" in srun
+
+
+@needs_submitit
+def test_slurm_job_without_gpus_asks_for_none(script: ModuleType, by_value: None, slurm: Path) -> None:
+    lines = batch_file(script, slurm, "--ngpus", "0")
+    assert "#SBATCH --ntasks-per-node=1" in lines
+    assert not any(line.startswith("#SBATCH --gpu") for line in lines)
 
 
 @needs_submitit
@@ -238,7 +244,7 @@ def test_slurm_task_saves_and_then_requeues(
 ) -> None:
     """Only the first task does, after main.py has saved, unless the job was cancelled; then the same runs again."""
     (slurm / "program.py").write_text(PROGRAM)
-    monkeypatch.setattr(script, "MAIN", slurm / "program.py")
+    monkeypatch.setattr(script, "MAIN", str(slurm / "program.py"))
     assert script.main(["--nodes", "2", "--ngpus", "1", "--", *FLAGS, str(slurm / "run")]) == 0
     tasks = [start_task(slurm, rank, STATE=state) for rank in (0, 1)]
     for rank, task in enumerate(tasks):
@@ -258,12 +264,26 @@ def test_slurm_task_saves_and_then_requeues(
 
 
 @needs_submitit
+@pytest.mark.parametrize(("nodes", "names", "first"), [("1", "gpu03", "gpu03"), ("2", "gpu[07-08]", "gpu07")])
+def test_one_machine_meets_as_several_do(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, nodes: str, names: str, first: str
+) -> None:
+    import submitit
+
+    slurm_env = {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_NODELIST": names}
+    for name, value in {**slurm_env, "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    env = script.environment(submitit.JobEnvironment())
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == (first, "24567")
+
+
+@needs_submitit
 def test_failed_training_fails_the_task(
     script: ModuleType, by_value: None, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SLURM must not take a job for completed whose main.py found a mistake."""
     (slurm / "program.py").write_text("raise SystemExit(2)")
-    monkeypatch.setattr(script, "MAIN", slurm / "program.py")
+    monkeypatch.setattr(script, "MAIN", str(slurm / "program.py"))
     script.main(["--", *FLAGS, str(slurm / "run")])
     assert start_task(slurm, 0).wait(60) != 0
     assert not (slurm / "scontrol").exists()
@@ -277,68 +297,78 @@ def test_failed_training_fails_the_task(
 def test_local_job_comes_back_after_a_signal(
     script: ModuleType, by_value: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """submitit's own requeue, with two tasks."""
+    """submitit's own requeue, with two tasks; the signal reaches main.py as well, which must survive it."""
     (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(script, "MAIN", str(tmp_path / "program.py"))
     monkeypatch.setenv("NOTES", str(tmp_path))
     args, flags = script.parse([*LOCAL, "--ngpus", "2", "--", *FLAGS, str(tmp_path / "run")])
-    job = script.make_executor(args).submit(script.Training(str(tmp_path / "program.py"), flags))
+    job = script.make_executor(args).submit(script.Training(flags))
     for rank in (1, 0):
         note = tmp_path / f"{rank}-0.json"
         wait_for(note.exists)
-        os.kill(json.loads(note.read_text())["parent"], signal.SIGUSR2)
+        for pid in json.loads(note.read_text())["pids"]:
+            os.kill(pid, signal.SIGUSR2)
     assert job.results() == [0, 0]
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["0-0.json", "0-1.json", "1-0.json", "1-1.json"]
     assert json.loads((tmp_path / "1-1.json").read_text())["flags"] == list(flags)
 
 
-def submitted(*argv: str) -> subprocess.CompletedProcess[str]:
+TINY = "--data-set DIGITS --model deit_tiny_patch16_224 --input-size 32 --num_workers 0 --device cpu"
+TINY += " --model-kwargs patch_size=8 embed_dim=16 depth=1 num_heads=2 --no-repeated-aug --no-model-ema"
+
+
+@needs_submitit
+def test_run_continues_with_two_processes(tmp_path: Path) -> None:
+    """As users start it, on a run that one process began elsewhere."""
+    flags = [*TINY.split(), "--output_dir", str(tmp_path)]
+    assert main.main([*flags, "--epochs", "1"]) == 0
     outside = ("SLURM_", "SUBMITIT_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     env = {key: value for key, value in os.environ.items() if not key.startswith(outside)}
-    command = [sys.executable, str(ROOT / "script" / "run_with_submitit.py"), *argv]
-    return subprocess.run(
-        command,
+    program = str(ROOT / "script" / "run_with_submitit.py")
+    process = subprocess.run(
+        [sys.executable, program, *LOCAL, "--ngpus", "2", "--", *flags, "--epochs", "2"],
         cwd=ROOT,
         env={**env, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
-
-TINY = (
-    "--data-set DIGITS --model deit_tiny_patch16_224 --input-size 32 --batch-size 64 --num_workers 0 --device cpu"
-)
-TINY += " --model-kwargs patch_size=8 embed_dim=16 depth=1 num_heads=2 --no-repeated-aug --no-model-ema"
-
-
-@needs_submitit
-def test_run_trains_with_two_processes_and_continues(tmp_path: Path) -> None:
-    """As users start it; the same run continues elsewhere."""
-    for where, epochs in (("local --ngpus 2", "1"), ("debug --ngpus 1", "2")):
-        argv = ["--cluster", *where.split(), "--", *TINY.split(), "--output_dir", str(tmp_path)]
-        process = submitted(*argv, "--epochs", epochs)
-        assert process.returncode == 0, process.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]
     (log,) = tmp_path.glob("submitit/*/[0-9]*_0_log.out")
     assert "2 process(es)" in log.read_text()
 
 
 @needs_submitit
-@pytest.mark.parametrize(("cluster", "code"), [("local", 1), ("debug", 2)])
-def test_failure_of_main_is_reported(
+def test_failed_local_training_is_reported(
     script: ModuleType,
     by_value: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    cluster: str,
-    code: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """One line says where main.py's own is."""
     (tmp_path / "program.py").write_text("import sys\nprint('no such data', file=sys.stderr)\nsys.exit(2)")
-    monkeypatch.setattr(script, "MAIN", tmp_path / "program.py")
-    assert script.main(["--cluster", cluster, "--ngpus", "1", "--", *FLAGS, str(tmp_path / "run")]) == code
-    error = capfd.readouterr().err
-    shown = Path(error.splitlines()[-1].rpartition("see ")[2]).read_text() if cluster == "local" else error
-    assert "no such data" in shown
+    monkeypatch.setattr(script, "MAIN", str(tmp_path / "program.py"))
+    assert script.main([*LOCAL, "--ngpus", "1", "--", *FLAGS, str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("run_with_submitit.py: the training failed: see ") and error.count("\n") == 1
+    assert "no such data" in Path(error.strip().rpartition("see ")[2]).read_text()
+
+
+def test_debug_becomes_main_itself(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose signals, output and exit code are then those of the command; submitit is not needed."""
+    started: list[list[str]] = []
+
+    def execv(path: str, argv: list[str]) -> NoReturn:
+        started.append([path, *argv])
+        raise SystemExit(75)
+
+    monkeypatch.setattr(script.os, "execv", execv)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(SystemExit, match="75"):
+        script.main(["--cluster", "debug", "--", *FLAGS, str(tmp_path)])
+    flags = [*FLAGS, str(tmp_path), "--resume", "auto"]
+    assert started == [[sys.executable, sys.executable, str(ROOT / "main.py"), *flags]]
+    assert list(tmp_path.iterdir()) == []

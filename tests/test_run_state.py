@@ -1,0 +1,311 @@
+"""What a checkpoint of a run holds, when it is written, and which resumes are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_batch
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+
+import checkpoint
+import config
+import engine
+import main
+import run_state as run_state_module
+from engine import Finite, Precision, Updater, train_one_epoch
+from losses import LabelLoss
+from mixup import Mixup
+from run_state import RunState, Saver, set_streams, streams
+from utils import Interrupted, Signals, TrainingDiverged, UserError
+
+CPU = Precision(torch.device("cpu"))
+VIT = ["--model", "deit_tiny_patch16_224", "--input-size", "16", "--device", "cpu", "--num_workers", "0"]
+VIT += ["--model-kwargs", "patch_size=4", "embed_dim=24", "depth=2", "num_heads=2"]
+RUN = ["--data-set", "DIGITS", *VIT, "--batch-size", "64", "--lr", "2e-3", "--unscale-lr", "--epochs", "2"]
+RUN += ["--warmup-epochs", "0", "--reg", "patch.cosine=0.5"]
+
+
+@pytest.fixture
+def make_run(tiny) -> Callable[..., RunState]:
+    def make(*argv: str) -> RunState:
+        args = config.plain(config.resolve(["--data-set", "DIGITS", "--batch-size", "4", *argv]))
+        model, _ = tiny()
+        optimizer = create_optimizer_v2(model.backbone, opt="adamw", lr=1e-3)
+        schedule, _ = create_scheduler_v2(optimizer, num_epochs=5)
+        return RunState(model, optimizer, schedule, CPU.scaler, None, args, Mixup(seed=3))
+
+    return make
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """All weights, and all log lines."""
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    states = [checkpoint.load(str(folder / "checkpoint.pth")) for folder in (one, other)]
+    for key in ("model", "model_ema"):
+        for name, value in states[0][key].items():
+            assert torch.equal(value, states[1][key][name]), name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random streams
+
+
+def test_streams_go_on_where_they_were():
+    mixup, other = Mixup(seed=1), Mixup(seed=2)
+    mixup.random.standard_normal()
+    np.random.standard_normal()  # leaves half a pair behind, which is part of the state
+    random.gauss(0, 1)
+    state = streams(CPU.device, mixup)
+
+    def draws(source: Mixup) -> list[float]:
+        numbers = [random.gauss(0, 1), np.random.standard_normal(), torch.rand(()).item(), torch.randn(()).item()]
+        return [*numbers, source.random.standard_normal(), source.random.beta(0.8, 0.8)]
+
+    expected = draws(mixup)
+    assert draws(mixup) != expected
+    set_streams(state, CPU.device, other)
+    assert draws(other) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------
+# When a run saves and stops
+
+
+def test_minutes_between_checkpoints(make_run, tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_state_module.time, "monotonic", lambda: now[0])
+    saver = Saver(make_run(), tmp_path, Signals(), minutes=2.0)
+    saved = []
+    for step in range(1, 8):
+        now[0] += 50.0
+        saver.after_step(step, saver.wish())
+        if (tmp_path / "checkpoint.pth").exists():
+            saved.append(step)
+            (tmp_path / "checkpoint.pth").unlink()
+    assert saved == [3, 6]  # after 150 and 300 seconds
+
+
+def test_steps_between_checkpoints(make_run, tmp_path):
+    run = make_run()
+    saver = Saver(run, tmp_path, Signals(), keep=3, steps=2)
+    for step in range(1, 8):
+        saver.after_step(step, 0)
+    names = ["checkpoint.pth", "checkpoint.1.pth", "checkpoint.2.pth"]
+    assert [checkpoint.load(str(tmp_path / name))["step"] for name in names] == [6, 4, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "log.txt"])
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step(make_run, tmp_path, name):
+    before = signal.getsignal(name)
+    with Signals() as signals:
+        saver = Saver(make_run(), tmp_path, signals)
+        saver.after_step(1, saver.wish())
+        os.kill(os.getpid(), name)
+        with pytest.raises(Interrupted, match=r"after epoch 1, step 2, and saved: continue with --resume auto"):
+            saver.after_step(2, saver.wish())
+        with pytest.raises(Interrupted, match=r"after epoch 1, step 2; nothing is saved without --output_dir"):
+            Saver(saver.run_state, None, signals).after_step(2, Saver.STOP)
+    assert checkpoint.load(str(tmp_path / "checkpoint.pth"))["step"] == 2
+    assert signal.getsignal(name) == before
+
+
+@pytest.mark.parametrize("call", [1, 3, 4, 6])
+def test_a_signal_during_the_evaluation(tmp_path, monkeypatch, call):
+    """Of the raw model or its EMA, in the first epoch or the last: the run stops, and goes on as if it had not."""
+    argv = [*RUN, "--model-ema-decay", "0.9", "--resume", "auto", "--output_dir"]
+    assert main.main([*argv, str(tmp_path / "whole")]) == 0
+    calls, evaluate = [], engine.evaluate
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(main, "evaluate", interrupted)
+    codes = [main.main([*argv, str(tmp_path / "stopped")]) for _ in range(2)]
+    assert codes == [75, 0] if call < 6 else codes == [0, 0]
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is never saved
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_run, tmp_path):
+    """The loss is finite, and a gradient is not."""
+    run = make_run()
+    Saver(run, tmp_path, Signals()).save()
+    good = checkpoint.load(str(tmp_path / "checkpoint.pth"))
+    handle = run.model.backbone.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    saver = Saver(run, tmp_path, Signals(), steps=1)
+    updater = Updater(run.optimizer, CPU)
+    with pytest.raises(
+        TrainingDiverged, match=r"head.weight is no longer finite after epoch 1, step 1: a gradient"
+    ):
+        train_one_epoch(
+            *(run.model, LabelLoss(), engine.Diversity([], 0), [random_batch()], updater, Mixup(0, 0)),
+            after_step=saver.after_step,
+        )
+    handle.remove()
+    kept = checkpoint.load(str(tmp_path / "checkpoint.pth"))
+    assert all(torch.equal(value, kept["model"][name]) for name, value in good["model"].items())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Resumes that cannot be exact
+
+
+def saved_in_the_middle(run: RunState, processes: int = 1) -> dict:
+    run.step = 3
+    state = run.state_dict()
+    state["processes"] = state["processes"] * processes
+    return state
+
+
+def test_another_number_of_processes(make_run, capsys):
+    state = saved_in_the_middle(make_run(), processes=2)
+    with pytest.raises(UserError, match=r"in the middle of an epoch by 2 processes, not 1: resume with as many"):
+        make_run().load_state_dict(state, "x.pth")
+    state["step"] = 0
+    run = make_run()
+    run.load_state_dict(state, "x.pth")
+    assert "note: x.pth is of 2 processes, not 1: other random draws" in capsys.readouterr().out
+    before = torch.get_rng_state()
+    run.restore_streams()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--batch-size", "8"), ("--grad-accum-steps", "2"), ("--seed", "1"), ("--no-repeated-aug", "")],
+)
+def test_flags_that_say_which_images_come_next(make_run, flag, value, capsys):
+    state = saved_in_the_middle(make_run())
+    with pytest.raises(UserError, match="was written in the middle of an epoch with --"):
+        make_run(*filter(None, (flag, value))).load_state_dict(state, "x.pth")
+    state["step"] = 0
+    make_run(*filter(None, (flag, value))).load_state_dict(state, "x.pth")
+    assert ("has no effect" in capsys.readouterr().out) == (flag == "--batch-size")
+
+
+def test_a_step_that_was_dropped_is_remembered(make_run):
+    run, other = make_run(), make_run()
+    run.finite.ask({"ce": torch.tensor(float("nan"))})
+    assert not run.finite.verdict(1)
+    run.step = 1
+    other.load_state_dict(run.state_dict(), "x.pth")
+    assert (other.finite.in_a_row, other.finite.dropped) == (1, 1)
+    other.finish_epoch({"loss": 1.0}, {"acc1": 1.0}, {})
+    assert (other.finite.in_a_row, other.finite.dropped) == (1, 0)
+
+
+def test_a_file_without_a_log_goes_on_with_the_folders(make_run, tmp_path):
+    """Checkpoints of DeiT and of earlier versions have none."""
+    run = make_run()
+    run.epoch = 1
+    state = run.state_dict()
+    del state["log"], state["processes"], state["step"]
+    lines = [json.dumps({"epoch": epoch}) for epoch in range(4)]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    other = make_run()
+    other.load_state_dict(state, "x.pth")
+    other.adopt_log(tmp_path / "log.txt")
+    assert other.log == lines[:2] and not (tmp_path / "log.old.txt").exists()
+    make_run().adopt_log(tmp_path / "log.txt")
+    assert (tmp_path / "log.old.txt").read_text().splitlines() == lines and not (tmp_path / "log.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_resume_auto_skips_a_damaged_file(tmp_path, capsys):
+    argv = [*RUN, "--resume", "auto", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    assert "no checkpoint in" in capsys.readouterr().out
+    whole = (tmp_path / "log.txt").read_text()
+    content = bytearray((tmp_path / "checkpoint.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint.pth").write_bytes(content)
+    (tmp_path / "checkpoint_best.pth").unlink()
+    assert main.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert f"warning: skipped: {tmp_path}/checkpoint.pth is" in shown
+    assert f"resumed {tmp_path}/checkpoint.1.pth: epoch 1 is done, best top-1" in shown
+    assert (tmp_path / "log.txt").read_text() == whole
+
+
+@pytest.fixture
+def images_with_faults(tmp_path) -> Path:
+    """300 training images, of which 3 are cut off, and 8 validation images."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 300), ("val", 8)):
+        for i in range(count):
+            path = tmp_path / "data" / split / str(i % 2) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    for name in ("0/004.png", "0/100.png", "1/201.png"):
+        path = tmp_path / "data" / "train" / name
+        path.write_bytes(path.read_bytes()[:300])
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_bad_images_are_counted_exactly_across_a_stop(images_with_faults, tmp_path, monkeypatch, workers, capfd):
+    argv = ["--data-path", str(images_with_faults), *VIT, "--batch-size", "32", "--epochs", "1", "--resume", "auto"]
+    argv += ["--no-repeated-aug", "--num_workers", workers, "--output_dir"]
+    assert main.main([*argv, str(tmp_path / "refused")]) == 2
+    error = capfd.readouterr().err
+    assert "cannot decode image" in error and "or give --skip-bad-images" in error
+    argv.insert(0, "--skip-bad-images")
+    assert main.main([*argv, str(tmp_path / "whole")]) == 0
+    wish = Saver.wish
+    monkeypatch.setattr(Saver, "wish", lambda self: Saver.STOP if self.run_state.step == 4 else wish(self))
+    assert main.main([*argv, str(tmp_path / "stopped")]) == 75
+    monkeypatch.undo()
+    assert main.main([*argv, str(tmp_path / "stopped")]) == 0
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))[: 300 // 32 * 32].tolist()
+    bad = {2, 50, 250}  # positions of the three files in the sorted folders
+    assert log_of(tmp_path / "whole")[0]["train_bad_images"] == len(bad & set(order))
+
+
+def test_deterministic_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        for name in ("one", "other"):
+            assert main.main([*RUN, "--epochs", "1", "--deterministic", "--output_dir", str(tmp_path / name)]) == 0
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal_runs(tmp_path / "one", tmp_path / "other")
+
+
+def test_nonfinite_flags_reach_the_loop(tmp_path, capsys):
+    broken = [*RUN, "--epochs", "1", "--lr", "1e30", "--opt", "sgd"]
+    assert main.main([*broken, "--nonfinite", "stop"]) == 1
+    assert "1 step(s) in a row up to step 2" in capsys.readouterr().err
+    assert main.main([*broken, "--nonfinite-patience", "4"]) == 1
+    shown = capsys.readouterr()
+    assert "4 step(s) in a row up to step 5" in shown.err
+    assert shown.out.count("is dropped, ce is not finite") == 3
+    finite = Finite()
+    assert (finite.policy, finite.patience) == ("skip", 10)
