@@ -155,6 +155,7 @@ def build_run(
             "set the environment variable TIMM_FUSED_ATTN=0"
         )
     run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixup)
+    run_state.samples_per_step = args.batch_size * args.grad_accum_steps
     run_state.finite = Finite(args.nonfinite, args.nonfinite_patience)
     if replaced is not None:
         run_state.replaced = replaced

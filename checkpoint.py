@@ -52,6 +52,7 @@ UNREADABLE = (
 )
 
 CHECKSUM = "checksum"
+HEADS = ("head.weight", "head_dist.weight")
 ADVICE = "Check --model, --input-size and --data-set; --finetune accepts another head and image size"
 
 _NAMES = re.compile(r"checkpoint(\.[1-9]\d*|_best)?\.pth")  # what `newest` looks at
@@ -414,7 +415,9 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
         problems = []
         if shapes:
             name = shapes[0]
-            problems.append(f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} in the model")
+            classes = " (classes, features)" if name in HEADS else ""
+            there, here = list(weights[name].shape), list(own[name].shape)
+            problems.append(f"{name} is {there}{classes} there and {here} in the model")
         if missing:
             problems.append(f"{len(missing)} parameters are missing, first {missing[0]}")
         if unknown:
@@ -434,7 +437,8 @@ def load_for_finetuning(model: nn.Module, weights: StateDict, path: str) -> list
         UserError: the weights are not this architecture's.
     """
     own, weights = model.state_dict(), dict(weights)
-    for name in [n for n in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias") if n in own]:
+    heads = [*HEADS, *(name.replace("weight", "bias") for name in HEADS)]
+    for name in [name for name in heads if name in own]:
         if name in weights and weights[name].shape != own[name].shape:
             del weights[name]
     position = weights.get("pos_embed")

@@ -123,11 +123,8 @@ def read_trained(
     if num_classes is not None:
         options["num_classes"] = num_classes
     backbone = build_model(name, **{"img_size": size, **options})
-    try:
-        checkpoint.load_weights(backbone, tensors, path)
-    except UserError as error:  # its advice is on flags of main.py
-        problem = str(error).partition(". Check --")[0]
-        raise UserError(f"{problem}. Check --model, --model-kwargs, --input-size and --num-classes") from error
+    advice = "Check --model, --model-kwargs, --input-size and --num-classes"
+    checkpoint.load_weights(backbone, tensors, path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model")

@@ -155,7 +155,7 @@ def run_training(
 
     def train_epoch(wrapped: nn.Module, updater: Updater, saver: Saver) -> dict[str, float]:
         epoch, done = run_state.epoch + 1, run_state.step
-        sampler.set_epoch(epoch, start=done * args.grad_accum_steps * args.batch_size)
+        sampler.set_epoch(epoch, start=run_state.samples)
         trained = train_one_epoch(
             wrapped,
             label_loss,
@@ -285,7 +285,10 @@ def make_output_dir(args: argparse.Namespace, run_state: RunState) -> Path:
     def make() -> None:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            checkpoint.check_space(output, (args.checkpoint_hist + 2) * run_state.nbytes())
+            more = max(
+                1, args.checkpoint_hist + 2 - len(checkpoint.files(output))
+            )  # the best, and one being written
+            checkpoint.check_space(output, more * run_state.nbytes())
             config.write_args(args, output / "args.yaml")
             run_state.adopt_log(output / "log.txt")
         except OSError as error:

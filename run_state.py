@@ -60,6 +60,7 @@ class RunState:
         max_acc: the best top-1 so far, the last epoch's included.
         meters, finite: the running epoch's means, and its steps that were not finite.
         log: the lines of log.txt.
+        samples_per_step: of this process.
         replaced: bool [samples of an epoch], those of this process that stand in for an image that cannot be read.
         resumed: whether this run continues another.
     """
@@ -77,6 +78,7 @@ class RunState:
     meters: Meters = field(default_factory=Meters)
     finite: Finite = field(default_factory=Finite)
     log: list[str] = field(default_factory=list)
+    samples_per_step: int = 0
     replaced: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     resumed: bool = False
     _streams: dict[str, Any] | None = None
@@ -113,7 +115,7 @@ class RunState:
     @property
     def samples(self) -> int:
         """Those of this process that the running epoch's steps took."""
-        return self.step * int(self.args["grad_accum_steps"]) * int(self.args["batch_size"])
+        return self.step * self.samples_per_step
 
     def count_bad_images(self) -> int:
         """How often all processes have replaced an image that cannot be read, in the running epoch."""
