@@ -1,0 +1,171 @@
+"""The time of a training step: diversity terms against plain, plain against timm's own step, and textbook forms.
+
+    python benchmarks/step.py                            # DeiT-S, batch 128, on whatever device is there
+    python benchmarks/step.py --device cpu --batch-size 8 --steps 1 --rounds 12
+    python benchmarks/step.py --quick                    # a small model: for the machinery, not the figures
+
+All variants train DeiT-S at 224 with the settings of configs/deit_small.yaml (Mixup, CutMix, EMA, AdamW) on random
+images that are already decoded:
+
+    timm        the step as timm's own training script makes it: timm's model, Mixup, loss, optimizer and EMA
+    plain       ours without diversity
+    five_terms  configs/deit_small_diverse.yaml
+    all_layers  patch.cosine@all + attn.cosine@all + weight.cno@all
+    textbook    the five terms as the equations stand: n x n matrices, loops over patches and over weight matrices
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from common import CLASSES, Batches, Recipe, get_args_parser, machine, ratio, spread, take_turns, timed, write
+from textbook import TEXTBOOK, TextbookLabelLoss
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+
+from engine import Precision
+from utils import pick_device, seed_everything
+
+ALL_LAYERS = ["patch.cosine@all=0.5", "attn.cosine@all=1e-4", "weight.cno@all=5e-4"]
+RATIOS = [
+    ("five_terms", "plain"),
+    ("plain", "timm"),
+    ("all_layers", "plain"),
+    ("textbook", "plain"),
+    ("textbook", "five_terms"),
+]
+
+
+class Timm:
+    """timm's own step, with the recipe's settings."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        args = recipe.args
+        seed_everything(args.seed)
+        self.precision = Precision(recipe.precision.device, args.amp_dtype)
+        options = {"num_classes": CLASSES, "drop_path_rate": args.drop_path, "img_size": args.input_size}
+        self.model = timm.create_model("deit_small_patch16_224", **options, **args.model_kwargs)
+        self.model.to(self.precision.device)
+        self.mixup = Mixup(
+            args.mixup,
+            args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=CLASSES,
+        )
+        self.criterion = SoftTargetCrossEntropy()
+        self.optimizer = create_optimizer_v2(
+            self.model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, eps=args.opt_eps
+        )
+        self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay)
+        if args.torchcompile:
+            self.model.compile(backend=args.torchcompile)
+
+    def train(self, batches: Batches) -> None:
+        self.model.train()
+        for images, targets in batches:
+            mixed, labels = self.mixup(images.clone(), targets)
+            with self.precision.autocast():
+                output = self.model(mixed)
+                loss = self.criterion(output, labels)
+            self.optimizer.zero_grad()
+            self.precision.scaler.scale(loss).backward()
+            self.precision.scaler.step(self.optimizer)
+            self.precision.scaler.update()
+            self.ema.update(self.model)
+        loss.item()
+
+
+def textbook(recipe: Recipe) -> Recipe:
+    """The same terms as the equations stand."""
+    for term in recipe.diversity.terms:
+        ours: Any = term.function
+        term.function = partial(TEXTBOOK[term.spec.measure], **ours.keywords)
+    recipe.label_loss = TextbookLabelLoss(recipe.label_loss.mixing)
+    return recipe
+
+
+def build_variants(flags: argparse.Namespace, device: torch.device) -> dict[str, Recipe | Timm]:
+    """All that were asked for, ready to train."""
+    argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype]
+    if flags.torchcompile:
+        argv.append("--torchcompile")
+    if flags.quick:
+        argv += ["--model-kwargs", "depth=3", "embed_dim=96", "num_heads=3"]
+    plain = "deit_small.yaml"
+    builders: dict[str, Callable[[], Recipe | Timm]] = {
+        "timm": lambda: Timm(Recipe(plain, device, argv)),
+        "plain": lambda: Recipe(plain, device, argv),
+        "five_terms": lambda: Recipe("deit_small_diverse.yaml", device, argv),
+        "all_layers": lambda: Recipe(plain, device, [*argv, *(f"--reg={spec}" for spec in ALL_LAYERS)]),
+        "textbook": lambda: textbook(Recipe("deit_small_diverse.yaml", device, argv)),
+    }
+    return {name: builders[name]() for name in flags.variants}
+
+
+def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Medians over the rounds of all variants, and the ratios of those that take turns."""
+    variants = build_variants(flags, device)
+    batches = Batches(flags.batch_size, flags.steps, 224, device)
+    rounds = {name: timed(variant.train, batches, device) for name, variant in variants.items()}
+    times = take_turns(rounds, flags.rounds)
+    pairs = [(above, below) for above, below in RATIOS if above in times and below in times]
+    for above, below in pairs:
+        print(f"{above} / {below}: {ratio(times, above, below):.3f}{spread(times, above, below)}")
+    return {
+        "dtype": next(iter(variants.values())).precision.name,
+        "batch_size": flags.batch_size,
+        "rounds": flags.rounds,
+        "steps": flags.steps,
+        "compiled": flags.torchcompile,
+        "seconds_per_step": {name: statistics.median(values) for name, values in times.items()},
+        "ratios": {name_of(above, below): ratio(times, above, below) for above, below in pairs},
+    }
+
+
+def name_of(above: str, below: str) -> str:
+    """The key of a ratio: five_terms_over_plain, ..., naive_over_ours."""
+    if (above, below) == ("textbook", "five_terms"):
+        return "naive_over_ours"
+    return f"{above}_over_{below}"
+
+
+def parse() -> argparse.Namespace:
+    parser = get_args_parser((__doc__ or "").split("\n")[0])
+    parser.add_argument("--batch-size", type=int, help="images per step; 128, or 4 with --quick")
+    parser.add_argument("--steps", type=int, help="steps in a round; 20, or 1 with --quick")
+    parser.add_argument("--rounds", type=int, help="rounds of each variant, after one to warm up; 5")
+    parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--torchcompile", action="store_true", help="compile all variants")
+    names = ["timm", "plain", "five_terms", "all_layers", "textbook"]
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, help="all by default")
+    flags = parser.parse_args()
+    flags.batch_size = flags.batch_size or (4 if flags.quick else 128)
+    flags.steps = flags.steps or (1 if flags.quick else 20)
+    flags.rounds = flags.rounds or 5
+    return flags
+
+
+def run() -> None:
+    flags = parse()
+    device = pick_device(flags.device)
+    what = "a small ViT" if flags.quick else "DeiT-S"
+    print(f"{what} at 224, batch {flags.batch_size}, {machine(device)}, {torch.get_num_threads()} threads")
+    results = measure(flags, device)
+    for name, value in results["seconds_per_step"].items():
+        print(f"{name:>12}: {1000 * value:8.1f} ms/step  {flags.batch_size / value:8.1f} images/s")
+    write(flags.json, device, results)
+
+
+if __name__ == "__main__":
+    run()
