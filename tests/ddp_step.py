@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import RECIPE, TINY, random_batch
 from timm.utils import ModelEmaV3
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import build
@@ -53,6 +54,30 @@ def check_ema(model: DiverseViT, ema: ModelEmaV3, before: dict[str, torch.Tensor
     assert not torch.equal(averaged, trained)
     model.eval(), ema.module.eval()
     assert evaluate(ema.module, [(images, random_batch()[1])], CPU)["loss"] > 0  # model.eval() between epochs
+
+
+def check_accumulation(model: DiverseViT, diversity: Diversity, rank: int) -> None:
+    """Two batches of each process make one step: the mean of all four, reduced once."""
+    batches = [(random_batch(seed=10 * part + rank)[0].double(), random_batch()[1]) for part in range(2)]
+    reduced = []
+
+    def count(state, bucket):
+        reduced.append(bucket.index())
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, count)
+    found = []
+    for network in (wrapped, copy.deepcopy(model)):
+        torch.manual_seed(rank)  # CNO's probes
+        updater = Updater(torch.optim.SGD(network.parameters(), lr=0.0), CPU, accumulate=2)
+        train_one_epoch(network, LabelLoss(0), diversity, batches, updater, Mixup(0, 0))
+        found.append({name: p.grad.clone() for name, p in unwrap(network).backbone.named_parameters()})
+    together, alone = found
+    for name, grad in alone.items():
+        dist.all_reduce(grad)
+        torch.testing.assert_close(together[name], grad / 2, rtol=1e-9, atol=1e-12, msg=name)
+    assert reduced and len(reduced) == len(set(reduced))  # every bucket once, not once a batch
 
 
 def check_faults(wrapped: torch.nn.Module, model: DiverseViT, diversity: Diversity, rank: int) -> None:
@@ -120,6 +145,7 @@ def main(args: argparse.Namespace) -> None:
     check_ema(model, ema, before)
     if not args.static_graph:  # a static graph cannot change its terms
         check_faults(wrapped, model, diversity, launch.rank)
+        check_accumulation(model, diversity, launch.rank)
     dist.destroy_process_group()
 
 
