@@ -134,7 +134,7 @@ def build_run(
     """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues.
 
     Args:
-        replaced: where the training data says which of its images are bad (SeededDataset.replaced).
+        replaced: which samples of the running epoch stand in for a bad image (SeededDataset.replaced).
     """
     ema = None
     if args.model_ema:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -81,7 +81,8 @@ def load_image(path: str) -> Image.Image:
         with open(path, "rb") as file:
             return _to_rgb(Image.open(file))
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot decode image {path}: {error}; repair or remove the file") from error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"cannot decode image {path}: {reason}; repair or remove the file") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -172,7 +172,8 @@ class RunState:
             self._streams = own["streams"]
             self.meters.load_state_dict(own["meters"])
             self.finite.load_state_dict(own["finite"])
-            self.replaced[own["replaced"]] = True
+            if len(self.replaced):  # --skip-bad-images is still on
+                self.replaced[own["replaced"]] = True
         elif self.step:
             raise UserError(
                 f"{path} was written in the middle of an epoch by {len(processes)} processes, not {world_size()}: "

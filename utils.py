@@ -123,16 +123,16 @@ def init_distributed(
             raise UserError("several processes, but no MASTER_ADDR: start with torchrun, or give --dist_url")
         os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_JOB_NODELIST"])
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
-    restart = _restart(launch)
+    restart, patience = _restart(launch), timedelta(seconds=timeout)
     try:
-        store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size))
+        store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=patience))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"restart{restart}", store),
             rank=launch.rank,
             world_size=launch.world_size,
             device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(seconds=timeout),
+            timeout=patience,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{launch.world_size} processes cannot meet at --dist_url {dist_url}: {error}") from error

@@ -850,13 +850,13 @@ def damaged_avif():
 
 
 UNREADABLE = {
-    "empty": (b"", "cannot identify image file"),
-    "text": (b"This is no image.\n", "cannot identify image file"),
-    "header only": (b"\x89PNG\r\n\x1a\n\0\0\0", "cannot identify|Truncated"),
+    "empty": (b"", "unknown format"),
+    "text": (b"This is no image.\n", "unknown format"),
+    "header only": (b"\x89PNG\r\n\x1a\n\0\0\0", "unknown format|Truncated"),
     "truncated": (jpeg()[:-400], "truncated"),
     "enormous": (png_claiming(60_000, 50_000), r"3000000000 pixels\) exceeds limit"),
     "fewer pixels than promised": (png_claiming(60, 50), "truncated"),
-    "damaged AVIF": (damaged_avif(), "Failed to decode|cannot identify"),
+    "damaged AVIF": (damaged_avif(), "Failed to decode|unknown format"),
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +46,7 @@ def test_slurm_rendezvous(nodelist, host, monkeypatch):
     monkeypatch.setattr(
         utils.dist, "init_process_group", lambda backend, **options: joined.update(options, b=backend)
     )
+    monkeypatch.setattr(utils.dist, "rendezvous", lambda url, *own, timeout: iter([(utils.dist.HashStore(), *own)]))
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
@@ -52,6 +56,26 @@ def test_slurm_rendezvous(nodelist, host, monkeypatch):
     assert joined["b"] == "gloo" and (joined["rank"], joined["world_size"]) == (1, 4)
     monkeypatch.delenv("MASTER_ADDR")
     monkeypatch.delenv("MASTER_PORT")
+
+
+def test_restarts_do_not_meet_in_a_used_store():
+    """torchrun keeps one store over its restarts, and counts them per machine."""
+    one, several = Launch(1, 4, 1), Launch(1, 8, 1)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert utils._restart(one, {}) == utils._restart(several, {**env, "TORCHELASTIC_MAX_RESTARTS": "0"}) == "0"
+    assert utils._restart(one, {**env, "TORCHELASTIC_RESTART_COUNT": "2"}) == "2"
+    with pytest.raises(UserError, match="on several machines works with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 only"):
+        utils._restart(several, env)
+    assert utils._restart(several, {**env, "TORCHELASTIC_USE_AGENT_STORE": "False"}) == "0"
+
+
+def test_nobody_else_comes():
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "2"}
+    code = "import torch, utils; utils.init_distributed(utils.find_launch(), torch.device('cpu'), timeout=1.0)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "UserError: 2 processes cannot meet at --dist_url env://" in run.stderr
 
 
 def test_no_rendezvous(monkeypatch):
