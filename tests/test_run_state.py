@@ -215,6 +215,18 @@ def test_a_step_that_was_dropped_is_remembered(make_run):
     assert (other.finite.in_a_row, other.finite.dropped) == (1, 0)
 
 
+def test_replaced_images_are_remembered_while_the_flag_is_on(make_run):
+    run, skipping, strict = make_run(), make_run("--skip-bad-images"), make_run()
+    run.replaced = torch.tensor([False, True, False, True])
+    skipping.replaced = torch.zeros(4, dtype=torch.bool)
+    run.step, run.samples_per_step = 1, 3  # the last sample was read ahead
+    state = run.state_dict()
+    skipping.load_state_dict(state, "x.pth")
+    assert skipping.replaced.tolist() == [False, True, False, False]
+    strict.load_state_dict(state, "x.pth")
+    assert len(strict.replaced) == 0
+
+
 def test_a_file_without_a_log_goes_on_with_the_folders(make_run, tmp_path):
     """Checkpoints of DeiT and of earlier versions have none."""
     run = make_run()
