@@ -11,6 +11,7 @@ the middle of an epoch changes a batch, and the process's global random state is
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import re
 import signal
@@ -19,6 +20,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -78,7 +80,7 @@ def load_image(path: str) -> Image.Image:
     try:
         with open(path, "rb") as file:
             return _to_rgb(Image.open(file))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot decode image {path}: {error}; repair or remove the file") from error
 
 
@@ -157,9 +159,9 @@ def _image_folder(root: Path, is_train: bool, transform: Transform) -> tuple[Ima
         )
     empty = sorted(set(range(len(dataset.classes))) - set(dataset.targets))
     if empty:
-        others = f", like {len(empty) - 1} others," if len(empty) > 1 else ""
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise UserError(
-            f"class folder {folder / dataset.classes[empty[0]]}{others} holds no images "
+            f"class folder {folder / dataset.classes[empty[0]]}{more} holds no images "
             f"({', '.join(IMG_EXTENSIONS)}); add some, or remove the folder from {train.name}/ and {val.name}/"
         )
     return dataset, len(dataset.classes)
@@ -444,7 +446,8 @@ def name_dead_workers() -> Iterator[None]:
 
     It belongs around everything that runs while loaders do: torch learns of the death from a signal, and raises
     wherever the process happens to be, not only in the loader. A worker that dies while it hands over a batch
-    breaks a connection first; then the signal is awaited.
+    breaks a connection first; then the signal is awaited. Where the signal comes while the loader waits, torch says
+    only that a worker exited, and the reason stands in the error's cause.
     """
     try:
         try:
@@ -453,11 +456,12 @@ def name_dead_workers() -> Iterator[None]:
             time.sleep(SIGNAL_SECONDS)  # where torch's handler of the signal raises
             raise
     except RuntimeError as error:
-        cause = re.match(r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)", str(error))
-        if cause is None:
+        report = r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)"
+        death = re.match(report, str(error.__cause__)) or re.match(report, str(error))
+        if death is None:
             raise
         raise WorkerDied(
-            f"a data loading worker died: {cause[1]}. Often memory or /dev/shm is full (look at dmesg, "
+            f"a data loading worker died: {death[1]}. Often memory or /dev/shm is full (look at dmesg, "
             "df -h /dev/shm): give fewer --num_workers, a smaller --batch-size or more memory"
         ) from error
 
@@ -469,17 +473,18 @@ def build_train_loader(args: Namespace, dataset: MapDataset, world_size: int, ra
     SeededDataset: `loader.dataset.replaced`.
 
     Raises:
-        UserError: the set is too small for `--batch-size` or for repeated augmentation.
+        UserError: the set is too small for one step, or for repeated augmentation.
     """
     order: RASampler | DistributedSampler[Any]
     if args.repeated_aug:
         order = RASampler(dataset, world_size, rank, seed=args.seed)
     else:
         order = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
-    if len(order) < args.batch_size:
+    if len(order) < args.batch_size * args.grad_accum_steps:
+        times = f" times --grad-accum-steps {args.grad_accum_steps}" if args.grad_accum_steps > 1 else ""
         raise UserError(
             f"each process sees {len(order)} training images per epoch, fewer than one batch of "
-            f"{args.batch_size}; give a smaller --batch-size"
+            f"{args.batch_size}{times}; give a smaller --batch-size"
         )
     second_half = None
     if args.resplit:
@@ -503,17 +508,47 @@ def build_eval_loader(args: Namespace, dataset: MapDataset, world_size: int, ran
     return _loader(args, dataset, rank, batch_size=int(1.5 * args.batch_size), sampler=shard)
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore what stops a run: sent to a whole process group, it would end the workers before the last step."""
-    for name in Signals.NAMES:
-        signal.signal(name, signal.SIG_IGN)
+class SteadyLoader(DataLoader[Any]):
+    """A DataLoader whose workers do not hear SIGTERM and SIGUSR1, which ask a run to stop.
+
+    Such a signal often reaches all processes of a run, and the main one needs its workers until the last step is
+    saved. They start with the signals blocked, and keep that.
+
+    What else ends a worker by SIGTERM has to kill it: torch, if it does not end by itself, and multiprocessing at
+    the end of this process, which would wait for ever. There `end_workers` comes first.
+    """
+
+    def __init__(self, dataset: MapDataset, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        Finalize(None, end_workers, exitpriority=0)
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NAMES)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in _daemons():
+            process.terminate = process.kill  # type: ignore[method-assign]
+        return batches
 
 
-def _loader(args: Namespace, dataset: MapDataset, rank: int, **options: Any) -> DataLoader[Any]:
+def end_workers() -> None:
+    """Kill the workers of passes that the end of this process leaves unfinished."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report their deaths
+    for process in _daemons():
+        process.kill()
+
+
+def _daemons() -> list[multiprocessing.process.BaseProcess]:
+    """The processes that end with this one: all loaders' workers."""
+    return [process for process in multiprocessing.active_children() if process.daemon]
+
+
+def _loader(args: Namespace, dataset: MapDataset, rank: int, **options: Any) -> SteadyLoader:
     """A loader with a generator of its own, without which each pass would draw from the global one."""
-    return DataLoader(
+    return SteadyLoader(
         dataset,
-        worker_init_fn=leave_signals_to_the_parent,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(args.seed + rank),

@@ -8,14 +8,17 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zlib
 from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,8 +45,9 @@ from datasets import (
     posterize,
 )
 from samplers import Draw
-from utils import UserError
+from utils import Signals, UserError
 
+ROOT = Path(__file__).parents[1]
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -64,6 +68,7 @@ def make_args(**changes):
         "resplit": False,
         "repeated_aug": True,
         "batch_size": 8,
+        "grad_accum_steps": 1,
         "num_workers": 0,
         "pin_mem": True,
         "dist_eval": False,
@@ -162,7 +167,7 @@ def test_folders_without_images(image_folder, tmp_path):
         (image_folder / split / "ant").mkdir()
     with pytest.raises(UserError, match=r"class folder .*/val/ant holds no images"):
         build_dataset(False, imnet(image_folder))
-    with pytest.raises(UserError, match=r"class folder .*/train/ant, like 1 others, holds no images"):
+    with pytest.raises(UserError, match=r"class folder .*/train/ant \(and 1 more\) holds no images"):
         build_dataset(True, imnet(image_folder))
     (tmp_path / "empty" / "val").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot use .*/val: Couldn't find any class folder"):
@@ -670,9 +675,15 @@ def test_pinned_memory_only_with_cuda(monkeypatch):
             {"repeated_aug": False, "batch_size": 31},
             60,
             5,
-            r"each process sees 30 training images .* of 31; give a",
+            r"each process sees 30 training images .* one batch of 31; give a smaller --batch-size$",
         ),
         ({"batch_size": 129}, 300, 5, "each process sees 128 training images"),
+        (
+            {"batch_size": 43, "grad_accum_steps": 3},
+            300,
+            5,
+            r"128 training .* one batch of 43 times --grad-accum-steps 3; give a smaller --batch-size$",
+        ),
         ({"repeated_aug": False}, 0, 5, "each process sees 0 training images"),
         ({}, 256, 0, "validation set has no images"),
     ],
@@ -828,6 +839,16 @@ def png_claiming(width, height):
     )
 
 
+def damaged_avif():
+    """An AVIF that does not say where its pixels are."""
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        return b"\0\0\0 ftypavif"  # a Pillow that cannot identify the whole one either
+    file = io.BytesIO()
+    photo().save(file, "AVIF")
+    return file.getvalue().replace(b"iloc", b"none")
+
+
 UNREADABLE = {
     "empty": (b"", "cannot identify image file"),
     "text": (b"This is no image.\n", "cannot identify image file"),
@@ -835,6 +856,7 @@ UNREADABLE = {
     "truncated": (jpeg()[:-400], "truncated"),
     "enormous": (png_claiming(60_000, 50_000), r"3000000000 pixels\) exceeds limit"),
     "fewer pixels than promised": (png_claiming(60, 50), "truncated"),
+    "damaged AVIF": (damaged_avif(), "Failed to decode|cannot identify"),
 }
 
 
@@ -846,6 +868,26 @@ def test_files_that_cannot_be_decoded(tmp_path, content, reason):
         ImageError, match=rf"^cannot decode image {path}: .*({reason}).*; repair or remove the file$"
     ):
         load_image(str(path))
+
+
+@pytest.mark.parametrize(
+    ("limit", "outcome"),
+    [
+        (
+            999,
+            pytest.raises(ImageError, match=r"a.png: .*2000 pixels\) exceeds limit of 1998 .*decompression bomb"),
+        ),
+        (1000, pytest.warns(Image.DecompressionBombWarning, match="exceeds limit of 1000")),  # Pillow's own
+        (2000, nullcontext()),
+    ],
+    ids=str,
+)
+def test_enormous_images(tmp_path, monkeypatch, limit, outcome):
+    """Up to Pillow's limit images are read, up to twice of it as well, with Pillow's warning."""
+    photo().save(tmp_path / "a.png")  # 50 x 40
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with outcome:
+        assert load_image(str(tmp_path / "a.png")).size == (50, 40)
 
 
 def test_missing_file(tmp_path):
@@ -905,12 +947,15 @@ def test_files_are_read_by_content_not_name(tmp_path):
 # --skip-bad-images
 
 
+BAD = (0, 100, 299)
+
+
 @pytest.fixture
 def damaged_folder(tmp_path):
-    """300 training images of one class, of which numbers 0, 100 and 299, the last, are no images."""
+    """300 training images of one class, of which the BAD, the first and the last among them, are no images."""
     for number in range(300):
         save_photo(tmp_path / "train" / "a" / f"{number:03}.bmp", seed=number, width=8, height=8)
-    for number in (0, 100, 299):
+    for number in BAD:
         (tmp_path / "train" / "a" / f"{number:03}.bmp").write_bytes(b"damaged")
     return tmp_path
 
@@ -933,17 +978,27 @@ def skipping(root, monkeypatch, **changes):
     return args, build_dataset(True, args)[0]
 
 
+def positions_of_bad_images(loader, epoch, start=0):
+    """Where the epoch asks for images that cannot be read; the next pass begins at `start`."""
+    loader.sampler.set_epoch(epoch, start)
+    positions = [draw.position for draw in loader.sampler if draw.image in BAD]
+    loader.sampler.set_epoch(epoch, start)
+    return positions
+
+
+@pytest.mark.parametrize("start", [0, 150])
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_bad_images_are_replaced_by_the_next(damaged_folder, monkeypatch, capfd, num_workers):
+def test_bad_images_are_replaced_by_the_next(damaged_folder, monkeypatch, capfd, num_workers, start):
     args, train_set = skipping(damaged_folder, monkeypatch, num_workers=num_workers)
     loader = build_train_loader(args, train_set, 1, 0)
-    order = [draw.image for draw in loader.sampler]
+    order = [draw.image for draw in loader.sampler][start:]
+    bad = positions_of_bad_images(loader, 0, start)
+    assert len(bad) == (3 if start == 0 else 2)
     next_readable = {0: 1, 100: 101, 299: 1}  # after 299 comes 0, which is bad as well
     assert indices_of(loader, damaged_folder) == [next_readable.get(index, index) for index in order]
-    assert loader.dataset.take_bad_images() == 3
-    assert loader.dataset.take_bad_images() == 0
+    assert loader.dataset.replaced.nonzero()[:, 0].tolist() == bad
     list(loader)
-    assert loader.dataset.bad_images.sum() == 3
+    assert loader.dataset.replaced.shape == (300,) and loader.dataset.replaced.sum() == 3
     lines = capfd.readouterr().err.splitlines()
     # two workers may meet 0 at the same moment, on its own and after 299
     assert sorted({line.split()[4].split("/")[-1] for line in lines}) == ["000.bmp:", "100.bmp:", "299.bmp:"]
@@ -954,13 +1009,33 @@ def test_bad_images_are_replaced_by_the_next(damaged_folder, monkeypatch, capfd,
 def test_all_copies_of_a_bad_image_are_replaced_and_counted(damaged_folder, monkeypatch):
     args, train_set = skipping(damaged_folder, monkeypatch, repeated_aug=True, num_workers=2, batch_size=2)
     loader = build_train_loader(args, train_set, 1, 0)
-    bad = 0
+    seen = []
     for epoch in range(3):
-        loader.sampler.set_epoch(epoch)
-        bad += sum(draw.image in (0, 100, 299) for draw in loader.sampler)
+        loader.dataset.replaced.zero_()
+        bad = positions_of_bad_images(loader, epoch)
         list(loader)
-    assert bad >= 3
-    assert loader.dataset.take_bad_images() == bad
+        assert loader.dataset.replaced.nonzero()[:, 0].tolist() == bad
+        seen += bad
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("repeated_aug", [True, False])
+def test_replaced_images_are_augmented_alike_by_any_worker_and_from_any_start(damaged_folder, repeated_aug):
+    changes = {"data_set": "IMNET", "data_path": damaged_folder, "input_size": 24, "reprob": 0.5, "batch_size": 16}
+    args = make_args(**changes, skip_bad_images=True, repeated_aug=repeated_aug)
+    train_set, _ = build_dataset(True, args)
+    loader = build_train_loader(args, train_set, 1, 0)
+    bad = positions_of_bad_images(loader, 3)
+    assert bad[0] < 6 * 16 < bad[-1] < len(loader) * 16
+    whole = list(loader)
+    for num_workers in (0, 2):
+        args.num_workers = num_workers
+        assert_same_batches(epoch_of(args, train_set, epoch=3), whole)
+        assert_same_batches(epoch_of(args, train_set, epoch=3, start=6 * 16), whole[6:])
+
+
+def test_nothing_is_replaced_without_the_flag():
+    assert build_train_loader(make_args(), Numbered(256), 1, 0).dataset.replaced.shape == (0,)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -1018,16 +1093,16 @@ def exit_at_once():
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05], ids=["in the loader", "anywhere"])
-@pytest.mark.parametrize(
-    ("death", "reason"), [(kill_itself, "is killed by signal: Killed"), (exit_at_once, "exited unexpectedly")]
-)
-def test_dead_workers_are_named(death, reason, pause):
+@pytest.mark.parametrize("death", [kill_itself, exit_at_once])
+def test_dead_workers_are_named(death, pause):
     loader = build_train_loader(make_args(num_workers=2, repeated_aug=False), Deadly(256, death), 1, 0)
     with pytest.raises(WorkerDied) as caught, name_dead_workers():
         for _ in loader:
             time.sleep(pause)
     message = str(caught.value)
-    assert message.startswith(f"a data loading worker died: {reason}") and "\n" not in message
+    # torch's loader may find the worker gone before the signal is handled, and then knows no reason
+    reason = "(is killed by signal: Killed|exited unexpectedly)"
+    assert re.match(rf"a data loading worker died: {reason}[^\n]*$", message)
     assert "fewer --num_workers" in message and "/dev/shm" in message
     assert isinstance(caught.value, utils.LocalError)
 
@@ -1042,6 +1117,13 @@ def test_other_errors_pass(monkeypatch, error):
     assert caught.value is error
 
 
+def test_the_reason_may_be_the_cause_of_the_error():
+    """The signal came while the loader waited."""
+    first = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(WorkerDied, match=r"died: is killed by signal: Killed\. Often"), name_dead_workers():
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from first
+
+
 def test_a_connection_that_breaks_before_the_death_is_known():
     def torch_reports(signum, frame):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -1053,3 +1135,77 @@ def test_a_connection_that_breaks_before_the_death_is_known():
             raise ConnectionResetError(104, "Connection reset by peer")
     finally:
         signal.signal(signal.SIGALRM, previous)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals that ask the run to stop
+
+
+class Blocked(Numbered):
+    """The label says whether this process blocks the signals."""
+
+    def __getitem__(self, index):
+        return torch.ones(3, 8, 8), set(Signals.NAMES) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_only_workers_block_the_signals():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert not before & set(Signals.NAMES)
+    for num_workers in (0, 2):
+        for loader in build_loaders(make_args(num_workers=num_workers), Blocked(256), Blocked(24), 1, 0):
+            assert set(labels_of(loader)) == {num_workers > 0}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+SIGNALLED = """
+import os
+import signal
+import sys
+import threading
+from multiprocessing import resource_tracker
+
+
+def signal_the_group():
+    while not done.wait(0.01):
+        os.killpg(0, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    from datasets import SteadyLoader
+    from utils import Signals
+
+    resource_tracker.ensure_running()  # some Pythons unblock SIGTERM when they start it
+    loader = SteadyLoader(range(100), batch_size=10, num_workers=2, multiprocessing_context=sys.argv[1])
+    done = threading.Event()
+    with Signals() as signals:
+        thread = threading.Thread(target=signal_the_group)
+        thread.start()
+        print(sum(len(batch) for batch in loader), "samples, signalled:", signals.received)
+        done.set()
+        thread.join()
+    unfinished = iter(loader)
+    next(unfinished)
+    raise KeyError("a mistake")
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_outlast_signals_to_their_group_but_not_their_parent(tmp_path, method):
+    """Signals come from the workers' start to their end; then the process ends in the middle of a pass."""
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    run = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), method],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = run.communicate(timeout=120)  # until all processes that hold the pipes have ended
+    finally:
+        run.kill()
+    assert output == "100 samples, signalled: True\n", errors
+    assert run.returncode == 1 and errors.splitlines()[-1] == "KeyError: 'a mistake'"
+    assert errors.count("Traceback") == 1
