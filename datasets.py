@@ -340,7 +340,7 @@ def _scan_tar(path: Path) -> tuple[list[Sample], list[str]]:
         reader = create_dataset("", root=str(path), cache_tarinfo=_may_cache(path.parent)).reader
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise UserError(f"cannot read {path}: {error}; it must hold one folder of images per class") from error
-    classes = sorted(reader.class_name_to_idx)  # as of folders; timm counts class10 after class2
+    classes = sorted(reader.class_name_to_idx)  # folders' order, also below; timm has class10 after class2
     if "" in classes:
         raise UserError(f"{path} holds images that are in no folder; it must hold one folder of images per class")
     labels = {reader.class_name_to_idx[name]: label for label, name in enumerate(classes)}
@@ -349,7 +349,7 @@ def _scan_tar(path: Path) -> tuple[list[Sample], list[str]]:
         offset = member.offset_data + (inner.offset_data if inner is not None else 0)
         name = f"{inner.name}/{member.name}" if inner is not None else member.name
         samples.append((Stored(str(path), offset, member.size, name), labels[int(target)]))
-    return samples, classes
+    return sorted(samples, key=lambda sample: (sample[1], sample[0].name)), classes
 
 
 def _may_cache(folder: Path) -> bool | None:

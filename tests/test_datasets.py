@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
+import re
+import shutil
 import struct
+import subprocess
 import sys
+import tarfile
 import zlib
 from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +24,15 @@ import torch
 from pictures import imnet, make_args, no_augmentation, photo, save_photo, to_pixels, to_tensor
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data import create_dataset
 from torchvision.datasets import CIFAR100
 
+import datasets
 from datasets import ImageError, build_dataset, load_image
 from loaders import build_eval_loader
 from utils import UserError
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -262,6 +272,287 @@ def test_data_path_is_needed(name, tmp_path):
         build_dataset(True, make_args(data_set=name))
     with pytest.raises(UserError, match=r"--data-path .*nowhere is not a folder"):
         build_dataset(True, make_args(data_set=name, data_path=tmp_path / "nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tar files
+
+
+def tarred(folder, nested):
+    """A folder of class folders as a tar file beside it; or as a tar file of one tar file per class."""
+    path = folder.with_suffix(".tar")
+    with tarfile.open(path, "w") as tar:
+        for label in sorted(folder.iterdir()):
+            if not nested:
+                tar.add(label, label.name)
+                continue
+            with tarfile.open(folder.parent / f"{label.name}.tar", "w") as inner:
+                for image in label.iterdir():
+                    inner.add(image, image.name)
+            tar.add(folder.parent / f"{label.name}.tar", f"{label.name}.tar")
+    return path
+
+
+@pytest.fixture(params=[False, True], ids=["folders", "tar files of classes"])
+def tars(request, tmp_path):
+    """Three classes, which timm counts in another order than folders are counted."""
+    for split, count in (("train", 3), ("val", 2)):
+        for label, name in enumerate(["class10", "class2", "dog"]):
+            for number in range(count):
+                save_photo(
+                    tmp_path / split / name / f"{name}_{number}.png",
+                    seed=10 * label + number + 5 * (split == "val"),
+                )
+        tarred(tmp_path / split, request.param)
+    return tmp_path
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_tar_files_are_as_folders(tars, is_train):
+    args = no_augmentation(data_set="tar", data_path=str(tars))
+    found, classes = build_dataset(is_train, args)
+    expected, _ = build_dataset(is_train, imnet(tars))
+    assert classes == 3 and len(found) == len(expected) == (9 if is_train else 6)
+
+    for index in range(len(expected)):
+        (image, label), (expected_image, expected_label) = found.decode(index), expected.decode(index)
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected_image))
+        assert label == expected_label
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_tar_files_are_read_by_workers(tars, num_workers):
+    args = no_augmentation(data_set="tar", data_path=str(tars), num_workers=num_workers, batch_size=2)
+    val, _ = build_dataset(False, args)
+    val.decode(0)  # what this process has opened must not matter to its workers
+    images = torch.cat([images for images, _ in build_eval_loader(args, val, 1, 0, CPU)])
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(to_pixels(image), val[index][0].permute(1, 2, 0).numpy())
+    assert len(pickle.loads(pickle.dumps(val))) == 6
+
+
+def test_damaged_image_in_a_tar_file_is_named(tars):
+    args = no_augmentation(data_set="tar", data_path=str(tars))
+    val, _ = build_dataset(False, args)
+    with open(tars / "val.tar", "r+b") as file:
+        file.seek(val.samples[0][0].offset)
+        file.write(bytes(100))
+    with pytest.raises(ImageError, match=r"^cannot decode image .*/val\.tar:.*class10_0\.png: cannot identify"):
+        val.decode(0)
+
+
+def test_tar_files_that_cannot_be_used(tars, tmp_path):
+    args = no_augmentation(data_set="tar", data_path=str(tars))
+
+    def refused(content, message):
+        """`content` writes val.tar; a path of its own, since an index is kept."""
+        args.data_path = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+        shutil.copytree(tars / "train", f"{args.data_path}/train")
+        tarred(Path(args.data_path, "train"), False)
+        content(Path(args.data_path))
+        for is_train in (False, True):
+            with pytest.raises(UserError, match=message) as caught:
+                build_dataset(is_train, args)
+            assert "\n" not in str(caught.value)
+
+    def flat(root):
+        with tarfile.open(root / "val.tar", "w") as tar:
+            tar.add(tars / "val" / "dog" / "dog_0.png", "dog_0.png")
+
+    refused(lambda root: (root / "val.tar").write_bytes(b"no tar file"), "cannot read .*/val.tar: ")
+    refused(
+        lambda root: tarfile.open(root / "val.tar", "w").close(), "cannot read .*/val.tar: .*one folder of images"
+    )
+    refused(flat, "val.tar holds images that are in no folder")
+    args.data_path = str(tars)
+    (tars / "train.tar").unlink()
+    with pytest.raises(UserError, match=r"no file .*/train.tar; --data-path must hold train.tar and val.tar"):
+        build_dataset(True, args)
+
+
+def test_tar_files_with_different_classes(tars):
+    shutil.rmtree(tars / "val" / "dog")
+    args = no_augmentation(data_set="tar", data_path=str(tars))
+    tarred(tars / "val", False)
+    with pytest.raises(
+        UserError, match=r"train.tar and .*val.tar must hold the same class folders, .* example 'dog'"
+    ):
+        build_dataset(True, args)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_index_of_large_tar_files_is_kept_where_it_can_be(tars, monkeypatch, writable):
+    asked = []
+    monkeypatch.setattr(
+        datasets, "create_dataset", lambda *of, **how: asked.append(how) or create_dataset(*of, **how)
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    build_dataset(False, no_augmentation(data_set="tar", data_path=str(tars)))
+    assert [how["cache_tarinfo"] for how in asked] == [None if writable else False]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hugging Face data sets, and streams
+
+FAKE = '''
+"""Stands for Hugging Face's package: reads folders of images, and imports a part of itself with every row."""
+import pathlib
+from types import SimpleNamespace
+
+
+class Image:
+    def __init__(self, decode):
+        assert not decode
+
+
+class Table:
+    def __init__(self, folder):
+        labels = sorted(each.name for each in folder.iterdir())
+        self.files = [(file, labels.index(file.parent.name)) for file in sorted(folder.glob("*/*"))]
+        self.info = SimpleNamespace(features={"label": SimpleNamespace(names=labels)}, splits=None)
+
+    def cast_column(self, name, feature):
+        assert name == "image" and isinstance(feature, Image)
+        return self
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        if key == "label":
+            return [label for _, label in self.files]
+        from datasets.part import load
+        file, label = self.files[key]
+        return {"image": {"path": str(file), "bytes": load(file)}, "label": label}
+
+
+def load_dataset(name, split, cache_dir):
+    folder = pathlib.Path(name, split)
+    if not folder.is_dir():
+        raise ValueError(f'Unknown split "{split}". Should be one of [].')
+    return Table(folder)
+'''
+
+READ = """
+import sys
+
+import datasets
+from pictures import no_augmentation
+from loaders import SteadyLoader, build_eval_loader, collate
+
+args = no_augmentation(data_set="hfds/" + sys.argv[1], num_workers=2)
+if __name__ == "__main__":
+    images, classes = datasets.build_dataset(False, args)
+    assert sys.modules["datasets"] is datasets and images.decode(0)[0].mode == "RGB"
+    for method in ("fork", "spawn"):
+        batches = list(SteadyLoader(images, num_workers=2, collate_fn=collate, multiprocessing_context=method))
+        labels, sums = zip(*((batch.labels.item(), batch.images.sum().item()) for batch in batches))
+        print(classes, *labels, sum(sums))
+    assert sys.modules["datasets"] is datasets
+"""
+
+
+def has_hugging_face():
+    return bool(list(metadata.distributions(name="datasets")))
+
+
+@pytest.fixture(params=["stand-in", "package"])
+def hub(request, tmp_path):
+    """A folder whose name has capitals, and an environment in which it is a Hugging Face data set."""
+    if request.param == "package" and not has_hugging_face():
+        pytest.skip("needs Hugging Face's package: pip install datasets")
+    folder = tmp_path / "Org" / "Name"
+    for split, count in (("train", 20), ("test", 3)):
+        for label, name in enumerate(["cat", "dog"]):
+            for number in range(count):
+                save_photo(folder / split / name / f"{number}.png", seed=100 * label + number)
+    (tmp_path / "package" / "datasets").mkdir(parents=True)
+    (tmp_path / "package" / "datasets" / "__init__.py").write_text(FAKE)
+    (tmp_path / "package" / "datasets" / "part.py").write_text("def load(path): return path.read_bytes()")
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    if request.param == "stand-in":
+        paths.insert(2, str(tmp_path / "package"))
+    env = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return folder, os.environ | env
+
+
+def test_hugging_face_sets_are_read_in_this_process_and_by_workers(hub, tmp_path):
+    """The package has the name of datasets.py; both are found where they should be."""
+    folder, env = hub
+    (tmp_path / "script.py").write_text(READ)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(folder)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    expected = [
+        to_tensor(photo(seed).resize((16, 16), Image.Resampling.BICUBIC)) for seed in (0, 1, 2, 100, 101, 102)
+    ]
+    line = " ".join(map(str, [2, 0, 0, 0, 1, 1, 1, sum(int(image.sum()) for image in expected)]))
+    assert run.stdout.splitlines()[-2:] == [line] * 2
+
+
+def test_a_run_on_a_hugging_face_set(hub, tmp_path):
+    """main.py from the project's folder, where `import datasets` would find its own."""
+    folder, env = hub
+    argv = [
+        "--data-set",
+        f"hfds/{folder}",
+        "--model",
+        "deit_tiny_patch16_224",
+        "--input-size",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    argv += ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=1", "num_heads=2", "--batch-size", "8"]
+    argv += ["--epochs", "1", "--num_workers", "1", "--no-repeated-aug", "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-W", "ignore", "main.py", *argv]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "40 training images" in run.stdout and "on the 6 test images" in run.stdout
+
+
+def test_hugging_face_sets_that_cannot_be_used(hub, tmp_path):
+    folder, env = hub
+    (tmp_path / "script.py").write_text(
+        "import sys\nfrom pictures import make_args\nfrom datasets import build_dataset\n"
+        "build_dataset(sys.argv[2] == 'train', make_args(data_set='hfds/' + sys.argv[1]))"
+    )
+    (folder / "test").rename(folder / "other")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for name, half, message in (
+        (folder, "test", "cannot read --data-set hfds/.*Name: "),
+        (tmp_path / "empty", "train", "--data-set hfds/.*empty"),
+    ):
+        command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(name), half]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert re.match(f"utils.UserError: .*{message}", run.stderr.splitlines()[-1]), run.stderr[-3000:]
+
+
+@pytest.mark.skipif(has_hugging_face(), reason="Hugging Face's package is installed")
+def test_hugging_face_sets_without_the_package():
+    with pytest.raises(
+        UserError, match=r"^--data-set hfds/a/B needs Hugging Face's package: pip install datasets$"
+    ):
+        build_dataset(True, make_args(data_set="hfds/a/B"))
+    assert sys.modules["datasets"] is datasets
+
+
+@pytest.mark.parametrize("name", ["wds/shards", "tfds/mnist", "hfids/a/B"])
+def test_streams_are_refused(name):
+    with pytest.raises(
+        UserError, match=rf"^--data-set {name} is a stream, and its images have no positions, which rep"
+    ):
+        build_dataset(True, make_args(data_set=name))
+
+
+def test_unknown_prefix():
+    with pytest.raises(UserError, match=r"--data-set hfd/a is not one of CIFAR, .*, tar, hfds/NAME"):
+        build_dataset(True, make_args(data_set="hfd/a"))
 
 
 # ------------------------------------------------------------------------------------------------------------

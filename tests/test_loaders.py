@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,17 @@ import pytest
 import torch
 from pictures import imnet, make_args, save_photo, to_pixels
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import get_worker_info
+from torchvision import transforms
 
 import datasets
 import loaders
 import utils
 from datasets import ImageError, build_dataset
 from loaders import (
+    DeviceLoader,
     SeededDataset,
     WorkerDied,
     build_eval_loader,
@@ -34,9 +39,10 @@ from loaders import (
     erase,
     name_dead_workers,
     normalise,
+    seed_generators,
 )
 from samplers import Draw
-from transforms import build_transform
+from transforms import Box, build_transform
 from utils import Signals, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -282,8 +288,7 @@ def epoch_of(args, train_set, epoch=1, start=0, world_size=1, rank=0, batches=No
     """Batches of one pass of a loader made anew."""
     loader = build_train_loader(args, train_set, world_size, rank, CPU)
     loader.loader.sampler.set_epoch(epoch, start)
-    iterator = iter(loader)
-    return [batch for batch, _ in zip(iterator, range(batches or len(loader)), strict=False)]
+    return list(islice(loader, batches))
 
 
 def first_digits(args, count=300):
@@ -361,6 +366,307 @@ def test_copies_of_an_image_in_one_process_are_augmented_differently(digits):
 def test_seeding_leaves_accelerators_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' streams were seeded"))
     SeededDataset(LabelledDraws(2))[Draw(1, 0, (0, 0, 0))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The reference's pipeline, pixel for pixel
+
+
+def reference_transform(args):
+    """timm's transform as DeiT uses it: normalised and erased, image by image; `--resplit` is not in it."""
+    whole = create_transform(
+        args.input_size,
+        is_training=True,
+        hflip=0.0 if args.data_set == "DIGITS" else 0.5,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    if args.input_size <= 32:
+        to_size = transforms.Resize((args.input_size, args.input_size), transforms.InterpolationMode.BICUBIC)
+        whole.transforms[:1] = [to_size, transforms.RandomCrop(args.input_size, padding=4)]
+    return whole
+
+
+def reference_sample(image, transform, draw):
+    """(bytes [3, S, S] before normalising, float32 [3, S, S] at the end), decoded for this sample alone."""
+    to_float = next(i for i, step in enumerate(transform.transforms) if "ToTensor" in type(step).__name__)
+    for steps in (transform.transforms[:to_float], transform.transforms):
+        seed_generators(draw.entropy)
+        result = image.convert("RGB")
+        for step in steps:
+            result = step(result)
+        yield transforms.functional.pil_to_tensor(result) if isinstance(result, Image.Image) else result
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """260 JPEGs of different shapes in two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(260):
+        save_photo(
+            root / "train" / "ab"[number % 2] / f"{number:03}.jpg",
+            number,
+            width=60 + number % 50,
+            height=90 - number % 40,
+        )
+    return root
+
+
+REFERENCE = [
+    {"input_size": 224, "batch_size": 32},
+    {"input_size": 64, "aa": "none"},
+    {"input_size": 64, "aa": "augmix-m5", "remode": "rand", "recount": 3, "reprob": 0.8},
+    {"input_size": 64, "train_interpolation": "random", "remode": "const", "reprob": 1.0},
+    {"input_size": 64, "repeated_aug": False, "seed": 5, "num_workers": 2},
+    {"input_size": 32, "reprob": 0.6},
+]
+
+
+@pytest.mark.parametrize("changes", REFERENCE, ids=str)
+def test_pixels_are_the_reference_pipelines(photos, changes):
+    args = make_args(data_set="IMNET", data_path=photos, **{"batch_size": 24} | changes)
+    train_set, _ = build_dataset(True, args)
+    loader = build_train_loader(args, train_set, 1, 0, CPU)
+    loader.loader.sampler.set_epoch(2)
+    draws, transform, erased = iter(list(loader.loader.sampler)), reference_transform(args), 0
+    for (batch, (images, labels)), _ in zip(zip(loader.loader, loader, strict=True), range(3), strict=False):
+        assert batch.images.dtype == torch.uint8 and images.dtype == torch.float32
+        for pixels, image, label in zip(batch.images, images, labels, strict=True):
+            draw = next(draws)
+            path, expected_label = train_set.samples[draw.image]
+            with Image.open(path) as file:
+                before, after = reference_sample(file, transform, draw)
+            assert torch.equal(pixels, before) and label == expected_label
+            assert (image - after).abs().max() <= 1e-6
+            erased += not torch.equal(normalise(before), after)
+    assert erased > 0 or args.reprob == 0
+
+
+def test_evaluation_pixels_are_the_reference_pipelines(photos):
+    (photos / "val").symlink_to(photos / "train")
+    args = make_args(data_set="IMNET", data_path=photos, input_size=64)
+    val_set, _ = build_dataset(False, args)
+    steps = [transforms.Resize(73, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(64)]
+    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    images = torch.cat([images for images, _ in build_eval_loader(args, val_set, 1, 0, CPU)])
+    for (path, _), image in zip(val_set.samples, images, strict=True):
+        assert torch.equal(image, transforms.Compose(steps)(datasets.load_image(path)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One decode for copies in a row
+
+
+class Counted(Numbered):
+    """Counts how often each image is decoded."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.decoded = []
+
+    def decode(self, index):
+        self.decoded.append(index)
+        return super().decode(index)
+
+
+@pytest.mark.parametrize(("repeated_aug", "decodes"), [(True, 8 + 8 + 8), (False, 3 * 24)])
+def test_copies_in_a_row_are_decoded_once(repeated_aug, decodes):
+    images = Counted(300)
+    epoch_of(make_args(repeated_aug=repeated_aug, batch_size=24), images, batches=3)
+    assert len(images.decoded) == decodes and len(set(images.decoded)) == decodes
+
+
+@pytest.mark.parametrize("changes", [*EVERYTHING, {"fast_resize": True}], ids=str)
+def test_decoding_once_changes_no_pixel(photos, changes):
+    """A batch at a time, against a sample at a time."""
+    args = make_args(data_set="IMNET", data_path=photos, **{"input_size": 48, "reprob": 0.5} | changes)
+    samples = build_train_loader(args, build_dataset(True, args)[0], 1, 0, CPU).loader
+    draws = list(samples.sampler)[:12]
+    together = samples.dataset.__getitems__(draws)
+    for draw, (image, label, boxes) in zip(draws, together, strict=True):
+        alone = samples.dataset[draw]
+        assert torch.equal(alone[0], image) and alone[1] == label and len(alone[2]) == len(boxes)
+        assert all(torch.equal(one.noise, other.noise) for one, other in zip(alone[2], boxes, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_grouped_epoch_continued_in_the_middle_gives_the_same_batches(num_workers):
+    args = make_args(group_repeats=True, batch_size=16, reprob=0.5)
+    train_set = first_digits(args, 800)
+    for rank in range(3):
+        args.num_workers = 0
+        whole = epoch_of(args, train_set, world_size=3, rank=rank)
+        args.num_workers = num_workers
+        assert_same_batches(epoch_of(args, train_set, start=7 * 16, world_size=3, rank=rank), whole[7:])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def test_grouping_changes_no_global_batch_of_real_processes(tmp_path):
+    """1, 2, 4 and 8 processes gather every batch: the same pixels and labels, however they are placed."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "grouped_batches.py"), str(tmp_path / "store")],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["1", "2", "4", "8"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches on the device
+
+
+def examples(count=5, size=6):
+    """Random images, of which every other is erased twice, once over the other box."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, size, size, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+    boxes = [
+        Box(0, 1, torch.randn(3, 2, 4, generator=generator)),
+        Box(1, 2, torch.randn(3, 3, 1, generator=generator)),
+    ]
+    return [(image, number, boxes if number % 2 else []) for number, image in enumerate(images)]
+
+
+def erased_one_by_one(samples):
+    images = torch.stack([normalise(image) for image, _, _ in samples])
+    for image, (_, _, boxes) in zip(images, samples, strict=True):
+        for top, left, noise in boxes:
+            for row in range(noise.shape[1]):
+                for column in range(noise.shape[2]):
+                    image[:, top + row, left + column] = noise[:, row, column]
+    return images
+
+
+def test_a_batch_is_a_few_flat_tensors():
+    batch = collate(examples())
+    assert [tensor.dtype for tensor in batch] == [torch.uint8, torch.int64, torch.int64, torch.float32]
+    assert batch.images.shape == (5, 3, 6, 6) and batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.tolist() == [0, 1, 2, 3, 4]
+    assert batch.boxes.tolist() == [[n, *box] for n in (1, 3) for box in ([0, 1, 2, 4], [1, 2, 3, 1])]
+    assert batch.noise.shape == (2 * 3 * (2 * 4 + 3 * 1),)
+    untouched = collate(examples()[:1])
+    assert untouched.boxes.shape == (0, 5) and untouched.noise.shape == (0,)
+
+
+def test_normalised_bytes_are_torchvisions():
+    image = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3).numpy()
+    expected = transforms.functional.to_tensor(image)
+    transforms.functional.normalize(expected, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, inplace=True)
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    assert torch.equal(normalise(pixels), expected) and normalise(pixels).is_contiguous()
+
+
+def test_images_on_the_device_are_normalised_and_erased():
+    loader = DeviceLoader([collate(examples()), collate(examples(3))], CPU)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 2
+    for (images, labels), count in zip(batches, (5, 3), strict=True):
+        assert torch.equal(images, erased_one_by_one(examples(count))) and images.is_contiguous()
+        assert labels.tolist() == list(range(count))
+
+
+class FakeStream:
+    """Stands for a CUDA stream: notes what is asked of it."""
+
+    def __init__(self, notes, name):
+        self.notes, self.name = notes, name
+
+    def wait_stream(self, other):
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.notes.append("event")
+        return sum(note == "event" for note in self.notes)
+
+    def wait_event(self, event):
+        self.notes.append(f"{self.name} waits for event {event}")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_next_batch_is_placed_before_one_is_handed_over(monkeypatch, count):
+    """The order of things, with stand-ins for CUDA's streams."""
+    notes = []
+    main, side = FakeStream(notes, "main"), FakeStream(notes, "side")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: notes.append(f"kept for {stream.name}")
+    )
+    loader = DeviceLoader([collate(examples(number + 1)) for number in range(count)], CPU)
+    for number, (images, _) in enumerate(loader._ahead(iter(loader.loader))):
+        assert torch.equal(images, erased_one_by_one(examples(number + 1)))
+        notes.append(f"step {number + 1}")
+
+    def step(number):
+        return [f"main waits for event {number}", *["kept for main"] * 2, f"step {number}"]
+
+    expected = {0: [], 1: ["event", *step(1)], 3: ["event", "event", *step(1), "event", *step(2), *step(3)]}
+    assert notes == ["side waits for main", *expected[count]]
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu(photos):
+    """Those of the CPU, also while the GPU is busy with the batches before, and writes to them."""
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    args = make_args(
+        data_set="IMNET", data_path=photos, input_size=224, batch_size=24, reprob=0.8, recount=2, num_workers=2
+    )
+    train_set, _ = build_dataset(True, args)
+    kept = []
+    for images, labels in build_train_loader(args, train_set, 1, 0, cuda):
+        assert images.device == labels.device == cuda and images.is_contiguous()
+        torch.cuda._sleep(20_000_000)
+        kept.append((images.clone(), labels.clone()))
+        images.zero_()
+    expected = list(build_train_loader(args, train_set, 1, 0, CPU))
+    assert len(kept) == len(expected)
+    for (images, labels), (exact, exact_labels) in zip(kept, expected, strict=True):
+        assert (images.cpu() - exact).abs().max() <= 1e-6 and torch.equal(labels.cpu(), exact_labels)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How many workers
+
+
+@pytest.mark.parametrize(
+    ("cores", "env", "workers"),
+    [
+        (64, {}, 10),
+        (4, {}, 4),
+        (64, {"LOCAL_WORLD_SIZE": "8"}, 8),
+        (16, {"LOCAL_WORLD_SIZE": "8"}, 2),
+        (4, {"LOCAL_WORLD_SIZE": "8"}, 1),
+        (64, {"SLURM_CPUS_PER_TASK": "6"}, 6),
+        (8, {"SLURM_CPUS_PER_TASK": "16"}, 8),
+        (64, {"SLURM_CPUS_PER_TASK": "32", "LOCAL_WORLD_SIZE": "4"}, 8),
+    ],
+    ids=str,
+)
+def test_workers_are_no_more_than_cores(monkeypatch, cores, env, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert loaders.default_workers(env) == workers
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert loaders.default_workers(env) == workers
+
+
+def test_a_given_number_of_workers_is_taken(monkeypatch):
+    monkeypatch.setattr(loaders, "default_workers", lambda: 3)
+    for given, taken in ((None, 3), (0, 0), (25, 25)):
+        monkeypatch.setattr(loaders, "SteadyLoader", lambda dataset, **options: options)
+        options = build_eval_loader(make_args(num_workers=given), Numbered(5), 1, 0, CPU).loader
+        assert options["num_workers"] == taken
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from pictures import make_args, names, no_augmentation, photo, to_pixels, to_tensor
 from PIL import Image, ImageOps
 from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import transforms
-from transforms import build_transform, posterize
+from transforms import Erasing, FastCrop, build_transform, posterize, to_bytes, to_image
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,3 +154,108 @@ def test_posterize_guard_is_idempotent_and_leaves_pillow_alone():
         assert {auto_augment.NAME_TO_OP[name] for name in transforms.POSTERIZE_OPS} == {posterize}
     assert ImageOps.posterize is before
     assert auto_augment.posterize is not posterize
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random erasing: drawn here, done later
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_boxes_are_timms_random_erasing(mode, count):
+    """Same pixels, and all random streams end where they would."""
+    whole, ours = RandomErasing(0.6, mode=mode, max_count=count, device="cpu"), Erasing(0.6, mode, count)
+    erased = 0
+    for seed in range(50):
+        random.seed(seed), torch.manual_seed(seed)
+        expected = whole(torch.ones(3, 20, 30))
+        left = random.getstate(), torch.get_rng_state().tolist()
+        random.seed(seed), torch.manual_seed(seed)
+        image = torch.ones(3, 20, 30)
+        for top, left_edge, noise in ours(image.shape, position=0):
+            image[:, top : top + noise.shape[1], left_edge : left_edge + noise.shape[2]] = noise
+        assert torch.equal(image, expected)
+        assert (random.getstate(), torch.get_rng_state().tolist()) == left
+        erased += not torch.equal(image, torch.ones(3, 20, 30))
+    assert 15 < erased < 45
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --fast-resize
+
+
+def textured(seed=0, width=477, height=405):
+    """Edges and noise at all scales."""
+    generator = np.random.default_rng(seed)
+    pixels = sum(
+        np.asarray(
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).resize((width, height))
+        )
+        * (1 / 6)
+        for size in (4, 8, 16, 32, 64, 128)
+    )
+    return Image.fromarray(((pixels - 128) * 2.5 + 128).clip(0, 255).astype(np.uint8))
+
+
+def difference(fast, exact):
+    return (fast.int() - exact.int()).abs().float()
+
+
+def test_bytes_and_back():
+    image = photo()
+    pixels = to_bytes(image)
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
+    for each in (pixels, pixels.contiguous()):
+        np.testing.assert_array_equal(np.asarray(to_image(each)), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("size", [(477, 405), (60, 500), (40, 30)], ids=str)
+def test_fast_crop_draws_as_timms_and_is_near(mode, size):
+    image = textured(width=size[0], height=size[1])
+    exact, fast = RandomResizedCropAndInterpolation(96, interpolation=mode), FastCrop(96, interpolation=mode)
+    for seed in range(30):
+        random.seed(seed)
+        expected = to_tensor(exact(image))
+        left = random.getstate()
+        random.seed(seed)
+        cropped = to_tensor(fast(to_bytes(image)))
+        assert random.getstate() == left
+        assert difference(cropped, expected).max() <= 16 and difference(cropped, expected).mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [17, 32, 48, 224])
+@pytest.mark.parametrize("shape", [(300, 400), (401, 223), (32, 32), (17, 17), (50, 33)], ids=str)
+def test_fast_evaluation_is_near(size, shape):
+    image = textured(width=shape[0], height=shape[1])
+    exact = build_transform(False, make_args(input_size=size))(image)
+    fast = build_transform(False, make_args(input_size=size, fast_resize=True))(to_bytes(image))
+    assert fast.shape == exact.shape == (3, size, size) and fast.dtype == torch.uint8
+    assert difference(fast, exact).max() <= 16 and difference(fast, exact).mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_fast_training_draws_as_the_exact_one(size):
+    """The resize is another; flip and RandAugment get the same numbers, and the streams end where they would."""
+    args = {"data_set": "IMNET", "input_size": size}
+    exact, fast = (build_transform(True, make_args(**args, fast_resize=each)) for each in (False, True))
+    assert names(exact)[2:] == names(fast)[-len(names(exact)) + 2 :]
+    far = 0
+    for seed in range(40):
+        ends = []
+        for transform, image in ((exact, photo(seed)), (fast, to_bytes(photo(seed)))):
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            ends.append(
+                (transform(image), random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist())
+            )
+        assert ends[0][1:] == ends[1][1:]
+        far += difference(ends[0][0], ends[1][0]).mean() > 1  # operations with thresholds magnify a step
+    assert far <= 3
+
+
+def test_fast_resize_is_bilinear_or_bicubic():
+    for mode in ("nearest", "lanczos"):
+        with pytest.raises(
+            UserError, match=f"--train-interpolation {mode} cannot be used; use random, bilinear, bi"
+        ):
+            build_transform(True, no_augmentation(train_interpolation=mode, fast_resize=True))
