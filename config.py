@@ -193,6 +193,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.distillation_type != "none" and args.finetune:
         raise UserError("distillation cannot be combined with --finetune: drop one of the two")
+    if args.group_repeats and not args.repeated_aug:
+        raise UserError("--group-repeats keeps copies together, and --no-repeated-aug makes none: drop one of them")
     if (args.distillation_type != "none" or args.teacher_eval) and not args.teacher_path:
         raise UserError("a teacher needs weights: give --teacher-path FILE (its model is --teacher-model)")
     for name in ("resume", "finetune", "teacher_path"):

@@ -29,8 +29,8 @@ from timm.models import get_pretrained_cfg, save_for_hf
 from torch import Tensor, nn
 
 import checkpoint
-from datasets import SMALL_INPUT
 from models import VARIANTS, DiverseViT, build_model, check_name
+from transforms import SMALL_INPUT
 from utils import BAD_ARGUMENT, UserError, did_you_mean
 
 WEIGHTS = ("auto", "ema", "model")
@@ -189,7 +189,7 @@ def plain_backbone(model: nn.Module) -> Any:
 
 
 def preprocessing(input_size: int) -> dict[str, Any]:
-    """The evaluation transform of datasets.build_transform in timm's words (`timm.data.create_transform`)."""
+    """The evaluation transform of transforms.build_transform in timm's words (`timm.data.create_transform`)."""
     small = input_size <= SMALL_INPUT
     return {
         "interpolation": "bicubic",

@@ -37,8 +37,9 @@ from build import (
     global_batch,
     scaled_lr,
 )
-from datasets import build_dataset, build_eval_loader, build_train_loader, name_dead_workers
+from datasets import build_dataset
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
+from loaders import build_eval_loader, build_train_loader, name_dead_workers
 from losses import LabelLoss
 from models import DiverseViT, check_name
 from regularizers import Diversity
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     val_set, num_classes = build_dataset(False, args)
     if args.teacher_eval:
         teacher = DiverseViT(build_teacher(args, num_classes, device))
-        val_loader = build_eval_loader(args, val_set, world_size(), rank())
+        val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
         return
     backbone = build_backbone(args, num_classes)
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     if args.eval:
-        val_loader = build_eval_loader(args, val_set, world_size(), rank())
+        val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
     label_loss = build_label_loss(args, diversity, num_classes, device)
@@ -144,11 +145,11 @@ def run_training(
     """Build what only training needs, and bind one epoch's training and testing for `train`."""
     train_set, _ = build_dataset(True, args)
     mixup = build_mixup(args, model.backbone, diversity)
-    train_loader = build_train_loader(args, train_set, world_size(), rank())
-    samples: Any = train_loader.dataset  # torch's types know neither a SeededDataset nor its ResumableSampler
-    sampler: Any = train_loader.sampler
+    train_loader = build_train_loader(args, train_set, world_size(), rank(), precision.device)
+    samples: Any = train_loader.loader.dataset  # torch's types know neither a SeededDataset
+    sampler: Any = train_loader.loader.sampler  # nor its ResumableSampler
     run_state = build_run(args, model, precision, mixup, samples.replaced)
-    val_loader = build_eval_loader(args, val_set, world_size(), rank())
+    val_loader = build_eval_loader(args, val_set, world_size(), rank(), precision.device)
     if args.torchcompile:
         compile_model(args, model, diversity)
     print_plan(args, model, precision, len(train_set), run_state)
@@ -175,7 +176,7 @@ def run_training(
         )
         return trained | ({"bad_images": run_state.count_bad_images()} if args.skip_bad_images else {})
 
-    every_process_has = len(val_set) // world_size() // int(val_loader.batch_size or 1)  # batches
+    every_process_has = len(val_set) // world_size() // int(val_loader.loader.batch_size or 1)  # batches
 
     def test(network: DiverseViT, saver: Saver) -> dict[str, float]:
         def after_batch(batch: int) -> None:

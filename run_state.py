@@ -43,7 +43,7 @@ from utils import (
 # those that say which images come next, which cannot change in the middle of an epoch.
 FIXED = ("opt", "sched")
 OVERRULED = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "batch_size", "decay_rate")
-ORDER = ("batch_size", "grad_accum_steps", "seed", "repeated_aug", "data_set")
+ORDER = ("batch_size", "grad_accum_steps", "seed", "repeated_aug", "group_repeats", "data_set")
 
 
 @dataclass

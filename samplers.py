@@ -6,11 +6,12 @@ indices; ResumableSampler adds to each what its random numbers depend on, and ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
 
 import utils
@@ -33,6 +34,9 @@ class RASampler(Sampler[int]):
         rank: this process r; the process group's rank by default.
         shuffle: draw a new order each epoch, from `seed + epoch`; else the order of the data set.
         num_repeats: copies of each image.
+        together: `--group-repeats`: the batch size B of a process. Each batch of B R entries over all processes is
+            then cut into R pieces of B neighbours, instead of being dealt out entry by entry: the same entries,
+            but copies of an image stay together. 0: dealt out.
         seed: equal on all processes. (The reference seeds with the epoch alone: `seed` 0.)
     Raises:
         UserError: N < 256, for which an epoch would be empty.
@@ -47,6 +51,7 @@ class RASampler(Sampler[int]):
         shuffle: bool = True,
         num_repeats: int = 3,
         seed: int = 0,
+        together: int = 0,
     ) -> None:
         if len(dataset) < GRANULE:
             raise utils.UserError(
@@ -62,6 +67,7 @@ class RASampler(Sampler[int]):
         self.shuffle = shuffle
         self.num_repeats = num_repeats
         self.seed = seed
+        self.together = together
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -72,8 +78,16 @@ class RASampler(Sampler[int]):
             order = torch.arange(count)
         # The reference also pads the stretched list to a multiple of R. At most N of its entries are ever
         # taken, so the padding behind them is never reached.
-        stretched = order.repeat_interleave(self.num_repeats)
-        return iter(stretched[self.rank :: self.num_replicas][: len(self)].tolist())
+        return iter(order[self.places() // self.num_repeats].tolist())
+
+    def places(self) -> Tensor:
+        """Which entries of the stretched list this process takes: int64 [samples of its epoch]."""
+        positions = torch.arange(len(self))
+        if not self.together:
+            return positions * self.num_replicas + self.rank
+        first = positions // self.together * self.together  # position at which the batch begins
+        size = (len(self) - first).clamp(max=self.together)
+        return first * self.num_replicas + self.rank * size + positions - first
 
     def __len__(self) -> int:
         return len(self.dataset) // GRANULE * GRANULE // self.num_replicas
@@ -101,7 +115,8 @@ class Draw(NamedTuple):
 class ResumableSampler(Sampler[Draw]):
     """The samples of another sampler, in its order, ready to be seeded one by one, from any position on.
 
-    The sample at position p of process r of R stands at p R + r over all processes, as the samplers deal them out.
+    The sample at position p of process r of R stands at p R + r over all processes, as the samplers deal them out;
+    with an RASampler at its entry of the stretched list, which is the same unless copies stay together.
 
     Args:
         order: draws the indices, from its seed and epoch; `num_replicas`, `rank` and `seed` are read from it.
@@ -114,9 +129,13 @@ class ResumableSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         seed, epoch, replicas, rank = self.order.seed, self.order.epoch, self.order.num_replicas, self.order.rank
         start, self.start = self.start, 0
+        if isinstance(self.order, RASampler):
+            places: Iterable[int] = self.order.places().tolist()
+        else:
+            places = range(rank, replicas * len(self), replicas)
         return (
-            Draw(image, position, (seed, epoch, position * replicas + rank))
-            for position, image in islice(enumerate(self.order), start, None)
+            Draw(image, position, (seed, epoch, place))
+            for position, (image, place) in islice(enumerate(zip(self.order, places, strict=True)), start, None)
         )
 
     def __len__(self) -> int:

@@ -13,7 +13,8 @@ import flags
 from utils import UserError
 
 # The reference's command line: (flag, destination, type, default, choices, takes several values). Switches have
-# type "on" or "off". Two defaults differ on purpose: --device (cuda) and --data-path (a path of its own).
+# type "on" or "off". Three defaults differ on purpose: --device (cuda), --data-path (a path of its own), and
+# --num_workers (10, more than some machines have cores).
 CATEGORIES = ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
 REFERENCE = [
     ("--mixing_coef", "mixing_coef", float, 0, None, False),
@@ -84,7 +85,7 @@ REFERENCE = [
     ("--eval", "eval", "on", False, None, False),
     ("--teacher_eval", "teacher_eval", "on", False, None, False),
     ("--dist-eval", "dist_eval", "on", False, None, False),
-    ("--num_workers", "num_workers", int, 10, None, False),
+    ("--num_workers", "num_workers", int, None, None, False),
     ("--pin-mem", "pin_mem", "on", True, None, False),
     ("--no-pin-mem", "pin_mem", "off", True, None, False),
     ("--world_size", "world_size", int, 1, None, False),
@@ -145,6 +146,22 @@ def test_help_shows_groups_and_one_spelling(capsys):
     ):
         assert f"\n{group}" in text
     assert "--batch-size" in text and "--batch_size" not in text
+
+
+def test_data_sets_with_a_prefix_may_have_any_name(tmp_path):
+    """What the prefix may be is found out where the data is opened."""
+    assert parse("--data-set", "hfds/Org/Name").data_set == "hfds/Org/Name"
+    file = write(tmp_path / "c.yaml", "data_set: hfds/Org/Name\n")
+    assert config.resolve(["-c", file]).data_set == "hfds/Org/Name"
+
+
+def test_flags_of_the_loader(tmp_path):
+    args = parse("--group-repeats", "--fast-resize", "--num-workers", "3")
+    assert args.group_repeats and args.fast_resize and args.num_workers == 3
+    args = config.resolve([])
+    assert not args.group_repeats and not args.fast_resize
+    config.write_args(args, tmp_path / "args.yaml")
+    assert config.resolve(["-c", str(tmp_path / "args.yaml")]).num_workers is None
 
 
 def test_unscale_lr_is_the_readable_twin():
@@ -329,6 +346,7 @@ def test_one_term_twice_in_one_source_is_refused():
         (["--resume", "nowhere.pth"], "--resume nowhere.pth: no such file"),
         (["--finetune", "nowhere.pth"], "--finetune nowhere.pth: no such file"),
         (["--output_dir", __file__], "is a file, not a folder"),
+        (["--group-repeats", "--no-repeated-aug"], "--no-repeated-aug makes none: drop one of them"),
         (["--reg", "patch.cosin=1"], "unknown regularizer 'patch.cosin'. Did you mean patch.cosine"),
         (["--reg", "patch.cosine"], "malformed regularizer 'patch.cosine': write"),
         (["--measure", "patch.cosine=1"], "malformed regularizer 'patch.cosine=1': write"),

@@ -186,6 +186,7 @@ def test_teacher_eval(tmp_path, capsys):
         ["--mixup-mode", "pair", "--cutmix-minmax", "0.2", "0.8"],
         ["--resplit", "--reprob", "0.5", "--remode", "rand", "--recount", "2"],
         ["--no-repeated-aug", "--aa", "rand-m9-mstd0.5-inc1", "--train-interpolation", "bilinear"],
+        ["--fast-resize", "--group-repeats", "--num_workers", "2"],
         ["--drop", "0.1", "--drop-path", "0", "--clip-grad", "1", "--no-model-ema"],
         ["--amp-dtype", "bfloat16"],
         ["--model-ema-force-cpu", "--opt", "momentum", "--print-freq", "3"],

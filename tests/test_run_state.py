@@ -193,7 +193,13 @@ def test_another_number_of_processes(make_run, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--batch-size", "8"), ("--grad-accum-steps", "2"), ("--seed", "1"), ("--no-repeated-aug", "")],
+    [
+        ("--batch-size", "8"),
+        ("--grad-accum-steps", "2"),
+        ("--seed", "1"),
+        ("--no-repeated-aug", ""),
+        ("--group-repeats", ""),
+    ],
 )
 def test_flags_that_say_which_images_come_next(make_run, flag, value, capsys):
     state = saved_in_the_middle(make_run())

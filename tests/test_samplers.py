@@ -122,17 +122,75 @@ def test_repeats_must_be_positive():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Copies that stay together
+
+
+def in_batches(draws, size):
+    return [draws[start : start + size] for start in range(0, len(draws), size)]
+
+
+def draws_of(count, replicas, epoch, together):
+    """What each process draws in an epoch: a list of lists."""
+    drawn = []
+    for rank in range(replicas):
+        sampler = ResumableSampler(RASampler(range(count), replicas, rank, seed=3, together=together))
+        sampler.set_epoch(epoch)
+        drawn.append(list(sampler))
+    return drawn
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(256, 1500),
+    replicas=st.sampled_from([1, 2, 3, 4, 8]),
+    epoch=st.integers(0, 400),
+    size=st.integers(1, 100),
+)
+def test_grouping_changes_no_global_batch(count, replicas, epoch, size):
+    """Neither images nor random numbers, the incomplete last batch included; only who gets what."""
+    grouped, dealt = draws_of(count, replicas, epoch, size), draws_of(count, replicas, epoch, 0)
+    assert [len(draws) for draws in grouped] == [len(draws) for draws in dealt]
+    for together, apart in zip(
+        zip(*(in_batches(draws, size) for draws in grouped), strict=True),
+        zip(*(in_batches(draws, size) for draws in dealt), strict=True),
+        strict=True,
+    ):
+        samples = [
+            sorted((draw.image, draw.entropy) for draws in each for draw in draws) for each in (together, apart)
+        ]
+        assert samples[0] == samples[1]
+    for draws in grouped:
+        assert [draw.position for draw in draws] == list(range(len(draws)))
+    if replicas == 1:
+        assert grouped == dealt
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_grouping_keeps_copies_together(replicas):
+    """Each process gets neighbours: of a batch of 32 at most two images are shared with other processes."""
+    for draws in draws_of(2048, replicas, 1, 32):
+        for batch in in_batches(draws, 32):
+            places = [draw.entropy[2] for draw in batch]
+            assert places == list(range(places[0], places[0] + 32))
+            copies = list(Counter(draw.image for draw in batch).values())
+            assert set(copies[1:-1]) == {3}
+    for draws in draws_of(2048, 4, 1, 0):
+        assert len({draw.image for draw in draws}) == len(draws)  # dealt out, they are decoded one by one
+
+
+# ------------------------------------------------------------------------------------------------------------
 # ResumableSampler
 
 
 def orders(kind, count, replicas, seed=0):
     """One sampler of indices for each process."""
-    if kind == "repeated":
-        return [RASampler(range(count), replicas, rank, seed=seed) for rank in range(replicas)]
+    if kind != "plain":
+        together = 20 if kind == "grouped" else 0
+        return [RASampler(range(count), replicas, rank, seed=seed, together=together) for rank in range(replicas)]
     return [DistributedSampler(range(count), replicas, rank, shuffle=True, seed=seed) for rank in range(replicas)]
 
 
-@pytest.mark.parametrize("kind", ["repeated", "plain"])
+@pytest.mark.parametrize("kind", ["repeated", "grouped", "plain"])
 @pytest.mark.parametrize("replicas", [1, 3, 4])
 def test_resumable_order_is_the_wrapped_sampler(kind, replicas):
     for wrapped, alone in zip(orders(kind, 500, replicas, 5), orders(kind, 500, replicas, 5), strict=True):
@@ -144,7 +202,7 @@ def test_resumable_order_is_the_wrapped_sampler(kind, replicas):
             assert len(sampler) == len(alone)
 
 
-@pytest.mark.parametrize("kind", ["repeated", "plain"])
+@pytest.mark.parametrize("kind", ["repeated", "grouped", "plain"])
 def test_a_start_drops_the_beginning_of_one_pass(kind):
     sampler = ResumableSampler(orders(kind, 400, 2)[1])
     sampler.set_epoch(2)
@@ -162,7 +220,7 @@ def test_a_start_drops_the_beginning_of_one_pass(kind):
             sampler.set_epoch(2, start)
 
 
-@pytest.mark.parametrize("kind", ["repeated", "plain"])
+@pytest.mark.parametrize("kind", ["repeated", "grouped", "plain"])
 def test_no_two_samples_of_a_run_share_their_entropy(kind):
     seen = []
     for epoch in (0, 1, 2):

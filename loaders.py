@@ -1,0 +1,402 @@
+"""Batches: from decoded images to float32 [B, 3, S, S] on the device, in an order that can be continued anywhere.
+
+The pixels of a training sample depend on the image, `--seed`, the epoch and the sample's position in it, and on
+nothing else: SeededDataset seeds python, numpy and torch for each. Neither the number of workers nor a restart in
+the middle of an epoch changes a batch, and the process's global random state is not touched.
+
+Workers decode, crop and augment, and hand over bytes and the boxes of random erasing (Batch). DeviceLoader copies
+these to the device, normalises and erases there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from multiprocessing.util import Finalize
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    default_collate,
+    get_worker_info,
+)
+
+from datasets import Example, ImageError, LabelledImages
+from samplers import Draw, RASampler, ResumableSampler, ShardSampler
+from transforms import Erasing
+from utils import LocalError, Signals, UserError
+
+BAD_IN_A_ROW = 10  # --skip-bad-images gives up after so many
+SIGNAL_SECONDS = 5  # until the death of a worker is known, at most
+MOST_WORKERS = 10  # of a process that is not told how many to start: DeiT's number
+MEAN = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+STD = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Samples that depend on seed, epoch and position alone
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Put the states of python's, numpy's and torch's (CPU) global generators back afterwards.
+
+    A loader's worker draws random numbers for nothing but its samples, so there the states are left as they are.
+    """
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def seed_generators(entropy: Sequence[int]) -> None:
+    """Seed python's, numpy's and torch's (CPU) global generators.
+
+    numpy's SeedSequence makes 128 well mixed bits of `entropy`. python and numpy take all of them, torch's
+    generator can take 32: of a million samples some share torch's stream, but none share python's or numpy's.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(4)  # uint32
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    torch.default_generator.manual_seed(int(words[0]))  # torch.manual_seed would seed the accelerators as well
+
+
+class SeededDataset(Dataset[Example]):
+    """A training set whose samples are asked for by Draw: the same Draw gives the same pixels, in any process.
+
+    Args:
+        dataset: decodes images by index, and transforms them.
+        erase: draws the boxes of random erasing, or None.
+        skip_bad: replace an image that raises ImageError by the next one that can be read (after the last comes the
+            first), and name each once on stderr. Else the error is passed on, with advice.
+        positions: samples of this process in an epoch.
+
+    Attributes:
+        replaced: bool [positions], which samples of the running epoch stand in for a bad image. Workers set it.
+    """
+
+    def __init__(
+        self, dataset: LabelledImages, erase: Erasing | None = None, skip_bad: bool = False, positions: int = 0
+    ) -> None:
+        self.dataset = dataset
+        self.erase = erase
+        self.skip_bad = skip_bad
+        # In memory that this process shares with the loader's workers
+        self.replaced = torch.zeros(positions if skip_bad else 0, dtype=torch.bool).share_memory_()
+        self._named = torch.zeros(len(dataset) if skip_bad else 0, dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> Example:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Example]:
+        """The samples of a batch, each (image uint8 [3, S, S], label, boxes); copies in a row are decoded once.
+
+        Raises:
+            ImageError: an image cannot be decoded; with `skip_bad`, nor can the BAD_IN_A_ROW - 1 after it.
+        """
+        examples: list[Example] = []
+        with keep_random_state():
+            for index, run in groupby(draws, key=lambda draw: draw.image):
+                copies = list(run)
+                decoded, label = self._decode(index, [draw.position for draw in copies])
+                for draw in copies:
+                    seed_generators(draw.entropy)
+                    image = self.dataset.transform(decoded)
+                    boxes = self.erase(image.shape, draw.position) if self.erase is not None else []
+                    examples.append((image, label, boxes))
+        return examples
+
+    def _decode(self, index: int, positions: list[int]) -> tuple[Any, int]:
+        """The image that samples at `positions` ask for, or the one that stands in for it, and its label."""
+        try:
+            return self.dataset.decode(index)
+        except ImageError as error:
+            if not self.skip_bad:
+                raise ImageError(f"{error}, or give --skip-bad-images") from error
+            self.replaced[positions] = True
+            return self._decode_next(index, error)
+
+    def _decode_next(self, index: int, error: ImageError) -> tuple[Any, int]:
+        """The first image after a bad one that can be read."""
+        for _ in range(1, BAD_IN_A_ROW):
+            self._name(index, error)
+            index = (index + 1) % len(self)
+            try:
+                return self.dataset.decode(index)
+            except ImageError as another:
+                error = another
+        raise ImageError(f"--skip-bad-images gives up after {BAD_IN_A_ROW} bad images in a row: {error}") from error
+
+    def _name(self, index: int, error: ImageError) -> None:
+        if not self._named[index]:
+            self._named[index] = True
+            print(f"warning: {error}. The next one that can be read takes its place", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From samples to batches on the device
+
+
+class Batch(NamedTuple):
+    """What workers hand over.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], in memory pixel by pixel (channels last).
+        labels: int64 [B].
+        boxes: int64 [n, 5], what is erased of the whole batch: image, top, left, height, width.
+        noise: float32 [m], what is put there: 3 x height x width numbers of each box, one box after the other.
+    """
+
+    images: Tensor
+    labels: Tensor
+    boxes: Tensor
+    noise: Tensor
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """One batch of samples."""
+    images, labels, boxes = zip(*examples, strict=True)
+    pixels = default_collate([image.permute(1, 2, 0) for image in images])  # [B, S, S, 3]; shared, in a worker
+    placed = [(number, box) for number, drawn in enumerate(boxes) for box in drawn]
+    rows = [[number, box.top, box.left, *box.noise.shape[1:]] for number, box in placed]
+    return Batch(
+        pixels.permute(0, 3, 1, 2),
+        torch.tensor(labels),
+        torch.tensor(rows, dtype=torch.int64).view(-1, 5),
+        torch.cat([torch.zeros(0), *(box.noise.flatten() for _, box in placed)]),
+    )
+
+
+def normalise(pixels: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
+    """uint8 [..., 3, S, S] to float32, by ImageNet's mean and deviation; on the CPU torchvision's very bits."""
+    images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(255).sub_(mean).div_(std)
+
+
+def erase(images: Tensor, boxes: Tensor, noise: Tensor) -> None:
+    """Put the noise of each box (see Batch) into images [B, 3, S, S], in place; `boxes` is in host memory."""
+    start = 0
+    for number, top, left, height, width in boxes.tolist():
+        size = 3 * height * width
+        box = noise[start : start + size].view(3, height, width)
+        images[number, :, top : top + height, left : left + width] = box
+        start += size
+
+
+class DeviceLoader:
+    """Batches of a loader on the device: images float32 [B, 3, S, S], normalised and erased, and labels [B].
+
+    On CUDA the next batch is copied and prepared on a stream of its own, while the one before it is in use.
+
+    Args:
+        loader: yields Batches.
+        device: where they go.
+    """
+
+    def __init__(self, loader: SteadyLoader, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+        self._mean, self._std = MEAN.to(device), STD.to(device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self.loader)
+        return self._ahead(batches) if self.device.type == "cuda" else map(self._place, batches)
+
+    def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        pixels, labels, noise = (
+            tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.noise)
+        )
+        images = normalise(pixels, self._mean, self._std)
+        erase(images, batch.boxes, noise)
+        return images, labels
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Place each batch before the one before it is handed over."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # which made the mean and deviation
+        placed: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                placed.append((*self._place(batch), stream.record_event()))
+            if len(placed) == 2:
+                yield self._hand_over(*placed.popleft())
+        while placed:
+            yield self._hand_over(*placed.popleft())
+
+    def _hand_over(self, images: Tensor, labels: Tensor, ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+        """Let the current stream wait for a batch, and keep its memory until that stream is done with it."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(ready)
+        for tensor in (images, labels):
+            tensor.record_stream(current)
+        return images, labels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+class WorkerDied(LocalError):
+    """A loader's worker process ended without an exception of its own, for example killed for lack of memory."""
+
+
+@contextmanager
+def name_dead_workers() -> Iterator[None]:
+    """Turn torch's report of a worker that died into a WorkerDied with advice.
+
+    It belongs around everything that runs while loaders do: torch learns of the death from a signal, and raises
+    wherever the process happens to be, not only in the loader. A worker that dies while it hands over a batch
+    breaks a connection first; then the signal is awaited. Where the signal comes while the loader waits, torch says
+    only that a worker exited, and the reason stands in the error's cause.
+    """
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            time.sleep(SIGNAL_SECONDS)  # where torch's handler of the signal raises
+            raise
+    except RuntimeError as error:
+        report = r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)"
+        death = re.match(report, str(error.__cause__)) or re.match(report, str(error))
+        if death is None:
+            raise
+        raise WorkerDied(
+            f"a data loading worker died: {death[1]}. Often memory or /dev/shm is full (look at dmesg, "
+            "df -h /dev/shm): give fewer --num_workers, a smaller --batch-size or more memory"
+        ) from error
+
+
+def build_train_loader(
+    args: Namespace, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
+) -> DeviceLoader:
+    """This process's training batches: `--batch-size` images each, shuffled, the incomplete last one dropped.
+
+    The sampler is a ResumableSampler: `loader.loader.sampler.set_epoch(epoch, start)`. The data set is a
+    SeededDataset: `loader.loader.dataset.replaced`.
+
+    Raises:
+        UserError: the set is too small for one step, or for repeated augmentation.
+    """
+    order: RASampler | DistributedSampler[Any]
+    if args.repeated_aug:
+        together = args.batch_size if args.group_repeats else 0
+        order = RASampler(dataset, world_size, rank, seed=args.seed, together=together)
+    else:
+        order = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
+    if len(order) < args.batch_size * args.grad_accum_steps:
+        times = f" times --grad-accum-steps {args.grad_accum_steps}" if args.grad_accum_steps > 1 else ""
+        raise UserError(
+            f"each process sees {len(order)} training images per epoch, fewer than one batch of "
+            f"{args.batch_size}{times}; give a smaller --batch-size"
+        )
+    boxes = None
+    if args.reprob > 0:
+        boxes = Erasing(args.reprob, args.remode, args.recount, args.batch_size if args.resplit else 0)
+    samples = SeededDataset(dataset, boxes, args.skip_bad_images, len(order))
+    sampler = ResumableSampler(order)
+    return _loader(args, samples, rank, device, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+
+
+def build_eval_loader(
+    args: Namespace, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
+) -> DeviceLoader:
+    """This process's evaluation batches: 1.5 times `--batch-size` images each, nothing dropped.
+
+    With `--dist-eval` the processes share the set without overlap, else each sees all of it.
+
+    Raises:
+        UserError: the set is empty.
+    """
+    if len(dataset) == 0:
+        raise UserError("the validation set has no images; check --data-path")
+    shard = ShardSampler(dataset, world_size, rank) if args.dist_eval else SequentialSampler(dataset)
+    return _loader(args, dataset, rank, device, batch_size=int(1.5 * args.batch_size), sampler=shard)
+
+
+def _loader(args: Namespace, dataset: Any, rank: int, device: torch.device, **options: Any) -> DeviceLoader:
+    """A loader with a generator of its own, without which each pass would draw from the global one."""
+    loader = SteadyLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=default_workers() if args.num_workers is None else args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        generator=torch.Generator().manual_seed(args.seed + rank),
+        **options,
+    )
+    return DeviceLoader(loader, device)
+
+
+def default_workers(env: Mapping[str, str] = os.environ) -> int:
+    """DeiT's ten, but not more than this process's share of the cores that it may use.
+
+    srun gives each process cores of its own. torchrun starts LOCAL_WORLD_SIZE processes that share theirs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = min(cores, int(env.get("SLURM_CPUS_PER_TASK", cores))) // int(env.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST_WORKERS, share))
+
+
+class SteadyLoader(DataLoader[Any]):
+    """A DataLoader whose workers do not hear SIGTERM and SIGUSR1, which ask a run to stop.
+
+    Such a signal often reaches all processes of a run, and the main one needs its workers until the last step is
+    saved. They start with the signals blocked, and keep that.
+
+    What else ends a worker by SIGTERM has to kill it: torch, if it does not end by itself, and multiprocessing at
+    the end of this process, which would wait for ever. There `end_workers` comes first.
+    """
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        Finalize(None, end_workers, exitpriority=0)
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NAMES)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in _daemons():
+            process.terminate = process.kill  # type: ignore[method-assign]
+        return batches
+
+
+def end_workers() -> None:
+    """Kill the workers of passes that the end of this process leaves unfinished."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report their deaths
+    for process in _daemons():
+        process.kill()
+
+
+def _daemons() -> list[multiprocessing.process.BaseProcess]:
+    """The processes that end with this one: all loaders' workers."""
+    return [process for process in multiprocessing.active_children() if process.daemon]

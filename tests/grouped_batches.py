@@ -1,0 +1,55 @@
+"""Processes that load an epoch with and without --group-repeats, and compare every batch over all of them.
+
+Started by tests/test_loaders.py, with the path of a file that does not exist yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from pictures import make_args
+
+from datasets import build_dataset
+from loaders import build_train_loader
+from utils import rank, world_size
+
+BATCH = 12  # images of a process
+
+
+def global_batches(group: bool) -> list[list[tuple[str, int]]]:
+    """Pixels (as a checksum) and labels of each batch over all processes, sorted."""
+    args = make_args(batch_size=BATCH, reprob=0.5, group_repeats=group)
+    loader = build_train_loader(args, build_dataset(True, args)[0], world_size(), rank(), torch.device("cpu"))
+    loader.loader.sampler.set_epoch(4)
+    batches = []
+    for images, labels in loader:
+        pixels = [hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images]
+        gathered: list[list[tuple[str, int]]] = [[] for _ in range(world_size())]
+        dist.all_gather_object(gathered, list(zip(pixels, labels.tolist(), strict=True)))
+        batches.append(sorted(sample for own in gathered for sample in own))
+    return batches
+
+
+def compare(store: str, number: int, count: int) -> None:
+    """Be process `number` of `count`."""
+    dist.init_process_group("gloo", init_method=f"file://{store}{count}", rank=number, world_size=count)
+    grouped, dealt = global_batches(True), global_batches(False)
+    assert grouped == dealt and len(grouped) == 1437 // 256 * 256 // count // BATCH
+    assert all(len(batch) == len(set(batch)) == BATCH * count for batch in grouped)
+    dist.destroy_process_group()
+
+
+for count in (1, 2, 4, 8):
+    children = []
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            compare(sys.argv[1], number, count)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
+    print(count, flush=True)

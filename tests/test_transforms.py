@@ -1,0 +1,261 @@
+"""Transforms operation by operation, against Pillow and timm."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from pictures import make_args, names, no_augmentation, photo, to_pixels, to_tensor
+from PIL import Image, ImageOps
+from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+
+import transforms
+from transforms import Erasing, FastCrop, build_transform, posterize, to_bytes, to_image
+from utils import UserError
+
+# ------------------------------------------------------------------------------------------------------------
+# Transforms
+
+
+def test_training_operations_at_224():
+    transform = build_transform(True, make_args(data_set="IMNET", input_size=224))
+    crop, flip, augment, _ = transform.transforms
+    assert names(transform) == [
+        "RandomResizedCropAndInterpolation",
+        "RandomHorizontalFlip",
+        "RandAugment",  # and no colour jitter beside it
+        "PILToTensor",  # normalising and erasing come on the device
+    ]
+    assert crop.size == (224, 224) and crop.scale == (0.08, 1.0) and crop.ratio == (3 / 4, 4 / 3)
+    assert crop.interpolation.value == "bicubic"
+    assert flip.p == 0.5
+    assert augment.num_layers == 2 and len(augment.ops) == 15
+    assert all(op.magnitude == 9 and op.magnitude_std == 0.5 and op.prob == 0.5 for op in augment.ops)
+    assert all(op.hparams["img_mean"] == (124, 116, 104) for op in augment.ops)
+
+
+def test_training_operations_on_small_images():
+    transform = build_transform(True, make_args(data_set="CIFAR", input_size=32))
+    assert names(transform)[:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
+    crop = transform.transforms[1]
+    assert (crop.size, crop.padding) == ((32, 32), 4)
+
+
+@pytest.mark.parametrize("off", ["none", "None", "", None])
+def test_augmentation_off_leaves_colour_jitter(off):
+    transform = build_transform(True, make_args(data_set="IMNET", aa=off))
+    assert "RandAugment" not in names(transform)
+    (jitter,) = [each for each in transform.transforms if type(each).__name__ == "ColorJitter"]
+    assert jitter.brightness == jitter.contrast == jitter.saturation == pytest.approx((0.6, 1.4))
+    assert jitter.hue is None
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_digits_are_never_mirrored(size):
+    assert "RandomHorizontalFlip" not in names(build_transform(True, make_args(input_size=size)))
+
+
+def test_small_crop_is_a_window_of_the_padded_image():
+    transform = build_transform(True, no_augmentation(input_size=20))
+    image = photo(width=20, height=20)
+    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)))
+    windows = {padded[top : top + 20, left : left + 20].tobytes() for top in range(9) for left in range(9)}
+    drawn = {to_pixels(transform(image)).tobytes() for _ in range(50)}
+    assert len(drawn) > 10 and drawn <= windows
+
+
+def test_training_takes_any_image_size_at_small_inputs():
+    transform = build_transform(True, make_args(data_set="IMNET", input_size=32))
+    for width, height in [(6, 9), (300, 20)]:
+        assert transform(photo(width=width, height=height)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [48, 224])
+def test_evaluation_at_large_inputs(size):
+    image = photo(width=300, height=400)
+    shorter = int(256 / 224 * size)
+    longer = int(shorter * 400 / 300)
+    resized = image.resize((shorter, longer), Image.Resampling.BICUBIC)
+    left, top = round((shorter - size) / 2), round((longer - size) / 2)
+    expected = to_tensor(resized.crop((left, top, left + size, top + size)))
+    torch.testing.assert_close(build_transform(False, make_args(input_size=size))(image), expected)
+
+
+def test_evaluation_leaves_small_images_of_the_right_size_alone():
+    image = photo(width=32, height=32)
+    torch.testing.assert_close(build_transform(False, make_args(input_size=32))(image), to_tensor(image))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aa": "rnd-m9"}, "--aa rnd-m9 is not an augmentation timm knows"),
+        ({"aa": "rand-z9"}, "--aa rand-z9 is not"),
+        ({"aa": "rand-m9.5"}, "--aa rand-m9.5 is not"),
+        ({"aa": "augmix-q1"}, "--aa augmix-q1 is not"),
+        ({"remode": "noise"}, "--remode noise cannot fill an erased box; use const, rand or pixel"),
+        ({"remode": "noise", "reprob": 0.0}, "--remode noise"),
+        ({"reprob": 1.5}, "--reprob 1.5 is not a probability"),
+        ({"recount": 0}, "--recount 0 erases nothing"),
+        ({"color_jitter": -0.1}, "--color-jitter -0.1 is negative"),
+        ({"train_interpolation": "cubic"}, "--train-interpolation cubic cannot be used; use random, nearest"),
+        ({"train_interpolation": "lanczos"}, "--train-interpolation lanczos cannot be used"),
+        ({"input_size": 0}, "--input-size 0 is not a size"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_work(changes, message):
+    with pytest.raises(UserError, match=message):
+        build_transform(True, make_args(**changes))
+
+
+@pytest.mark.parametrize("mode", ["random", "nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("policy", ["rand-m10-n15-mstd0.5-inc1", "augmix-m5", "originalr", "none"])
+def test_policies_run_with_every_interpolation(policy, mode):
+    args = make_args(data_set="IMNET", aa=policy, train_interpolation=mode, input_size=40)
+    transform = build_transform(True, args)
+    for seed in range(10):
+        assert transform(photo(seed)).shape == (3, 40, 40)
+
+
+def test_sharper_crops_without_augmentation():
+    args = no_augmentation(data_set="IMNET", train_interpolation="lanczos", input_size=40)
+    assert build_transform(True, args)(photo()).shape == (3, 40, 40)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Posterize, which Pillow 13 refuses at 0 bits
+
+
+@pytest.mark.parametrize("bits", range(-2, 9))
+def test_posterize_is_a_bit_mask(bits):
+    mask = 0xFF & ~((1 << (8 - max(bits, 0))) - 1)
+    np.testing.assert_array_equal(np.asarray(posterize(photo(), bits)), np.asarray(photo()) & mask)
+
+
+def test_posterize_at_the_highest_magnitudes():
+    args = make_args(data_set="IMNET", input_size=40, aa="rand-m14-mmax14-p1-inc1")
+    for magnitude, bits in [(10, 0), (14, -1), (5, 2)]:
+        (augment,) = [t for t in build_transform(True, args).transforms if type(t).__name__ == "RandAugment"]
+        (operation,) = [op for op in augment.ops if op.name == "PosterizeIncreasing"]
+        operation.magnitude = magnitude
+        expected = ImageOps.posterize(photo(), bits) if bits > 0 else Image.new("RGB", photo().size)
+        np.testing.assert_array_equal(np.asarray(operation(photo())), np.asarray(expected))
+
+
+def test_posterize_guard_is_idempotent_and_leaves_pillow_alone():
+    before = ImageOps.posterize
+    for _ in range(2):
+        build_transform(True, make_args())
+        assert {auto_augment.NAME_TO_OP[name] for name in transforms.POSTERIZE_OPS} == {posterize}
+    assert ImageOps.posterize is before
+    assert auto_augment.posterize is not posterize
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random erasing: drawn here, done later
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_boxes_are_timms_random_erasing(mode, count):
+    """Same pixels, and all random streams end where they would."""
+    whole, ours = RandomErasing(0.6, mode=mode, max_count=count, device="cpu"), Erasing(0.6, mode, count)
+    erased = 0
+    for seed in range(50):
+        random.seed(seed), torch.manual_seed(seed)
+        expected = whole(torch.ones(3, 20, 30))
+        left = random.getstate(), torch.get_rng_state().tolist()
+        random.seed(seed), torch.manual_seed(seed)
+        image = torch.ones(3, 20, 30)
+        for top, left_edge, noise in ours(image.shape, position=0):
+            image[:, top : top + noise.shape[1], left_edge : left_edge + noise.shape[2]] = noise
+        assert torch.equal(image, expected)
+        assert (random.getstate(), torch.get_rng_state().tolist()) == left
+        erased += not torch.equal(image, torch.ones(3, 20, 30))
+    assert 15 < erased < 45
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --fast-resize
+
+
+def textured(seed=0, width=477, height=405):
+    """Edges and noise at all scales."""
+    generator = np.random.default_rng(seed)
+    pixels = sum(
+        np.asarray(
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).resize((width, height))
+        )
+        * (1 / 6)
+        for size in (4, 8, 16, 32, 64, 128)
+    )
+    return Image.fromarray(((pixels - 128) * 2.5 + 128).clip(0, 255).astype(np.uint8))
+
+
+def difference(fast, exact):
+    return (fast.int() - exact.int()).abs().float()
+
+
+def test_bytes_and_back():
+    image = photo()
+    pixels = to_bytes(image)
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
+    for each in (pixels, pixels.contiguous()):
+        np.testing.assert_array_equal(np.asarray(to_image(each)), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("size", [(477, 405), (60, 500), (40, 30)], ids=str)
+def test_fast_crop_draws_as_timms_and_is_near(mode, size):
+    image = textured(width=size[0], height=size[1])
+    exact, fast = RandomResizedCropAndInterpolation(96, interpolation=mode), FastCrop(96, interpolation=mode)
+    for seed in range(30):
+        random.seed(seed)
+        expected = to_tensor(exact(image))
+        left = random.getstate()
+        random.seed(seed)
+        cropped = to_tensor(fast(to_bytes(image)))
+        assert random.getstate() == left
+        assert difference(cropped, expected).max() <= 16 and difference(cropped, expected).mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [17, 32, 48, 224])
+@pytest.mark.parametrize("shape", [(300, 400), (401, 223), (32, 32), (17, 17), (50, 33)], ids=str)
+def test_fast_evaluation_is_near(size, shape):
+    image = textured(width=shape[0], height=shape[1])
+    exact = build_transform(False, make_args(input_size=size))(image)
+    fast = build_transform(False, make_args(input_size=size, fast_resize=True))(to_bytes(image))
+    assert fast.shape == exact.shape == (3, size, size) and fast.dtype == torch.uint8
+    assert difference(fast, exact).max() <= 16 and difference(fast, exact).mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_fast_training_draws_as_the_exact_one(size):
+    """The resize is another; flip and RandAugment get the same numbers, and the streams end where they would."""
+    args = {"data_set": "IMNET", "input_size": size}
+    exact, fast = (build_transform(True, make_args(**args, fast_resize=each)) for each in (False, True))
+    assert names(exact)[2:] == names(fast)[-len(names(exact)) + 2 :]
+    far = 0
+    for seed in range(40):
+        ends = []
+        for transform, image in ((exact, photo(seed)), (fast, to_bytes(photo(seed)))):
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            ends.append(
+                (transform(image), random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist())
+            )
+        assert ends[0][1:] == ends[1][1:]
+        far += difference(ends[0][0], ends[1][0]).mean() > 1  # operations with thresholds magnify a step
+    assert far <= 3
+
+
+def test_fast_resize_is_bilinear_or_bicubic():
+    for mode in ("nearest", "lanczos"):
+        with pytest.raises(
+            UserError, match=f"--train-interpolation {mode} cannot be used; use random, bilinear, bi"
+        ):
+            build_transform(True, no_augmentation(train_interpolation=mode, fast_resize=True))

@@ -1,0 +1,215 @@
+"""What happens to one decoded image: from any size to bytes [3, S, S], and the boxes that random erasing draws.
+
+The recipe is DeiT's, from timm: random resized crop, RandAugment, random erasing. Normalising the bytes and filling
+the boxes is left to the device (see loaders.DeviceLoader), so that a loader's workers handle a quarter of the data.
+"""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision import transforms
+
+from utils import UserError
+
+SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
+POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+
+
+def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
+    """DeiT's transform up to the bytes: PIL image -> uint8 [3, S, S], S = `--input-size`.
+
+    Training: random resized crop, horizontal flip (not for digits: a mirrored one is another symbol), `--aa`,
+    which switches colour jitter off, as in timm, else colour jitter.
+    Evaluation: shorter side to int(256/224 S), bicubic; centre crop.
+    Up to S = 32 all images are first brought to S x S (nothing to do for CIFAR at 32); then training crops
+    randomly out of 4 pixels of padding, and evaluation takes the whole.
+
+    With `--fast-resize` it starts from bytes [3, H, W] instead, what `to_bytes` makes of the PIL image.
+
+    Raises:
+        UserError: a flag has a value that cannot be used.
+    """
+    size, bicubic = args.input_size, transforms.InterpolationMode.BICUBIC
+    if size < 1:
+        raise UserError(f"--input-size {size} is not a size in pixels; give a positive number")
+    small = size <= SMALL_INPUT
+    sides = (size, size) if small else (int(256 / 224 * size),)
+    resize = FastResize(sides) if args.fast_resize else transforms.Resize(sides, bicubic)
+    if not is_train:
+        steps = [resize] if small else [resize, transforms.CenterCrop(size)]
+        return transforms.Compose(steps if args.fast_resize else [*steps, transforms.PILToTensor()])
+    transform = _train_transform(args)
+    crop = transform.transforms[0]
+    if small:
+        to_pil = [transforms.Lambda(to_image)] if args.fast_resize else []
+        transform.transforms[:1] = [resize, *to_pil, transforms.RandomCrop(size, padding=4)]
+    elif args.fast_resize:
+        transform.transforms[0] = FastCrop(crop.size, crop.scale, crop.ratio, args.train_interpolation)
+    return transform
+
+
+def _train_transform(args: Namespace) -> transforms.Compose:
+    """timm's training transform for a loader that normalises later; its random crop comes first."""
+    policy = None if (args.aa or "none").lower() == "none" else args.aa
+    _check_augmentation(args, policy)
+    auto_augment.NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, posterize))
+    try:
+        transform = create_transform(
+            args.input_size,
+            is_training=True,
+            use_prefetcher=True,
+            hflip=0.0 if args.data_set == "DIGITS" else 0.5,
+            color_jitter=args.color_jitter,
+            auto_augment=policy,
+            interpolation=args.train_interpolation,
+        )
+    except (AssertionError, LookupError, ValueError) as error:
+        raise UserError(
+            f"--aa {args.aa} is not an augmentation timm knows ({error!r}); "
+            "use for example rand-m9-mstd0.5-inc1, augmix-m3, original or none"
+        ) from error
+    transform.transforms[-1] = transforms.PILToTensor()  # timm's own varies with its version
+    return transform
+
+
+def _check_augmentation(args: Namespace, policy: str | None) -> None:
+    """Refuse what timm would refuse without naming the flag, or only in the middle of an epoch."""
+    resampling = ["random", "nearest", "bilinear", "bicubic"]
+    if policy is None:
+        resampling += ["box", "hamming", "lanczos"]  # Pillow cannot rotate or shear with these
+    if args.fast_resize:
+        resampling = ["random", "bilinear", "bicubic"]  # torch resamples bytes with these alone
+    choices = ", ".join(resampling)
+    if args.train_interpolation not in resampling:
+        raise UserError(f"--train-interpolation {args.train_interpolation} cannot be used; use {choices}")
+    if args.remode.lower() not in ("const", "rand", "pixel"):
+        raise UserError(f"--remode {args.remode} cannot fill an erased box; use const, rand or pixel")
+    if not 0 <= args.reprob <= 1:
+        raise UserError(f"--reprob {args.reprob} is not a probability; give a number from 0 to 1")
+    if args.recount < 1:
+        raise UserError(f"--recount {args.recount} erases nothing; give at least 1, or --reprob 0")
+    if args.color_jitter is not None and args.color_jitter < 0:
+        raise UserError(f"--color-jitter {args.color_jitter} is negative; give 0 for none")
+
+
+def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """Keep the `bits` highest bits of each channel; none leave black.
+
+    At magnitude 10 timm asks for 0 bits, and beyond for fewer. Pillow drew that black until version 13 made
+    it an error. This replaces timm's operation in its table of operations by name; Pillow is left alone.
+    """
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --fast-resize: torch resamples instead of Pillow
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W], in memory pixel by pixel (channels last)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """The inverse of `to_bytes`."""
+    height, width = pixels.shape[1:]
+    return Image.frombytes("RGB", (width, height), pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def resample(pixels: Tensor, size: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """Resize uint8 [3, H, W] to `size`, antialiased like Pillow: near, but not always the same bytes."""
+    image = pixels[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, size=tuple(size), mode=mode, antialias=True)[0]
+
+
+class FastCrop(RandomResizedCropAndInterpolation):
+    """timm's random resized crop, with its draws, of bytes [3, H, W]; the result is a PIL image."""
+
+    def __call__(self, img: Tensor) -> Image.Image:
+        top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        modes = self.interpolation if isinstance(self.interpolation, tuple) else (self.interpolation,)
+        mode = random.choice(modes) if len(modes) > 1 else modes[0]
+        crop = img[:, top : top + height, left : left + width]
+        return to_image(resample(crop, self.size, mode.value))
+
+
+class FastResize:
+    """torchvision's Resize, bicubic, of bytes [3, H, W].
+
+    Args:
+        sides: height and width of the result; or its shorter side alone, which keeps the shape.
+    """
+
+    def __init__(self, sides: Sequence[int]) -> None:
+        self.sides = sides
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[1:]
+        side = self.sides[0]
+        longer = int(side * max(height, width) / min(height, width))
+        shape = (side, longer) if height <= width else (longer, side)
+        size = tuple(self.sides) if len(self.sides) == 2 else shape
+        return pixels if size == (height, width) else resample(pixels, size)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random erasing: drawn here, done on the device
+
+
+class Box(NamedTuple):
+    """Pixels to be replaced after normalising: `noise` [3, h, w] from row `top` and column `left` on."""
+
+    top: int
+    left: int
+    noise: Tensor
+
+
+class _Notes:
+    """Takes the place of an image [3, H, W] in timm's RandomErasing, and notes what the image should become."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = shape
+        self.boxes: list[Box] = []
+
+    def size(self) -> Sequence[int]:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], noise: Tensor) -> None:
+        _, rows, columns = place
+        noise = noise.expand(-1, rows.stop - rows.start, columns.stop - columns.start)
+        self.boxes.append(Box(rows.start, columns.start, noise))
+
+
+class Erasing:
+    """timm's random erasing, drawn from the same random streams, but not yet done.
+
+    Args:
+        probability, mode, max_count: as `--reprob`, `--remode` and `--recount`.
+        batch_size: `--resplit`: of each batch of that many the first half, up to B // 2, stays whole. 0: none does.
+    """
+
+    def __init__(self, probability: float, mode: str, max_count: int, batch_size: int = 0) -> None:
+        self.batch_size = batch_size
+        self._draw = RandomErasing(probability, mode=mode, max_count=max_count, device="cpu")
+
+    def __call__(self, shape: Sequence[int], position: int) -> list[Box]:
+        """The boxes of an image of shape (3, H, W) that is sample `position` of its process's epoch."""
+        if self.batch_size and position % self.batch_size < self.batch_size // 2:
+            return []
+        notes = _Notes(shape)
+        self._draw(notes)
+        return notes.boxes
