@@ -3,156 +3,32 @@
     python benchmarks/measures.py                          # batch 64, on whatever device is there
     python benchmarks/measures.py --quick --json FILE      # batch 8, under a minute on a CPU core
 
-The textbook forms are the equations as they stand, in plain torch: n x n matrices of all pairs, Gram matrices,
-one-hot labels, a loop over weight matrices. Both forms of a measure must agree before they are timed; then they
-take turns, round by round, so that a busy machine slows both alike. Printed are the medians, what a form keeps for
-the backward pass beside its input, and the ratios.
+The textbook forms (textbook.py) are the equations as they stand. Both forms of a measure must agree before they are
+timed; then they take turns, round by round, so that a busy machine slows both alike. Printed are the medians, what
+a form keeps for the backward pass beside its input, and the ratios.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from common import CLASSES, get_args_parser, machine, seconds, take_turns, write
+from textbook import TEXTBOOK, Form, dense_mixing
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import config
 from mixup import Labels
 from regularizers import MEASURES
 from regularizers.objective import LEVELS
 from regularizers.patch import mixing
 from utils import pick_device
 
-PATCHES, WIDTH, HEADS, BLOCKS, CLASSES = 196, 384, 6, 12, 1000  # DeiT-S at 224
+PATCHES, WIDTH, HEADS, BLOCKS = 196, 384, 6, 12  # DeiT-S at 224
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Form = Callable[..., Tensor]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Textbook forms: x, y [B, n, d] -> []
-
-
-def full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def units(x: Tensor) -> Tensor:
-    return full(x) / full(x).norm(dim=-1, keepdim=True).clamp_min(1e-8)
-
-
-def cosine_cross(x: Tensor, y: Tensor, absolute: bool = False) -> Tensor:
-    similarity = units(x) @ units(y).mT  # [B, n, n]
-    return similarity.abs().mean() if absolute else similarity.mean()
-
-
-def cosine(x: Tensor, absolute: bool = False) -> Tensor:
-    return cosine_cross(x, x, absolute)
-
-
-def pairwise_cosine(x: Tensor) -> Tensor:
-    similarity = (units(x) @ units(x).mT).abs()  # [B, n, n]
-    n = similarity.shape[-1]
-    different = 1 - torch.eye(n, device=x.device)
-    return (similarity * different).sum(dim=(-2, -1)).mean() / (n * (n - 1))
-
-
-def contrastive(x: Tensor, y: Tensor) -> Tensor:
-    similarity = units(x) @ units(y).mT  # [B, n, n]
-    own = similarity.diagonal(dim1=-2, dim2=-1)
-    others = (similarity.sum(dim=-1) - own) / (similarity.shape[-1] - 1)
-    return -(own.exp() / (own.exp() + others.exp())).log().mean()
-
-
-def twice_normalised(x: Tensor) -> Tensor:
-    for _ in range(2):
-        x = x / (x.square().sum(dim=-1, keepdim=True) + 1e-8).sqrt()
-    return x
-
-
-def mhs(x: Tensor) -> Tensor:
-    u = twice_normalised(full(x))
-    distance = 2 - 2 * u @ u.mT  # [B, n, n]
-    lower = torch.ones_like(distance).tril(-1)
-    masked = torch.where((lower > 0) & (distance > 0), distance, torch.inf)
-    nearest = masked.amin(dim=(-2, -1), keepdim=True)
-    return -(distance * (masked == nearest)).sum(dim=(-2, -1)).mean()
-
-
-def mgd(x: Tensor) -> Tensor:
-    u = twice_normalised((x.cpu() if x.device.type == "mps" else x).double())
-    kernel = (2 * u @ u.mT - 2).exp()  # [B, n, n]
-    jitter = 1e-6 * torch.eye(kernel.shape[-1], dtype=u.dtype, device=u.device)
-    return -torch.logdet(kernel + jitter).mean().float().to(x.device)
-
-
-def so(x: Tensor, normalize: bool = False) -> Tensor:
-    x = units(x) if normalize else full(x)
-    gram = x @ x.mT  # [B, n, n]
-    return (gram - torch.eye(gram.shape[-1], device=x.device)).square().sum(dim=(-2, -1)).mean()
-
-
-def dominant(matrix: Tensor, probe: Tensor, eps: float) -> Tensor:
-    y = matrix @ probe  # [..., n, 1]
-    return (matrix @ y * y).sum(dim=(-2, -1), keepdim=True) / ((y * y).sum(dim=(-2, -1), keepdim=True) + eps)
-
-
-def spread(gram: Tensor, first: Tensor, second: Tensor, eps: float) -> Tensor:
-    """(lambda_max - lambda_min)^2 of Gram matrices [..., n, n], from probes [..., n, 1]."""
-    largest = dominant(gram, first, eps)
-    identity = torch.eye(gram.shape[-1], device=gram.device)
-    smallest = largest + dominant(gram - largest * identity, second, eps)
-    return (largest - smallest).square().mean()
-
-
-def cno(
-    x: Tensor, normalize: bool = False, inverse: bool = False, distribution: str = "normal", eps: float = 1e-6
-) -> Tensor:
-    """Patches and heads as a batch; weights, whose probes are uniform, matrix by matrix."""
-    x = units(x) if normalize else full(x)
-    x = x.mT if inverse else x
-    if distribution == "normal":
-        first, second = (torch.randn(*x.shape[:-1], 1, device=x.device) for _ in range(2))
-        return spread(x @ x.mT, first, second, eps)
-    values = []
-    for matrix in x:
-        first, second = (torch.rand(len(matrix), 1, device=x.device) for _ in range(2))
-        values.append(spread(matrix @ matrix.mT, first, second, eps))
-    return torch.stack(values).mean()
-
-
-def gradient_diversity(g: Tensor) -> Tensor:
-    gram = full(g) @ full(g).mT  # [B, n, n]
-    return -(gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / gram.sum(dim=(-2, -1))).mean()
-
-
-def dense_mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
-    def smoothed(label: Tensor) -> Tensor:
-        one_hot = F.one_hot(label, CLASSES).float()[:, None]  # [B, 1, K]
-        return (1 - labels.smoothing) * one_hot + labels.smoothing / CLASSES
-
-    weight = labels.patch_weight[..., None]  # [B, P, 1]
-    target = weight * smoothed(labels.own) + (1 - weight) * smoothed(labels.partner)  # [B, P, K]
-    return -(target * full(patch_logits).log_softmax(dim=-1)).sum(dim=-1).mean()
-
-
-TEXTBOOK: dict[str, Form] = {
-    form.__name__: form
-    for form in (cosine, cosine_cross, pairwise_cosine, contrastive, mhs, mgd, so, cno, gradient_diversity)
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,18 +94,6 @@ def compute(form: Form, inputs: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...
     return value, torch.autograd.grad(value, inputs)
 
 
-def seconds(form: Form, inputs: list[Tensor]) -> float:
-    """Of one forward and backward pass."""
-    cuda = inputs[0].device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    compute(form, inputs)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def kept_bytes(form: Form, inputs: list[Tensor]) -> int:
     """What the form keeps for the backward pass beside its input."""
     kept: list[Tensor] = []  # alive until counted, so that no two storages share an address
@@ -258,12 +122,14 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Both forms of a case: median seconds and bytes kept."""
     if case.inputs[0].device.type == "cpu" or case.name != "weight_cno":
         check(case)  # but on a GPU the one draw of all probes of weights differs from drawing them one by one
-    times: dict[str, list[float]] = {form: [] for form in case.forms}
-    for number in range(rounds + 1):
-        for form, function in case.forms.items():
-            elapsed = seconds(function, case.inputs)
-            if number > 0:  # the first round warms up
-                times[form].append(elapsed)
+    device = case.inputs[0].device
+    times = take_turns(
+        {
+            form: partial(seconds, partial(compute, function, case.inputs), device)
+            for form, function in case.forms.items()
+        },
+        rounds,
+    )
     return {
         "shape": list(case.inputs[0].shape),
         "seconds": {form: statistics.median(values) for form, values in times.items()},
@@ -282,18 +148,6 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return flat
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=int, help="images; 64, or 8 with --quick")
-    parser.add_argument("--rounds", type=int, help="rounds of each form, after one warm-up; 7, or 3 with --quick")
-    parser.add_argument("--quick", action="store_true", help="a small batch and few rounds")
-    parser.add_argument("--only", default="", help="measures whose name contains this, e.g. patch_ or mgd")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the items")
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    return parser
-
-
 def show(name: str, result: dict[str, Any]) -> None:
     ours, naive = (1000 * result["seconds"][form] for form in ("ours", "naive"))
     kept = {form: size / 2**20 for form, size in result["kept_bytes"].items()}
@@ -305,12 +159,16 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def run() -> None:
-    flags = get_args_parser().parse_args()
+    parser = get_args_parser(__doc__.split("\n")[0])
+    parser.add_argument("--batch-size", type=int, help="images; 64, or 8 with --quick")
+    parser.add_argument("--rounds", type=int, help="rounds of each form, after one warm-up; 7, or 3 with --quick")
+    parser.add_argument("--only", default="", help="measures whose name contains this, e.g. patch_ or mgd")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the items")
+    flags = parser.parse_args()
     batch = flags.batch_size or (8 if flags.quick else 64)
     rounds = flags.rounds or (3 if flags.quick else 7)
     device = pick_device(flags.device)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    print(f"DeiT-S at 224, batch {batch}, {flags.dtype}, {machine}, {torch.get_num_threads()} threads")
+    print(f"DeiT-S at 224, batch {batch}, {flags.dtype}, {machine(device)}, {torch.get_num_threads()} threads")
     print(f"{'':25}{'ours ms':>10} {'naive ms':>10} {'ratio':>8} {'input MiB':>10} {'ours kept':>10} {'naive':>10}")
     results = {}
     torch.manual_seed(0)
@@ -318,18 +176,8 @@ def run() -> None:
         if flags.only in case.name:
             results[case.name] = measure(case, rounds)
             show(case.name, results[case.name])
-    if flags.json:
-        report = {
-            "machine": machine,
-            "threads": torch.get_num_threads(),
-            "dtype": flags.dtype,
-            "batch_size": batch,
-            "rounds": rounds,
-            "provenance": config.provenance(),
-            "measures": results,
-            "ratios": ratios(results),
-        }
-        flags.json.write_text(json.dumps(report, indent=2) + "\n")
+    settings = {"dtype": flags.dtype, "batch_size": batch, "rounds": rounds}
+    write(flags.json, device, {**settings, "measures": results, "ratios": ratios(results)})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,77 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x_i / max(|x_i|, 1e-8), in at least float32.  [..., n, d] -> [..., n, d]"""
-    return F.normalize(full_precision(x), dim=-1, eps=EPS)
+    """u_i = x_i / max(|x_i|, 1e-8), in at least float32.  [..., n, d] -> [..., n, d]"""
+    return _Unit.apply(full_precision(x))
+
+
+def mean_direction(x: Tensor) -> Tensor:
+    """1/n sum_i u_i, in at least float32.  [..., n, d] -> [..., 1, d]"""
+    return _MeanDirection.apply(full_precision(x))
+
+
+class _Unit(torch.autograd.Function):
+    """`unit`, which keeps nothing but x and whose gradient takes few passes through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x / _lengths(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _unit_gradient(x, gradient)
+
+
+class _MeanDirection(torch.autograd.Function):
+    """`mean_direction`, which never forms the u_i."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (1 / _lengths(x)).mT @ x / x.shape[-2]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _unit_gradient(x, gradient / x.shape[-2])
+
+
+def _unit_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at x_i, where g_i is that at u_i: (g_i - <u_i, g_i> u_i) / max(|x_i|, 1e-8).
+
+    Up to |x_i| = 1e-8, u_i is proportional to x_i, and the second summand is missing.
+
+    Args: x [..., n, d]; gradient [..., n, d], or [..., 1, d] if it is the same for all i.
+    """
+    lengths = _lengths(x)
+    along = (x * gradient).sum(dim=-1, keepdim=True) * (lengths > EPS) / lengths**2  # [..., n, 1]
+    return torch.addcmul(gradient, along, x, value=-1).div_(lengths)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """max(|x_i|, 1e-8).  [..., n, d] -> [..., n, 1]"""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+
+
+def gram(x: Tensor) -> Tensor:
+    """X X^T.  [..., n, d] -> [..., n, n]"""
+    return _Gram.apply(x)
+
+
+class _Gram(torch.autograd.Function):
+    """`gram`, with one matrix product in the backward pass; autograd would not see that both factors are X."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (gradient + gradient.mT) @ x
 
 
 def _mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
@@ -91,10 +160,10 @@ def cosine(x: Tensor, *, absolute: bool = False) -> Tensor:
     """
 
     def of_chunk(x: Tensor) -> Tensor:
-        u = unit(x)  # [C, n, d]
         if absolute:
-            return (u @ u.mT).abs().mean(dim=(-2, -1))
-        return u.mean(dim=-2).square().sum(dim=-1)  # [C, d] -> [C]
+            u = unit(x)  # [C, n, d]
+            return gram(u).abs().mean(dim=(-2, -1))
+        return mean_direction(x).square().sum(dim=(-2, -1))  # [C, 1, d] -> [C]
 
     return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2 if absolute else 0)
 
@@ -118,10 +187,9 @@ def cosine_cross(x: Tensor, y: Tensor, *, absolute: bool = False) -> Tensor:
     """
 
     def of_chunk(x: Tensor, y: Tensor) -> Tensor:
-        u, v = unit(x), unit(y)  # [C, n, d]
         if absolute:
-            return (u @ v.mT).abs().mean(dim=(-2, -1))
-        return (u.mean(dim=-2) * v.mean(dim=-2)).sum(dim=-1)  # [C, d] -> [C]
+            return (unit(x) @ unit(y).mT).abs().mean(dim=(-2, -1))
+        return (mean_direction(x) * mean_direction(y)).sum(dim=(-2, -1))  # [C, 1, d] -> [C]
 
     return _mean_over_sets(of_chunk, x, y, matrix=x.shape[-2] * y.shape[-2] if absolute else 0)
 
@@ -145,7 +213,7 @@ def pairwise_cosine(x: Tensor) -> Tensor:
 
     def of_chunk(x: Tensor) -> Tensor:
         u = unit(x)  # [C, n, d]
-        others = (u @ u.mT).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [C]
+        others = gram(u).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [C]
         return others / max(n * (n - 1), 1)
 
     return _mean_over_sets(of_chunk, x, matrix=n**2)
@@ -176,7 +244,7 @@ def contrastive(x: Tensor, y: Tensor) -> Tensor:
         own = (u * v).sum(dim=-1)  # [C, n]
         if n == 1:
             return 0 * own.mean(dim=-1)
-        all_items = (u @ v.sum(dim=-2, keepdim=True).mT).squeeze(-1)  # [C, n]
+        all_items = (v.sum(dim=-2, keepdim=True) @ u.mT).squeeze(-2)  # [C, n]
         return F.softplus((all_items - own) / (n - 1) - own).mean(dim=-1)
 
     return _mean_over_sets(of_chunk, x, y)
@@ -212,7 +280,7 @@ def mhs(x: Tensor) -> Tensor:
 
     def of_chunk(x: Tensor) -> Tensor:
         u = _twice_normalised(full_precision(x))  # [C, n, d]
-        distance = 2 - 2 * (u @ u.mT)  # [C, n, n], squared
+        distance = 2 - 2 * gram(u)  # [C, n, n], squared
         pairs = torch.ones(distance.shape[-2:], dtype=torch.bool, device=x.device).tril(-1)  # [n, n]
         counts = pairs & (distance > 0)
         nearest = distance.masked_fill(~counts, torch.inf).amin(dim=(-2, -1), keepdim=True)  # [C, 1, 1]
@@ -244,7 +312,7 @@ def mgd(x: Tensor) -> Tensor:
     def of_chunk(x: Tensor) -> Tensor:
         wide = x.cpu() if x.device.type == "mps" else x
         u = _twice_normalised(wide.double())  # [C, n, d]
-        kernel = torch.exp(-(2 - 2 * (u @ u.mT)))  # [C, n, n]
+        kernel = torch.exp(-(2 - 2 * gram(u)))  # [C, n, n]
         jitter = 1e-6 * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
         return -torch.logdet(kernel + jitter).to(full_precision(x[..., :0, :0]).dtype).to(x.device)
 
@@ -275,9 +343,9 @@ def so(x: Tensor, *, normalize: bool = False) -> Tensor:
 
     def of_chunk(x: Tensor) -> Tensor:
         x = unit(x) if normalize else full_precision(x)  # [C, n, d]
-        gram = x.mT @ x if n > d else x @ x.mT  # [C, min(n, d), min(n, d)]
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return (gram - identity).square().sum(dim=(-2, -1)) + max(n - d, 0)
+        products = gram(x.mT if n > d else x)  # [C, min(n, d), min(n, d)]
+        identity = torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)
+        return (products - identity).square().sum(dim=(-2, -1)) + max(n - d, 0)
 
     return _mean_over_sets(of_chunk, x, matrix=min(n, d) ** 2)
 
@@ -315,8 +383,8 @@ def cno(
         dominant(A, p) = (A y . y) / (y . y + eps),   y = A p
 
     G = X X^T, or with `inverse` X^T X; neither is ever formed: G v = X (X^T v), so O(n d). Both power iterations
-    start side by side, and (G y . y) is |X^T y|^2, so four products with X are enough. The probes p and p' are
-    random (`draw_probes`); gradients flow through all products.
+    start side by side, and (G y . y) is |X^T y|^2, so four products with X are enough, and as many for the
+    gradient, which flows through all of them. The probes p and p' are random (`draw_probes`).
 
     Args: x [..., n, d]; `normalize` replaces x_i by u_i first (the patch level's default); `distribution` and
         `eps` follow the reference: uniform probes and eps = 0 for weights, normal and 1e-6 elsewhere.
@@ -324,29 +392,82 @@ def cno(
     Range: [0, inf).
     Rewards: items that fill all directions alike, so that the extreme eigenvalues of their Gram matrix are close;
         without `normalize` also shorter items.
-    Cost: O(n d); keeps the input, normalised with `normalize`, and a few vectors of n and of d numbers.
+    Cost: O(n d); keeps the input, normalised with `normalize`, and four vectors of n numbers (d with `inverse`).
     Source: [C22], CNO.
     Use: the recipe's term for weights; the cheapest of the orthogonality terms on large matrices. `inverse` where
         n > d, for which X X^T is singular.
     """
     x = unit(x) if normalize else full_precision(x)
     x = x.mT if inverse else x
-    first, second = draw_probes(x, distribution)  # each [..., n, 1]
-    products = x @ (x.mT @ torch.cat([first, second], dim=-1))  # [..., n, 2], G p and G p'
+    probes = torch.cat(draw_probes(x, distribution), dim=-1).mT  # [..., 2, n]
+    return _SquaredSpread.apply(x, probes, eps).mean()
 
-    def quotient(numerator: Tensor, squared_norm: Tensor) -> Tensor:
-        return numerator / (squared_norm + eps).clamp_min(torch.finfo(x.dtype).tiny)
 
-    y = products[..., :1]  # [..., n, 1]
-    largest = quotient(_squared_norm(x.mT @ y), _squared_norm(y))  # [..., 1, 1]
-    u = products[..., 1:] - largest * second  # [..., n, 1], (G - lambda_max I) p'
-    difference = quotient(_squared_norm(x.mT @ u) - largest * _squared_norm(u), _squared_norm(u))  # min - max
-    return difference.square().mean()
+class _Iterations(NamedTuple):
+    """CNO's two power iterations. Vectors are rows: on CPUs v X is several times faster than X v."""
+
+    y: Tensor  # [..., 1, n], G p
+    u: Tensor  # [..., 1, n], (G - lambda_max I) p'
+    largest: Tensor  # [..., 1, 1], lambda_max
+    difference: Tensor  # [..., 1, 1], lambda_min - lambda_max
+
+    @classmethod
+    def of(cls, x: Tensor, probes: Tensor, eps: float) -> _Iterations:
+        """Of x [..., n, d], from probes p and p' [..., 2, n]."""
+        y, u = (probes @ x @ x.mT).split(1, dim=-2)  # G p and G p'
+        largest = _squared_norm(y @ x) / _divisor(y, eps)
+        u = u - largest * probes[..., 1:, :]
+        difference = (_squared_norm(u @ x) - largest * _squared_norm(u)) / _divisor(u, eps)
+        return cls(y, u, largest, difference)
+
+
+class _SquaredSpread(torch.autograd.Function):
+    r"""D^2 = (lambda_max - lambda_min)^2 for x [..., n, d] and probes p and p' [..., 2, n].  -> [..., 1, 1]
+
+    Autograd would make an n x d matrix for each product with X and add them up, which on a CPU costs far more than
+    the products. This backward pass makes one, of rank 6:
+
+        dD/dX = (S + S^T) X,   S = u u^T / |u|^2 + s p'^T + l (y y^T / |y|^2 + t p^T)
+        s = 2 (G u - (lambda_max + D) u) / |u|^2
+        t = 2 (G y - lambda_max y) / |y|^2
+        l = -(u . u / |u|^2 + s . p')
+
+    y = G p, u = (G - lambda_max I) p', and a divisor |v|^2 is v . v + eps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probes: Tensor, eps: float) -> Tensor:
+        iterations = _Iterations.of(x, probes, eps)
+        ctx.save_for_backward(x, probes, *iterations)
+        ctx.eps = eps
+        return iterations.difference.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, probes, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this pass is differentiated itself, and x is not seen through what was saved
+            saved = _Iterations.of(x, probes, ctx.eps)
+        y, u, largest, difference = saved
+        y_divisor, u_divisor = _divisor(y, ctx.eps), _divisor(u, ctx.eps)
+        y_u_probes_x = torch.cat([y, u, probes], dim=-2) @ x  # [..., 4, d]
+        gram_y, gram_u = (y_u_probes_x[..., :2, :] @ x.mT).split(1, dim=-2)
+        t = 2 * (gram_y - largest * y) / y_divisor
+        s = 2 * (gram_u - (largest + difference) * u) / u_divisor
+        by_largest = -(_squared_norm(u) / u_divisor + (s * probes[..., 1:, :]).sum(dim=-1, keepdim=True))  # l
+        t_s, shares = torch.cat([t, s], dim=-2), torch.cat([by_largest, torch.ones_like(by_largest)], dim=-2)
+        left = [2 * by_largest * y / y_divisor, 2 * u / u_divisor, shares * t_s, shares * probes]
+        left = 2 * difference * gradient * torch.cat(left, dim=-2)  # [..., 6, n]
+        return left.mT @ torch.cat([y_u_probes_x, t_s @ x], dim=-2), None, None
 
 
 def _squared_norm(v: Tensor) -> Tensor:
-    """[..., n, 1] -> [..., 1, 1]"""
-    return v.square().sum(dim=(-2, -1), keepdim=True)
+    """[..., 1, n] -> [..., 1, 1]"""
+    return v.square().sum(dim=-1, keepdim=True)
+
+
+def _divisor(v: Tensor, eps: float) -> Tensor:
+    """v . v + eps, never 0.  [..., 1, n] -> [..., 1, 1]"""
+    return (_squared_norm(v) + eps).clamp_min(torch.finfo(v.dtype).tiny)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -49,23 +49,22 @@ def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
     r"""Cross-entropy of every patch against its own soft label, mean over images and patches.
 
         R = 1/(B P) sum_bp CE_bp
-        CE_bp = lse(z) - (1 - e) (w_p z_own + (1 - w_p) z_partner) - e mean_k z_k
+        CE_bp = -(1 - e) (w_p log q_own + (1 - w_p) log q_partner) - e mean_k log q_k
 
-    z are the patch's K logits, e the label smoothing and w_p the share of patch p that shows the image's own
-    class. The second line is the cross-entropy with the dense label e/K + (1 - e) (w_p 1_own + (1 - w_p)
-    1_partner), which is never built: two gathers and one log-sum-exp.
+    q is the softmax of the patch's K logits, e the label smoothing and w_p the share of patch p that shows the
+    image's own class. The second line is the cross-entropy with the dense label e/K + (1 - e) (w_p 1_own + (1 -
+    w_p) 1_partner), which is never built: one log-softmax and one gather.
 
     Args: patch_logits [B, P, K], any precision; computed in at least float32.
     Returns: scalar. The papers' sum over patches is P times it.
     Range: [0, inf); log K where all classes are equally likely.
     Rewards: patches that say themselves which class they show.
-    Cost: O(P K); and the model's head on every patch. Keeps the logits.
+    Cost: O(P K); and the model's head on every patch. Keeps the log-probabilities.
     Source: [C22], mixing loss, after [G21].
     Use: the recipe's term inside the label loss; it also lets the label reach the last block's patches.
     """
-    z = full_precision(patch_logits)  # [B, P, K]
-    own = z.gather(2, labels.own[:, None, None].expand(-1, z.shape[1], 1)).squeeze(2)  # [B, P]
-    partner = z.gather(2, labels.partner[:, None, None].expand(-1, z.shape[1], 1)).squeeze(2)  # [B, P]
-    w = labels.patch_weight  # [B, P]
-    hit = w * own + (1 - w) * partner
-    return (z.logsumexp(dim=2) - (1 - labels.smoothing) * hit - labels.smoothing * z.mean(dim=2)).mean()
+    log_q = full_precision(patch_logits).log_softmax(dim=2)  # [B, P, K]
+    classes = torch.stack([labels.own, labels.partner], dim=1)[:, None].expand(-1, log_q.shape[1], -1)  # [B, P, 2]
+    shares = torch.stack([labels.patch_weight, 1 - labels.patch_weight], dim=2)  # [B, P, 2]
+    hit = (shares * log_q.gather(2, classes)).sum(dim=2)  # [B, P]
+    return -((1 - labels.smoothing) * hit + labels.smoothing * log_q.mean(dim=2)).mean()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -323,6 +324,44 @@ def test_degenerate_items(case: Case, kind: str, dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What measures are made of: their gradients are written out, not autograd's
+
+PARTS: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
+    measures.unit: lambda x: F.normalize(x, dim=-1, eps=1e-8),
+    measures.mean_direction: lambda x: F.normalize(x, dim=-1, eps=1e-8).mean(dim=-2, keepdim=True),
+    measures.gram: lambda x: x @ x.mT,
+}
+every_part = pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+
+
+@every_part
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (5, 3), (2, 3, 4, 6)])
+@pytest.mark.parametrize("length", [0, 1e-12, 0.9e-8, 1.1e-8, 1e-3, 1, 1e6])
+def test_part_is_the_textbook_form(part: Callable[[Tensor], Tensor], shape: tuple[int, ...], length: float) -> None:
+    """Value and gradient, also where an item is as good as zero."""
+    x = F.normalize(sets(1, *shape)[0].detach(), dim=-1)
+    x[..., 0, :] *= length
+    x.requires_grad_()
+    value, expected = part(x), PARTS[part](x)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)
+    (weights,) = sets(1, *value.shape, seed=1)
+    gradients = (torch.autograd.grad((of * weights.detach()).sum(), x)[0] for of in (value, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10 / max(length, 1e-8))
+
+
+@every_part
+def test_part_can_be_differentiated_twice(part: Callable[[Tensor], Tensor]) -> None:
+    (x,) = sets(1, 2, 4, 3)
+    assert torch.autograd.gradcheck(part, x) and torch.autograd.gradgradcheck(part, x)
+
+
+@every_part
+def test_part_keeps_nothing_but_its_input(part: Callable[[Tensor], Tensor]) -> None:
+    (x,) = sets(1, 4, 3)
+    assert kept_for_backward(lambda: part(x).sum(), [x]) == []
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Invariances
 
 
@@ -606,7 +645,74 @@ def test_cno_forms_no_gram_matrix() -> None:
     """n = 30,000 items: the Gram matrix would take 3.6 GB."""
     x = torch.ones(30_000, 2, requires_grad=True)
     largest = max_elements(lambda: measures.cno(x).backward())
-    assert largest <= 2 * x.numel()
+    assert largest <= 6 * len(x)  # vectors side by side
+
+
+def as_in_the_equations(
+    x: Tensor, probes: tuple[Tensor, Tensor], normalize: bool, inverse: bool, eps: float
+) -> Tensor:
+    """CNO of x [..., n, d] through the Gram matrix, which autograd differentiates."""
+    u = x / x.norm(dim=-1, keepdim=True) if normalize else x
+    g = u.mT @ u if inverse else u @ u.mT
+
+    def dominant(matrix: Tensor, probe: Tensor) -> Tensor:
+        y = matrix @ probe
+        return (y.mT @ matrix @ y) / (y.mT @ y + eps)  # [..., 1, 1]
+
+    largest = dominant(g, probes[0])
+    smallest = largest + dominant(g - largest * torch.eye(g.shape[-1], dtype=g.dtype), probes[1])
+    return (largest - smallest).square().mean()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])
+@pytest.mark.parametrize("arguments", [{}, {"normalize": True}, {"inverse": True}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2), (9, 4), (4, 9), (5, 6, 6), (2, 3, 4, 40)])
+def test_cno_and_its_gradients_are_the_equations(
+    shape: tuple[int, ...], arguments: dict[str, bool], eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First and second derivatives; the backward pass is written out, not autograd's."""
+    (x,) = sets(1, *shape, seed=7)
+    n = shape[-1 if arguments.get("inverse") else -2]
+    probes = draw_one_by_one(shape[:-2], n, "normal", x.dtype)
+    probes = tuple(probe.view(*shape[:-2], n, 1) for probe in probes)
+    monkeypatch.setattr(measures, "draw_probes", lambda x, distribution: probes)
+    value = measures.cno(x, eps=eps, **arguments)
+    expected = as_in_the_equations(x, probes, eps=eps, **{"normalize": False, "inverse": False, **arguments})
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+    first, same = (torch.autograd.grad(of, x, create_graph=True)[0] for of in (value, expected))
+    torch.testing.assert_close(first, same, rtol=1e-8, atol=1e-10)
+    plain = torch.autograd.grad(measures.cno(x, eps=eps, **arguments), x)[0]
+    assert torch.equal(plain, first.detach())  # from what the forward pass kept, and from the input again
+    (direction,) = sets(1, *shape, seed=8)
+    second, same = (torch.autograd.grad((g * direction.detach()).sum(), x)[0] for g in (first, same))
+    torch.testing.assert_close(second, same, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", named("cno"), ids=str)
+def test_cno_under_double_backward(case: Case) -> None:
+    assert torch.autograd.gradgradcheck(case, sets(1, 2, 4, 3, seed=3))
+
+
+@pytest.mark.parametrize("case", named("cno"), ids=str)
+def test_cno_compiles_whole(case: Case) -> None:
+    (x,) = sets(1, 3, 6, 5)
+    probes = draw_one_by_one((3,), 5 if case.arguments.get("inverse") else 6, "normal", x.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "draw_probes", lambda x, distribution: probes)
+        function = partial(measures.cno, **case.arguments)
+        torch.compiler.reset()
+        value, expected = torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(of, x)[0] for of in (value, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_cno_makes_one_matrix_of_gradients() -> None:
+    """Not one for each product with X, to be added up."""
+    (x,) = sets(1, 40, 30)
+    shapes = [made.shape for made in results_of(lambda: torch.autograd.grad(measures.cno(x), x))]
+    assert shapes.count(x.shape) == 1
 
 
 @pytest.mark.parametrize("name", ["cosine", "cosine_cross", "contrastive", "gradient_diversity"])
@@ -616,23 +722,30 @@ def test_linear_measures_form_no_n_by_n_matrix(name: str) -> None:
     assert max_elements(lambda: case(*inputs).backward()) <= 300 * 4
 
 
-def max_elements(function: Callable[[], object], but: int | None = None) -> int:
-    """The size of the largest tensor, `but` that size, that any operation returns while `function` runs."""
+def results_of(function: Callable[[], object]) -> list[Tensor]:
+    """What all operations return while `function` runs."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
-        largest = 0
+        def __init__(self) -> None:
+            super().__init__()
+            self.results: list[Tensor] = []
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor) and tensor.numel() != but:
-                    self.largest = max(self.largest, tensor.numel())
+            self.results += [
+                x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)
+            ]
             return out
 
     with Watch() as watch:
         function()
-    return watch.largest
+    return watch.results
+
+
+def max_elements(function: Callable[[], object], but: int | None = None) -> int:
+    """The size of the largest tensor, `but` that size, that any operation returns while `function` runs."""
+    return max(result.numel() for result in results_of(function) if result.numel() != but)
 
 
 # ------------------------------------------------------------------------------------------------------------
