@@ -20,6 +20,7 @@ from mixup import Mixup
 from models import DiverseViT, Layout, build_model, find_layout
 from regularizers import Diversity
 from run_state import RunState
+from sharding import check_optimizer, shard
 from utils import BAD_ARGUMENT, UserError, broadcast_object, did_you_mean, print_main, rank, world_size
 
 
@@ -137,10 +138,16 @@ def build_run(
         replaced: which samples of the running epoch stand in for a bad image (SeededDataset.replaced).
     """
     ema = None
+    if args.fsdp:
+        check_optimizer(args.opt, lambda layer: create_optimizer(with_lr(args, 0.1), layer), precision.device)
+        model.cpu()  # so that no GPU ever holds the EMA's copy
     if args.model_ema:
         device = torch.device("cpu") if args.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
-    scaled = argparse.Namespace(**vars(args) | {"lr": scaled_lr(args)})
+    if args.fsdp:
+        for network in (model, ema.module) if ema is not None else (model,):
+            shard(network, precision.device)
+    scaled = with_lr(args, scaled_lr(args))
     try:
         optimizer = create_optimizer(scaled, model.backbone)
         schedule, _ = create_scheduler(scaled, optimizer)  # stepped after each epoch, as the reference does
@@ -190,6 +197,11 @@ def describe_resumed(run_state: RunState, path: str) -> str:
     done = f"epoch {run_state.epoch + 1} is done" if run_state.epoch >= 0 else "the first epoch has begun"
     inside = f", and {run_state.step} steps after it" if run_state.step else ""
     return f"resumed {path}: {done}{inside}, best top-1 {run_state.max_acc:.2f}%"
+
+
+def with_lr(args: argparse.Namespace, lr: float) -> argparse.Namespace:
+    """The flags with another rate, for timm's factories."""
+    return argparse.Namespace(**vars(args) | {"lr": lr})
 
 
 def scaled_lr(args: argparse.Namespace) -> float:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from sharding import like
 from utils import UserError, print_main
 
 StateDict = dict[str, Tensor]
@@ -423,7 +424,7 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
         if unknown:
             problems.append(f"{len(unknown)} are unknown to the model, first {unknown[0]}")
         raise UserError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. {advice}")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
 
 
 def load_for_finetuning(model: nn.Module, weights: StateDict, path: str) -> list[str]:

@@ -195,6 +195,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("distillation cannot be combined with --finetune: drop one of the two")
     if args.group_repeats and not args.repeated_aug:
         raise UserError("--group-repeats keeps copies together, and --no-repeated-aug makes none: drop one of them")
+    if args.fsdp:
+        check_fsdp(args)
     if (args.distillation_type != "none" or args.teacher_eval) and not args.teacher_path:
         raise UserError("a teacher needs weights: give --teacher-path FILE (its model is --teacher-model)")
     for name in ("resume", "finetune", "teacher_path"):
@@ -208,6 +210,23 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--resume auto looks for the newest checkpoint of a run in --output_dir: {needs}")
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UserError(f"--output_dir {args.output_dir} is a file, not a folder")
+
+
+def check_fsdp(args: argparse.Namespace) -> None:
+    """Refuse what --fsdp cannot be combined with.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    twice = [spec.name for spec in args.terms if spec.measure == "gradient_diversity"]
+    if twice and not args.eval:
+        raise UserError(
+            f"{twice[0]} differentiates twice, but --fsdp frees weights after once: drop one of the two"
+        )
+    if args.torchcompile:
+        raise UserError("--torchcompile makes one graph, which --fsdp breaks at every block: drop one of the two")
+    if args.model_ema_force_cpu:
+        raise UserError("--fsdp keeps a share of the average on every device: drop --model-ema-force-cpu")
 
 
 def mixing_is_on(args: argparse.Namespace) -> bool:

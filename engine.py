@@ -8,7 +8,7 @@ options wait by their nature: float16's gradient scaler, and an EMA kept in host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +24,7 @@ from mixup import Mixup
 from models.capture import DiverseViT, Needs
 from regularizers import Diversity, Term, total
 from regularizers.measures import full_precision
+from sharding import in_step, is_sharded, weights_of
 from utils import Meters, Progress, TrainingDiverged, UserError, Vote, all_reduce, print_main
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,11 +45,13 @@ class Precision:
         device: where training runs.
         name: 'auto' (bfloat16 where a CUDA device supports it natively, else float16 there; float32 elsewhere),
             'float32', 'bfloat16' or 'float16'.
+        keep_casts: whether a forward pass casts each weight once and keeps what it casts until its end; for shards,
+            that would be a half-precision copy of the whole model.
     Raises:
         UserError: float16 on a device other than CUDA, which has no scaled training.
     """
 
-    def __init__(self, device: torch.device, name: str = "auto") -> None:
+    def __init__(self, device: torch.device, name: str = "auto", keep_casts: bool = True) -> None:
         if name == "auto":
             if device.type != "cuda":
                 name = "float32"
@@ -59,10 +62,12 @@ class Precision:
         self.name = name
         self.device = device
         self.dtype = AMP_DTYPES[name]
+        self.keep_casts = keep_casts
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled, cache_enabled=self.keep_casts)
 
 
 @dataclass
@@ -191,7 +196,7 @@ def train_one_epoch(
     """Train over the loader once, or over what is left of it.
 
     Args:
-        model: a DiverseViT, or DDP around one.
+        model: a DiverseViT, sharded or not, or DDP around one.
         label_loss, diversity: the objective.
         loader: batches of images [B, 3, S, S] and class indices [B], from step `first_step` on.
         updater: optimiser, precision, clipping, EMA, and how many batches make a step.
@@ -222,14 +227,16 @@ def train_one_epoch(
         for left in reversed(range(updater.accumulate)):
             with nullcontext() if left == 0 else no_sync(model):
                 terms = objective(model, label_loss, diversity, next(batches), mixup, updater)
+                of_batch = list(terms)
                 if left == 0:
-                    terms |= diversity.of_weights(unwrap(model).weights)  # once a step, like clipping
+                    terms |= diversity.of_weights(weights_of(unwrap(model)))  # once a step, like clipping
                 loss = total(terms)
                 for name, value in [("loss", loss), *((name, term.value) for name, term in terms.items())]:
                     values[name] = values[name] + value.detach() if name in values else value.detach()
                 if left == 0:
                     finite.ask({name: values[name] for name in [*terms, "loss"]}, wish())
-                updater.backward(loss)
+                for part in apart(terms, of_batch) if is_sharded(model) else [loss]:
+                    updater.backward(part)
         if finite.verdict(step):
             updater.step(model)
             meters.update(values)
@@ -258,8 +265,21 @@ def objective(
     return {name: Term(term.value / updater.accumulate, term.weight) for name, term in terms.items()}
 
 
+def apart(terms: Mapping[str, Term], of_batch: Collection[str]) -> list[Tensor]:
+    """The sum of the weight terms, if there are any, and of the others: shards differentiate one after the other.
+
+    FSDP adds to the gradients of shards on a stream of its own. That waits for what was added before; what autograd
+    adds at the same time would not wait for it.
+    """
+    parts = [name for name in terms if name not in of_batch], of_batch
+    return [total({name: terms[name] for name in part}) for part in parts if part]
+
+
 def no_sync(model: nn.Module) -> AbstractContextManager[object]:
-    """Leave gradients unreduced: a later batch of the same step reduces them."""
+    """Leave gradients unreduced: a later batch of the same step reduces them.
+
+    Those of shards are reduced each time, since no process has room for all of them.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
@@ -274,7 +294,7 @@ def evaluate(
     """Loss and accuracy over all samples that the processes' loaders hold together.
 
     Args:
-        model: not wrapped in DDP, since processes may have different numbers of batches.
+        model: not wrapped in DDP, since processes may have different numbers of batches; sharded or not.
         loader: this process's share of the samples, or all of them in every process.
         precision: where, and in which dtype.
         measure: redundancy terms to measure as well; their coefficients do not matter.
@@ -289,17 +309,20 @@ def evaluate(
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts samples
     sums = sums if device.type == "mps" else sums.to(device)
     needs = measure.needs if measure else Needs()
-    for batch, (images, targets) in enumerate(loader, start=1):
+    for batch, (images, targets) in enumerate(in_step(model, loader), start=1):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
             captured = model(images, needs=needs)
+        measured = {}
+        if measure and measure.terms:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training draws the same
+                measured = measure(captured, weights_of(model))
+        if not len(targets):
+            continue  # images that only keep a sharded model's processes in step
         logits = full_precision(captured.logits)  # [B, K]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
         row = [F.cross_entropy(logits, targets, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()]
-        if measure and measure.terms:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training draws the same
-                terms = measure(captured, model.weights)
-            row += [term.value * len(targets) for term in terms.values()]
+        row += [term.value * len(targets) for term in measured.values()]
         row.append(torch.full((), len(targets), device=device))
         sums += torch.stack([value.to(sums.device).to(sums.dtype) for value in row])  # MPS has no float64
         after_batch(batch)

@@ -344,6 +344,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "processes (torchrun's and SLURM's variables are read by themselves)")
     group.switch("--dist-eval", "dist_eval", True, False, "share the evaluation among the processes, exactly")
+    shards = "keep parameters, gradients, optimizer and EMA in shards over all processes (FSDP2)"
+    group.switch("--fsdp", "fsdp", True, False, shards)
     group.value("--world_size", int, 1, "number of processes, where the launcher sets RANK but no WORLD_SIZE")
     group.value("--dist_url", str, "env://", "rendezvous address")
     group.value("--dist-timeout", float, 1800.0, "seconds that processes wait for one that may have died")

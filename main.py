@@ -44,6 +44,7 @@ from losses import LabelLoss
 from models import DiverseViT, check_name
 from regularizers import Diversity
 from run_state import RunState, Saver
+from sharding import is_sharded, shard
 from utils import (
     Interrupted,
     LocalError,
@@ -101,8 +102,10 @@ def run(args: argparse.Namespace) -> None:
     """Build everything, then train, or evaluate and stop."""
     check_name(args.model)
     launch = find_launch(args.world_size)
+    if args.fsdp and launch.world_size == 1:
+        raise UserError("--fsdp shares the model out among processes, and this is one: start several, or drop it")
     device = pick_device(args.device, launch.local_rank)
-    precision = Precision(device, args.amp_dtype)
+    precision = Precision(device, args.amp_dtype, keep_casts=not args.fsdp)
     init_distributed(launch, device, args.dist_url, args.dist_timeout)
     seed_everything(args.seed + rank())
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -124,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     if args.eval:
+        if args.fsdp:
+            shard(model, device)
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
@@ -268,8 +273,8 @@ def train(
 
 
 def distribute(model: DiverseViT, device: torch.device) -> nn.Module:
-    """DDP around the model, if there are several processes."""
-    if world_size() == 1:
+    """DDP around the model, if there are several processes, each with the whole of it."""
+    if world_size() == 1 or is_sharded(model):
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 

@@ -22,6 +22,7 @@ from checkpoint import load_weights, model_weights
 from engine import Finite
 from mixup import Mixup
 from models.capture import DiverseViT
+from sharding import optimizer_state, whole
 from utils import (
     BAD_ARGUMENT,
     Interrupted,
@@ -92,8 +93,8 @@ class RunState:
             "replaced": self.replaced[: self.samples].nonzero()[:, 0],
         }
         state = {
-            "model": self.model.backbone.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.backbone.state_dict(), is_main()),
+            "optimizer": whole(self.optimizer.state_dict(), is_main()),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -104,7 +105,7 @@ class RunState:
             "processes": gather_to_main(own),
         }
         if self.ema is not None:
-            state["model_ema"] = self.ema.module.backbone.state_dict()
+            state["model_ema"] = whole(self.ema.module.backbone.state_dict(), is_main())
         return state
 
     @property
@@ -143,7 +144,7 @@ class RunState:
         self._compare_args(state.get("args"), int(state.get("step", 0)), path)
         load_weights(self.model.backbone, model_weights(state, path), path)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])

@@ -2,7 +2,7 @@
 
 `find_layout` looks at the model itself, never at its name. What differs between families is in the lower half of
 this file: where the blocks are (`_find_blocks`), which module's input is the softmax map (`_map_tap`), how the
-projections are called and fused (`_PROJECTIONS`, `_split_rows`), from which block on there are prefix tokens
+projections are called and fused (`_PROJECTIONS`, `_rows`), from which block on there are prefix tokens
 (`_first_with_prefix`). To support another family, teach it there and add the family to tests/families.py.
 
 Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads, L blocks, K classes.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -37,6 +38,18 @@ class MapTap(NamedTuple):
     hooked: nn.Module
     heads_first: Callable[[Tensor], Tensor]
     between: Literal["tokens", "channels"] = "tokens"
+
+
+class Matrix(NamedTuple):
+    """A weight matrix [n, d].
+
+    Attributes:
+        parameter: where its numbers are.
+        part: takes the matrix out of the parameter, as a view.
+    """
+
+    parameter: Tensor
+    part: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class Layout:
     # ------------------------------------------------------------------------------------------------------
     # Weights
 
-    def weights(self, block: int, matrix: str) -> list[Tensor]:
+    def weights(self, block: int, matrix: str, whole: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """The weight matrices of one kind in a block, each [n, d]; a row is a neuron.
 
         Views of the parameters, so gradients reach them. Fused projections are split into their parts. Blocks with
@@ -153,6 +166,7 @@ class Layout:
 
         Args:
             matrix: 'q', 'k', 'v', 'proj' (after attention), 'fc1' or 'fc2' (of the MLP).
+            whole: makes a whole tensor of a parameter that is kept in shards.
         Raises:
             UserError: the block has no such matrix.
         """
@@ -164,7 +178,7 @@ class Layout:
                 f"and MLP have {', '.join(found) or 'no linear layers'}; choose other layers, or other matrices as "
                 "in weight.cno:fc1,fc2"
             )
-        return found[matrix]
+        return [part(whole(parameter) if whole else parameter) for parameter, part in found[matrix]]
 
     # ------------------------------------------------------------------------------------------------------
     # Patches through the head
@@ -306,7 +320,7 @@ _PROJECTIONS = {
 }
 
 
-def _matrices(block: nn.Module) -> dict[str, list[Tensor]]:
+def _matrices(block: nn.Module) -> dict[str, list[Matrix]]:
     """All weight matrices of a block by kind, in the order of MATRICES, as far as it has them."""
     parts = [_joint_matrices(block)] if hasattr(block, "in_split") else []
     parts += [_projections(attention) for attention in _attentions(block) if attention is not block]
@@ -315,33 +329,34 @@ def _matrices(block: nn.Module) -> dict[str, list[Tensor]]:
     return {name: matrices for name, matrices in found.items() if matrices}
 
 
-def _projections(attention: nn.Module) -> dict[str, list[Tensor]]:
+def _projections(attention: nn.Module) -> dict[str, list[Matrix]]:
     """W_q, W_k, W_v and the output projection of an attention module, as far as it has them."""
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Matrix]] = {}
     for attribute, kinds in _PROJECTIONS.items():
-        weight = _matrix(getattr(attention, attribute, None))
+        weight = _weight(getattr(attention, attribute, None))
         if attribute == "qkv" and getattr(attention, "use_global", False):
             kinds = "kv"  # GCViT's global blocks take their queries from outside
         if weight is not None:
-            found |= {kind: [part] for kind, part in zip(kinds, _split_rows(attention, weight, kinds), strict=True)}
+            found |= {kind: [Matrix(weight, partial(_rows, attention, kinds, kind))] for kind in kinds}
     output = getattr(attention, "proj", None)
-    weight = _matrix(getattr(output, "ln", output))  # LeViT: an activation, then ln
-    return found if weight is None else {**found, "proj": [weight]}
+    weight = _weight(getattr(output, "ln", output))  # LeViT: an activation, then ln
+    return found if weight is None else {**found, "proj": [Matrix(weight, _all_of)]}
 
 
-def _split_rows(attention: Any, weight: Tensor, kinds: str) -> list[Tensor]:
-    """The parts of a projection that is fused of q, k or v, each [n, d]."""
+def _rows(attention: Any, kinds: str, kind: str, weight: Tensor) -> Tensor:
+    """The rows of a projection, perhaps fused, that make q, k or v."""
+    weight = _all_of(weight)
     if len(kinds) == 1:
-        return [weight]
+        return weight
     by_head = hasattr(attention, "val_dim") or getattr(attention, "head_first", False)  # LeViT; CoAtNet
     if not by_head:
-        return list(weight.chunk(len(kinds), dim=0))
+        return weight.chunk(len(kinds), dim=0)[kinds.index(kind)]
     per_head = weight.unflatten(0, (attention.num_heads, -1))  # [H, n / H, d]
     if hasattr(attention, "val_dim"):
         parts = per_head.split([attention.val_dim if kind == "v" else attention.key_dim for kind in kinds], dim=1)
     else:
         parts = per_head.chunk(len(kinds), dim=1)
-    return [part.flatten(0, 1) for part in parts]
+    return parts[kinds.index(kind)].flatten(0, 1)
 
 
 def _mlps(block: Any) -> list[nn.Module]:
@@ -351,41 +366,55 @@ def _mlps(block: Any) -> list[nn.Module]:
     return [branch.mlp for branch in getattr(block, "ffns", ())]
 
 
-def _mlp_matrices(mlp: nn.Module) -> dict[str, list[Tensor]]:
+def _mlp_matrices(mlp: nn.Module) -> dict[str, list[Matrix]]:
     """The first and second layers of an MLP; two first ones, gate and value, if it is gated."""
     names = {"fc1": ("fc1", "fc1_g", "fc1_x", "ln1"), "fc2": ("fc2", "ln2")}
     found = {
-        kind: [weight for weight in (_matrix(getattr(mlp, name, None)) for name in known) if weight is not None]
+        kind: [weight for weight in (_weight(getattr(mlp, name, None)) for name in known) if weight is not None]
         for kind, known in names.items()
     }
     first, second = found["fc1"], found["fc2"]
+    matrices = {kind: [Matrix(weight, _all_of) for weight in weights] for kind, weights in found.items()}
     if len(first) == len(second) == 1 and first[0].shape[0] == 2 * second[0].shape[1]:
-        found["fc1"] = list(first[0].chunk(2, dim=0))  # gate and value in one layer
-    return found
+        halves = [second[0].shape[1]] * 2
+        matrices["fc1"] = [Matrix(first[0], partial(_piece, halves, 0, i)) for i in range(2)]  # gate and value
+    return matrices
 
 
-def _joint_matrices(block: Any) -> dict[str, list[Tensor]]:
+def _joint_matrices(block: Any) -> dict[str, list[Matrix]]:
     """The matrices of a block whose attention and MLP run side by side through joint projections."""
-    fc1, q, k, v = block.in_proj.weight.split(block.in_split, dim=0)
+    rows = block.in_split  # of fc1, q, k and v
+    found = {
+        kind: [Matrix(block.in_proj.weight, partial(_piece, rows, 0, i))]
+        for i, kind in enumerate(("fc1", "q", "k", "v"))
+    }
     if block.out_proj is not None:
-        proj, fc2 = block.out_proj.weight.split([len(v), len(fc1)], dim=1)
+        columns = [rows[3], rows[0]]
+        proj, fc2 = (Matrix(block.out_proj.weight, partial(_piece, columns, 1, i)) for i in range(2))
     else:
-        proj, fc2 = block.attn_out_proj.weight, block.mlp_out_proj.weight
-    return {"q": [q], "k": [k], "v": [v], "proj": [proj], "fc1": [fc1], "fc2": [fc2]}
+        proj, fc2 = Matrix(block.attn_out_proj.weight, _all_of), Matrix(block.mlp_out_proj.weight, _all_of)
+    return {**found, "proj": [proj], "fc2": [fc2]}
 
 
-def _matrix(layer: Any) -> Tensor | None:
-    """The weight [n, d] of a linear layer, a 1 x 1 convolution, or one of them with a norm behind it."""
+def _weight(layer: Any) -> Tensor | None:
+    """The weight of a linear layer, a 1 x 1 convolution, or one of them with a norm behind it."""
     layer = getattr(layer, "linear", layer)
-    if isinstance(layer, nn.Linear):
-        return layer.weight
-    return layer.weight.flatten(1) if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) else None
+    small = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
+    return layer.weight if small else None
+
+
+def _all_of(weight: Tensor) -> Tensor:
+    return weight.flatten(1)  # [n, d] or [n, d, 1, 1] -> [n, d]
+
+
+def _piece(sizes: list[int], dim: int, index: int, weight: Tensor) -> Tensor:
+    return weight.split(sizes, dim)[index]
 
 
 def _channels_first(block: nn.Module, grid: Tensor) -> bool:
     """Whether a block's grid of tokens is [B, D, h, w], not [B, h, w, D]: D is the width that its values take."""
     attention = _attentions(block)[0]
-    widths = [matrix.shape[1] for matrix in _projections(attention).get("v", ())]
+    widths = [weight.shape[1] for weight, _ in _projections(attention).get("v", ())]
     if (grid.shape[1] in widths) != (grid.shape[3] in widths):
         return grid.shape[1] in widths
     fused = getattr(attention, "qkv", None)

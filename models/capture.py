@@ -6,7 +6,7 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -72,8 +72,8 @@ class Captured(NamedTuple):
 class DiverseViT(nn.Module):
     """An unmodified timm model with hooks on exactly what is needed; without needs, any timm model as it is.
 
-    Hooks are registered once, here, before compile, DDP and the EMA's copy. They store nothing unless a forward
-    pass that asks for it is under way, so no tensor outlives its step and gradient checkpointing's
+    Hooks are registered once, here, before compile, DDP, sharding and the EMA's copy. They store nothing unless a
+    forward pass that asks for it is under way, so no tensor outlives its step and gradient checkpointing's
     recomputation stores nothing. Blocks whose map is wanted leave the fused attention kernel, which never
     materialises it: for good where training wants it, for that pass alone where only a measurement does.
 
@@ -99,10 +99,14 @@ class DiverseViT(nn.Module):
         if self.layout:
             self._install_hooks(self.layout, hooked)
 
-    def weights(self, block: int, matrix: str) -> list[Tensor]:
-        """A block's weight matrices of one kind ('q', 'k', 'v', 'proj', 'fc1', 'fc2'), each [n, d], as views."""
+    def weights(self, block: int, matrix: str, whole: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """A block's weight matrices of one kind ('q', 'k', 'v', 'proj', 'fc1', 'fc2'), each [n, d], as views.
+
+        Args:
+            whole: makes a whole tensor of a parameter that is kept in shards.
+        """
         assert self.layout is not None
-        return self.layout.weights(block, matrix)
+        return self.layout.weights(block, matrix, whole)
 
     # ------------------------------------------------------------------------------------------------------
     # Hooks
