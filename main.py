@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import os
 import sys
 import time
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized():
+            gc.collect()  # sharded models refer to themselves and to the group, whose threads must end before Python
             dist.destroy_process_group()
     return 0
 
