@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized():
-            gc.collect()  # sharded models refer to themselves and to the group, whose threads must end before Python
+            gc.collect()  # a sharded model holds the group, whose threads must end before Python does
             dist.destroy_process_group()
     return 0
 
