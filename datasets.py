@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import sys
 import tarfile
 from argparse import Namespace
@@ -339,7 +340,7 @@ def _scan_tar(path: Path) -> tuple[list[Sample], list[str]]:
     """Let timm find the images. Of large files it keeps what it found in a file beside them, where it may."""
     try:
         reader = create_dataset("", root=str(path), cache_tarinfo=_may_cache(path.parent)).reader
-    except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
+    except (OSError, ValueError, AssertionError, EOFError, tarfile.TarError, pickle.PickleError) as error:
         raise UserError(f"cannot read {path}: {error}; it must hold one folder of images per class") from error
     classes = sorted(reader.class_name_to_idx)  # folders' order, also below; timm has class10 after class2
     if "" in classes:

@@ -233,7 +233,8 @@ class DeviceLoader:
 
     def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels, labels, noise = (
-            tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.noise)
+            tensor.to(self.device, non_blocking=self.device.type == "cuda")
+            for tensor in (batch.images, batch.labels, batch.noise)
         )
         images = normalise(pixels, self._mean, self._std)
         erase(images, batch.boxes, noise)
