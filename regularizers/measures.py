@@ -422,7 +422,7 @@ class _Iterations(NamedTuple):
 
 
 class _SquaredSpread(torch.autograd.Function):
-    r"""D^2 = (lambda_max - lambda_min)^2 for x [..., n, d] and probes p and p' [..., 2, n].  -> [..., 1, 1]
+    r"""D^2, D = lambda_min - lambda_max, of x [..., n, d] with probes p and p' [..., 2, n].  -> [..., 1, 1]
 
     Autograd would make an n x d matrix for each product with X and add them up, which on a CPU costs far more than
     the products. This backward pass makes one, of rank 6:

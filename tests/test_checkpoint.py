@@ -249,7 +249,8 @@ class Killed:
     def check(self) -> None:
         """The furthest checkpoint is valid, and at most what had not been finished is lost."""
         saved = (self.folder / "saved").read_text().split() if (self.folder / "saved").exists() else []
-        last = int(saved[-1]) if saved else -1
+        noted = int(saved[-1]) if saved else -1
+        last = max(noted, self.counter)  # the one before may have been killed between its save and its note
         assert self.count(checkpoint.newest(self.folder)) in (last, last + 1)
         if last >= 0:
             self.counter = self.count(self.load("checkpoint.pth"))

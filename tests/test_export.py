@@ -467,7 +467,10 @@ MISTAKES = {
         r"x.pth does not fit VisionTransformer: .*\. Check --model, --model-kwargs, --input-size and --num-classes",
     ),
     "another size": (["x.pth", "out", "--input-size", "48"], r"pos_embed is \[1, 17, 24\] there and \[1, 37, 24\]"),
-    "other classes": (["x.pth", "out", "--num-classes", "6"], r"head.weight is \[5, 24\] there and \[6, 24\]"),
+    "other classes": (
+        ["x.pth", "out", "--num-classes", "6"],
+        r"head.weight is \[5, 24\] \(classes, features\) there and \[6, 24\]",
+    ),
     "another family": (["x.pth", "out", "--model", "resnet18"], "no fc.weight to tell the number of classes"),
     "bad argument": (["x.pth", "out", "--model-kwargs", "no_such=1"], "cannot be built with .*no_such"),
     "size of nothing": (["x.pth", "out", "--input-size", "0"], "--input-size must be at least 1, not 0"),
