@@ -240,14 +240,51 @@ def contrastive(x: Tensor, y: Tensor) -> Tensor:
     n = x.shape[-2]
 
     def of_chunk(x: Tensor, y: Tensor) -> Tensor:
-        u, v = unit(x), unit(y)  # [C, n, d]
-        own = (u * v).sum(dim=-1)  # [C, n]
         if n == 1:
-            return 0 * own.mean(dim=-1)
-        all_items = (v.sum(dim=-2, keepdim=True) @ u.mT).squeeze(-2)  # [C, n]
-        return F.softplus((all_items - own) / (n - 1) - own).mean(dim=-1)
+            return 0 * (unit(x) * unit(y)).sum(dim=(-2, -1))
+        return _Contrast.apply(full_precision(x), full_precision(y)).mean(dim=(-2, -1))  # [C, n, 1] -> [C]
 
     return _mean_over_sets(of_chunk, x, y)
+
+
+class _Contrast(torch.autograd.Function):
+    """softplus(m_i - s_ii), `contrastive` item by item.  x, y [..., n, d] -> [..., n, 1]
+
+    The u_i and v_i are never formed, neither here nor for the gradient. With V = sum_j v_j, m_i - s_ii is
+    (<u_i, V> - n s_ii) / (n - 1). With g_i the gradient at that numerator and U = sum_i g_i u_i,
+
+        dR/du_i = g_i (V - n v_i),   dR/dv_i = U - n g_i u_i
+
+    and x_i and y_i get of these what is at right angles to them, as in `_unit_gradient`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        *_, numerator = _Contrast.similarities(x, y)
+        return F.softplus(numerator / (x.shape[-2] - 1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        n = x.shape[-2]
+        x_lengths, y_lengths, own, all_y, numerator = _Contrast.similarities(x, y)
+        g = torch.sigmoid(numerator / (n - 1)) * gradient / (n - 1)
+        all_x = (g / x_lengths).mT @ x  # U, [..., 1, d]
+        x_along = g * numerator * (x_lengths > EPS)
+        y_along = ((all_x @ y.mT).mT / y_lengths - n * g * own) * (y_lengths > EPS)
+        crossed = -n * g / (x_lengths * y_lengths)
+        by_x = (x * (-x_along / x_lengths**2)).addcmul_(crossed, y).addcmul_(g / x_lengths, all_y)
+        by_y = (y * (-y_along / y_lengths**2)).addcmul_(crossed, x).addcmul_(1 / y_lengths, all_x)
+        return by_x, by_y
+
+    @staticmethod
+    def similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The lengths of x and of y, s_ii, V [..., 1, d], and the numerator; [..., n, 1] but for V."""
+        x_lengths, y_lengths = _lengths(x), _lengths(y)
+        own = (x * y).sum(dim=-1, keepdim=True) / (x_lengths * y_lengths)
+        all_y = (1 / y_lengths).mT @ y
+        return x_lengths, y_lengths, own, all_y, (all_y @ x.mT).mT / x_lengths - x.shape[-2] * own
 
 
 # ------------------------------------------------------------------------------------------------------------

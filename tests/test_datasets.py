@@ -632,7 +632,7 @@ def test_files_that_cannot_be_decoded(tmp_path, content, reason):
         (1000, pytest.warns(Image.DecompressionBombWarning, match="exceeds limit of 1000")),  # Pillow's own
         (2000, nullcontext()),
     ],
-    ids=str,
+    ids=["refused", "warned", "read"],
 )
 def test_enormous_images(tmp_path, monkeypatch, limit, outcome):
     """Up to Pillow's limit images are read, up to twice of it as well, with Pillow's warning."""
