@@ -289,7 +289,9 @@ def test_env_without_a_recent_python(project: Path) -> None:
 
 def test_ci_calls_the_test_script() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines() == ["#!/usr/bin/env bash", "./script/test.sh"]
-    assert (ROOT / "script" / "test.sh").read_text().splitlines()[-1] == 'python -m pytest "$@"'
+    assert (ROOT / "script" / "test.sh").read_text().splitlines()[
+        -1
+    ] == 'python -m pytest -n 2 --dist loadfile "$@"'
 
 
 # ------------------------------------------------------------------------------------------------------------
