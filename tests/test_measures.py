@@ -349,6 +349,26 @@ def test_part_is_the_textbook_form(part: Callable[[Tensor], Tensor], shape: tupl
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10 / max(length, 1e-8))
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (5, 3), (2, 3, 4, 6)])
+@pytest.mark.parametrize("length", [0, 1e-12, 0.9e-8, 1.1e-8, 1e-3, 1, 1e6])
+def test_contrastive_is_the_textbook_form(shape: tuple[int, ...], length: float) -> None:
+    """Value and gradients, also where an item of either layer is as good as zero."""
+    inputs = [F.normalize(x.detach(), dim=-1) for x in sets(2, *shape)]
+    for i, x in enumerate(inputs):
+        x[..., i, :] *= length
+        x.requires_grad_()
+    u, v = (PARTS[measures.unit](x) for x in inputs)
+    similarity = u @ v.mT  # [..., n, n]
+    own = similarity.diagonal(dim1=-2, dim2=-1)
+    others = (similarity.sum(dim=-1) - own) / (shape[-2] - 1)
+    expected = -(own.exp() / (own.exp() + others.exp())).log().mean()
+    value = measures.contrastive(*inputs)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(of, inputs) for of in (value, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12 / max(min(length, 1), 1e-8))
+
+
 @every_part
 def test_part_can_be_differentiated_twice(part: Callable[[Tensor], Tensor]) -> None:
     (x,) = sets(1, 2, 4, 3)
