@@ -68,7 +68,7 @@ def _no_views(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def weights_of(model: DiverseViT) -> Weights:
-    """Block, matrix -> the block's matrices of that kind, for the weight terms of one step.
+    """Block, kinds -> the block's matrices of these kinds, for the weight terms of one step.
 
     Sharded parameters are gathered, each once; their gradients become means over the processes.
     """

@@ -10,11 +10,13 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,16 +42,23 @@ class MapTap(NamedTuple):
     between: Literal["tokens", "channels"] = "tokens"
 
 
-class Matrix(NamedTuple):
-    """A weight matrix [n, d].
+class Source(NamedTuple):
+    """A parameter that holds one weight matrix, or several fused ones.
 
     Attributes:
-        parameter: where its numbers are.
-        part: takes the matrix out of the parameter, as a view.
+        parameter: where their numbers are.
+        parts: all its matrices, as views: [m, n, d] if they are alike and follow each other, else each [n, d].
     """
 
     parameter: Tensor
-    part: Callable[[Tensor], Tensor]
+    parts: Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+
+
+class Matrix(NamedTuple):
+    """A weight matrix [n, d]: a source's part with this number."""
+
+    source: Source
+    part: int
 
 
 @dataclass(frozen=True)
@@ -158,27 +167,43 @@ class Layout:
     # ------------------------------------------------------------------------------------------------------
     # Weights
 
-    def weights(self, block: int, matrix: str, whole: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        """The weight matrices of one kind in a block, each [n, d]; a row is a neuron.
+    def weights(
+        self, block: int, matrices: Sequence[str], whole: Callable[[Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """The weight matrices of some kinds in a block, in the order of the kinds; a row is a neuron.
 
-        Views of the parameters, so gradients reach them. Fused projections are split into their parts. Blocks with
-        attentions side by side have one matrix for each, gated MLPs have two fc1 (gate and value).
+        Views of the parameters, so gradients reach them. Fused projections are split into their parts, all of them
+        at once. Blocks with attentions side by side have one matrix for each, gated MLPs have two fc1 (gate and
+        value).
 
         Args:
-            matrix: 'q', 'k', 'v', 'proj' (after attention), 'fc1' or 'fc2' (of the MLP).
+            matrices: of 'q', 'k', 'v', 'proj' (after attention), 'fc1' and 'fc2' (of the MLP).
             whole: makes a whole tensor of a parameter that is kept in shards.
+        Returns: tensors [m, n, d]: m matrices that follow each other in a parameter and are wanted in its order.
         Raises:
             UserError: the block has no such matrix.
         """
         found = _matrices(self.blocks[block])
-        if matrix not in found:
-            attention, *_ = _attentions(self.blocks[block])
-            raise UserError(
-                f"weight terms find no {matrix} in block {block} of {self.name}: its {type(attention).__name__} "
-                f"and MLP have {', '.join(found) or 'no linear layers'}; choose other layers, or other matrices as "
-                "in weight.cno:fc1,fc2"
-            )
-        return [part(whole(parameter) if whole else parameter) for parameter, part in found[matrix]]
+        for kind in matrices:
+            if kind not in found:
+                attention, *_ = _attentions(self.blocks[block])
+                raise UserError(
+                    f"weight terms find no {kind} in block {block} of {self.name}: its {type(attention).__name__} "
+                    f"and MLP have {', '.join(found) or 'no linear layers'}; choose other layers, or other "
+                    "matrices as in weight.cno:fc1,fc2"
+                )
+        wanted = [matrix for kind in matrices for matrix in found[kind]]
+        parts = {
+            id(source): source.parts(whole(source.parameter) if whole else source.parameter) for source, _ in wanted
+        }
+        stacks: list[Tensor] = []
+        for key, group in groupby(wanted, lambda matrix: id(matrix.source)):
+            inside, numbers = parts[key], [number for _, number in group]
+            if isinstance(inside, Tensor) and numbers == list(range(len(inside))):
+                stacks.append(inside)
+            else:
+                stacks += [tuple(inside)[number][None] for number in numbers]
+        return stacks
 
     # ------------------------------------------------------------------------------------------------------
     # Patches through the head
@@ -337,26 +362,25 @@ def _projections(attention: nn.Module) -> dict[str, list[Matrix]]:
         if attribute == "qkv" and getattr(attention, "use_global", False):
             kinds = "kv"  # GCViT's global blocks take their queries from outside
         if weight is not None:
-            found |= {kind: [Matrix(weight, partial(_rows, attention, kinds, kind))] for kind in kinds}
+            source = Source(weight, partial(_rows, attention, kinds))
+            found |= {kind: [Matrix(source, number)] for number, kind in enumerate(kinds)}
     output = getattr(attention, "proj", None)
     weight = _weight(getattr(output, "ln", output))  # LeViT: an activation, then ln
-    return found if weight is None else {**found, "proj": [Matrix(weight, _all_of)]}
+    return found if weight is None else {**found, "proj": [_all_of(weight)]}
 
 
-def _rows(attention: Any, kinds: str, kind: str, weight: Tensor) -> Tensor:
-    """The rows of a projection, perhaps fused, that make q, k or v."""
-    weight = _all_of(weight)
-    if len(kinds) == 1:
-        return weight
+def _rows(attention: Any, kinds: str, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """The rows of a projection, perhaps fused, that make q, k and v."""
+    weight = weight.flatten(1)  # [n, d] or [n, d, 1, 1] -> [n, d]
     by_head = hasattr(attention, "val_dim") or getattr(attention, "head_first", False)  # LeViT; CoAtNet
-    if not by_head:
-        return weight.chunk(len(kinds), dim=0)[kinds.index(kind)]
+    if not by_head or len(kinds) == 1:
+        return weight.unflatten(0, (len(kinds), -1))
     per_head = weight.unflatten(0, (attention.num_heads, -1))  # [H, n / H, d]
     if hasattr(attention, "val_dim"):
         parts = per_head.split([attention.val_dim if kind == "v" else attention.key_dim for kind in kinds], dim=1)
     else:
         parts = per_head.chunk(len(kinds), dim=1)
-    return parts[kinds.index(kind)].flatten(0, 1)
+    return tuple(part.flatten(0, 1) for part in parts)
 
 
 def _mlps(block: Any) -> list[nn.Module]:
@@ -374,25 +398,25 @@ def _mlp_matrices(mlp: nn.Module) -> dict[str, list[Matrix]]:
         for kind, known in names.items()
     }
     first, second = found["fc1"], found["fc2"]
-    matrices = {kind: [Matrix(weight, _all_of) for weight in weights] for kind, weights in found.items()}
+    matrices = {kind: [_all_of(weight) for weight in weights] for kind, weights in found.items()}
     if len(first) == len(second) == 1 and first[0].shape[0] == 2 * second[0].shape[1]:
-        halves = [second[0].shape[1]] * 2
-        matrices["fc1"] = [Matrix(first[0], partial(_piece, halves, 0, i)) for i in range(2)]  # gate and value
+        halves = Source(first[0], partial(torch.unflatten, dim=0, sizes=(2, -1)))
+        matrices["fc1"] = [Matrix(halves, 0), Matrix(halves, 1)]  # gate and value
     return matrices
 
 
 def _joint_matrices(block: Any) -> dict[str, list[Matrix]]:
     """The matrices of a block whose attention and MLP run side by side through joint projections."""
     rows = block.in_split  # of fc1, q, k and v
-    found = {
-        kind: [Matrix(block.in_proj.weight, partial(_piece, rows, 0, i))]
-        for i, kind in enumerate(("fc1", "q", "k", "v"))
-    }
+    joint = Source(block.in_proj.weight, partial(torch.split, split_size_or_sections=rows))
+    found = {kind: [Matrix(joint, number)] for number, kind in enumerate(("fc1", "q", "k", "v"))}
     if block.out_proj is not None:
-        columns = [rows[3], rows[0]]
-        proj, fc2 = (Matrix(block.out_proj.weight, partial(_piece, columns, 1, i)) for i in range(2))
+        columns = Source(
+            block.out_proj.weight, partial(torch.split, split_size_or_sections=[rows[3], rows[0]], dim=1)
+        )
+        proj, fc2 = Matrix(columns, 0), Matrix(columns, 1)
     else:
-        proj, fc2 = Matrix(block.attn_out_proj.weight, _all_of), Matrix(block.mlp_out_proj.weight, _all_of)
+        proj, fc2 = _all_of(block.attn_out_proj.weight), _all_of(block.mlp_out_proj.weight)
     return {**found, "proj": [proj], "fc2": [fc2]}
 
 
@@ -403,18 +427,15 @@ def _weight(layer: Any) -> Tensor | None:
     return layer.weight if small else None
 
 
-def _all_of(weight: Tensor) -> Tensor:
-    return weight.flatten(1)  # [n, d] or [n, d, 1, 1] -> [n, d]
-
-
-def _piece(sizes: list[int], dim: int, index: int, weight: Tensor) -> Tensor:
-    return weight.split(sizes, dim)[index]
+def _all_of(weight: Tensor) -> Matrix:
+    """The one matrix that a weight [n, d] or [n, d, 1, 1] is."""
+    return Matrix(Source(weight, lambda weight: weight.flatten(1)[None]), 0)
 
 
 def _channels_first(block: nn.Module, grid: Tensor) -> bool:
     """Whether a block's grid of tokens is [B, D, h, w], not [B, h, w, D]: D is the width that its values take."""
     attention = _attentions(block)[0]
-    widths = [weight.shape[1] for weight, _ in _projections(attention).get("v", ())]
+    widths = [source.parameter.shape[1] for source, _ in _projections(attention).get("v", ())]
     if (grid.shape[1] in widths) != (grid.shape[3] in widths):
         return grid.shape[1] in widths
     fused = getattr(attention, "qkv", None)

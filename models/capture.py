@@ -6,7 +6,7 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,21 +99,24 @@ class DiverseViT(nn.Module):
         if self.layout:
             self._install_hooks(self.layout, hooked)
 
-    def weights(self, block: int, matrix: str, whole: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        """A block's weight matrices of one kind ('q', 'k', 'v', 'proj', 'fc1', 'fc2'), each [n, d], as views.
+    def weights(
+        self, block: int, matrices: Sequence[str], whole: Callable[[Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """A block's weight matrices of some kinds ('q', 'k', 'v', 'proj', 'fc1', 'fc2') as views.
 
         Args:
             whole: makes a whole tensor of a parameter that is kept in shards.
+        Returns: tensors [m, n, d] of matrices that follow each other.
         """
         assert self.layout is not None
-        return self.layout.weights(block, matrix, whole)
+        return self.layout.weights(block, matrices, whole)
 
     # ------------------------------------------------------------------------------------------------------
     # Hooks
 
     def _install_hooks(self, layout: Layout, hooked: Needs) -> None:
         for block, matrix in sorted(hooked.weights):
-            layout.weights(block, matrix)  # raises now, not in the first step
+            layout.weights(block, [matrix])  # raises now, not in the first step
         if hooked.patch_logits:
             layout.check_head()
         for index in sorted(hooked.tokens):

@@ -351,7 +351,7 @@ class Diversity:
 
         Args:
             captured: what the forward pass showed.
-            weights: block, matrix -> the block's matrices of that kind.
+            weights: block, kinds -> the block's matrices of these kinds.
             label_loss: the label loss; only gradient diversity looks at it.
         """
         return self.of_batch(captured, label_loss) | self.of_weights(weights)

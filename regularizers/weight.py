@@ -15,7 +15,7 @@ DEFAULT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"cno": {"distribution": "u
 
 DEFAULT_MATRICES = ("q", "k", "v")
 
-Weights = Callable[[int, str], list[Tensor]]  # block, matrix -> matrices of that kind, each [n, d]
+Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]
 
 
 def items(weights: Weights, layers: Iterable[int], matrices: Sequence[str] = DEFAULT_MATRICES) -> list[Tensor]:
@@ -27,7 +27,6 @@ def items(weights: Weights, layers: Iterable[int], matrices: Sequence[str] = DEF
     """
     stacks: dict[torch.Size, list[Tensor]] = {}
     for layer in layers:
-        for name in matrices:
-            for matrix in weights(layer, name):
-                stacks.setdefault(matrix.shape, []).append(matrix)
-    return [torch.stack(stack) for stack in stacks.values()]
+        for some in weights(layer, matrices):  # [m, n, d]
+            stacks.setdefault(some.shape[1:], []).append(some)
+    return [torch.cat(stack) for stack in stacks.values()]

@@ -192,7 +192,7 @@ def test_weights_are_the_layers(name: str) -> None:
     generator = torch.Generator().manual_seed(4)
     for index, block in enumerate(family.blocks(model.backbone)):
         for kind, layers in neurons(block).items():
-            matrices = model.weights(index, kind)
+            matrices = [matrix for stack in model.weights(index, [kind]) for matrix in stack]
             assert len(matrices) == len(layers), kind
             for matrix, (width, layer) in zip(matrices, layers, strict=True):
                 x = torch.randn(4, width, generator=generator, dtype=torch.float64)
@@ -204,7 +204,7 @@ def test_weights_cover_their_parameters_once(name: str) -> None:
     """The gradient of their sum is 1 in every element of some of the block's parameters, and 0 elsewhere."""
     family, _, model = wrapped(name)
     for index, block in enumerate(family.blocks(model.backbone)):
-        matrices = [matrix for kind in neurons(block) for matrix in model.weights(index, kind)]
+        matrices = model.weights(index, [*neurons(block)])
         model.zero_grad()
         torch.stack([matrix.sum() for matrix in matrices]).sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -435,7 +435,7 @@ def test_projections_fused_head_by_head(name: str) -> None:
     third = per_head.shape[1] // 3
     sizes = [attn.key_dim, attn.key_dim, attn.val_dim] if hasattr(attn, "val_dim") else [third] * 3
     for kind, expected in zip("qkv", per_head.split(sizes, dim=1), strict=True):
-        assert torch.equal(*model.weights(0, kind), expected.flatten(0, 1)), kind
+        assert torch.equal(*model.weights(0, [kind]), expected.flatten(0, 1)[None]), kind
 
 
 def test_global_queries_have_no_matrix_in_their_block() -> None:
@@ -443,6 +443,6 @@ def test_global_queries_have_no_matrix_in_their_block() -> None:
     model = DiverseViT(build_model("gcvit_xxtiny", num_classes=CLASSES), Needs(weights=frozenset({(1, "k")})))
     assert model.layout is not None
     keys, values = model.layout.blocks[1].attn.qkv.weight.chunk(2)
-    assert torch.equal(*model.weights(1, "k"), keys) and torch.equal(*model.weights(1, "v"), values)
+    assert torch.equal(*model.weights(1, ["k", "v"]), torch.stack([keys, values]))
     with pytest.raises(UserError, match="find no q in block 1"):
-        model.weights(1, "q")
+        model.weights(1, ["q"])

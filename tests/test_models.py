@@ -327,7 +327,7 @@ def test_gradient_checkpointing_changes_nothing(tiny):
 
 def test_projections_are_views_of_the_parameters(tiny):
     model, _ = tiny("weight.cosine=1")
-    ((q,), (k,), (v,)) = (model.weights(1, name) for name in "qkv")
+    (q, k, v) = (torch.cat(model.weights(1, [name])).squeeze(0) for name in "qkv")
     weight = model.backbone.blocks[1].attn.qkv.weight
     assert torch.equal(torch.cat([q, k, v]), weight) and q.shape == (24, 24)
     q.sum().backward()
@@ -336,9 +336,10 @@ def test_projections_are_views_of_the_parameters(tiny):
 
 def test_projections_kept_apart():
     backbone = build_model("eva02_base_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2, num_classes=3)
-    ((q,), (k,), (v,)) = (find_layout(backbone).weights(0, name) for name in "qkv")
     attn = backbone.blocks[0].attn
-    assert q is attn.q_proj.weight and k is attn.k_proj.weight and v is attn.v_proj.weight
+    for name, layer in (("q", attn.q_proj), ("k", attn.k_proj), ("v", attn.v_proj)):
+        (matrix,) = find_layout(backbone).weights(0, [name])
+        assert matrix.data_ptr() == layer.weight.data_ptr() and torch.equal(matrix[0], layer.weight)
 
 
 @pytest.mark.parametrize(

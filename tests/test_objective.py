@@ -321,15 +321,15 @@ def weights_by_shape(shapes: Sequence[list[tuple[int, int]]]) -> dict[int, list[
 WEIGHTS = weights_by_shape(SHAPES)
 
 
-def read(matrices: Mapping[int, Sequence[Tensor]]) -> Callable[[int, str], list[Tensor]]:
-    """What a model's `weights` is: block, matrix -> matrices of that kind."""
-    return lambda block, matrix: [matrices[block]["qkv".index(matrix)]]
+def read(matrices: Mapping[int, Sequence[Tensor]]) -> Callable[[int, Sequence[str]], list[Tensor]]:
+    """What a model's `weights` is: block, kinds -> its matrices of these kinds, each [1, n, d]."""
+    return lambda block, kinds: [matrices[block]["qkv".index(kind)][None] for kind in kinds]
 
 
 weights = read(WEIGHTS)
 
 
-def no_weights(block: int, matrix: str) -> list[Tensor]:
+def no_weights(block: int, kinds: Sequence[str]) -> list[Tensor]:
     raise AssertionError("no term asked for weights")
 
 
