@@ -255,9 +255,9 @@ def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _mix_all(images: Tensor, flipped: Tensor, mix: Mix) -> Tensor:
-    """Mix every image of the batch in the same way."""
+    """Mix every image of the batch in the same way; `flipped` is used up."""
     if mix.box is None:
-        return images * mix.weight + flipped * (1 - mix.weight)
+        return (images * mix.weight).add_(flipped.mul_(1 - mix.weight))
     top, bottom, left, right = mix.box
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = flipped[:, :, top:bottom, left:right]
