@@ -21,7 +21,7 @@ from models import DiverseViT, Layout, build_model, find_layout
 from regularizers import Diversity
 from run_state import RunState
 from sharding import check_optimizer, shard
-from utils import BAD_ARGUMENT, UserError, broadcast_object, did_you_mean, print_main, rank, world_size
+from utils import BAD_ARGUMENT, UserError, broadcast_object, print_main, rank, world_size
 
 
 def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
@@ -58,25 +58,6 @@ def use_grad_checkpointing(backbone: Any) -> None:
         ) from error
     # when a compiled block is recomputed, its hooks have nothing to store
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-
-
-def compile_model(args: argparse.Namespace, model: DiverseViT, diversity: Diversity) -> None:
-    """Compile the forward pass in place, so that parameter names, DDP and the EMA see the model they know.
-
-    Raises:
-        UserError: an unknown backend, or a term that differentiates twice.
-    """
-    backends = torch.compiler.list_backends(exclude_tags=())
-    if args.torchcompile not in backends:
-        raise UserError(
-            f"unknown --torchcompile backend {args.torchcompile!r}.{did_you_mean(args.torchcompile, backends)} "
-            f"Known: {', '.join(torch.compiler.list_backends())}"
-        )
-    if diversity.differentiates_twice:
-        raise UserError(
-            "patch.gradient_diversity differentiates twice, which compiled models cannot: drop --torchcompile"
-        )
-    model.compile(backend=args.torchcompile, fullgraph=True)
 
 
 def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Diversity, Diversity]:

@@ -191,7 +191,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         const="inductor",
         default="",
         metavar="BACKEND",
-        help="compile the model's forward pass as one graph (inductor if no backend is named)",
+        help="compile the forward pass and the loss before the first step (inductor if no backend is named)",
     )
     recompute = "recompute the blocks in the backward pass: less memory, about a third more time"
     group.switch("--grad-checkpointing", "grad_checkpointing", True, False, recompute)

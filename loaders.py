@@ -227,6 +227,14 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The numbers of images that its batches have: the usual one, and perhaps that of the last batch."""
+        sampler: Any = self.loader.sampler
+        samples, usual = len(sampler), int(self.loader.batch_size or 1)
+        sizes = [usual] if samples >= usual else []
+        return sizes if self.loader.drop_last or samples % usual == 0 else [*sizes, samples % usual]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.loader)
         return self._ahead(batches) if self.device.type == "cuda" else map(self._place, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -81,6 +82,13 @@ class LabelLoss:
         self.kind: Literal["soft", "hard"] = "hard" if distillation_type == "hard" else "soft"
         self.alpha = alpha if self.teacher is not None else 0.0
         self.tau = tau
+        self._terms: Callable[..., dict[str, Term]] = self._compute
+
+    def compile(self, backend: str) -> None:
+        """Compile the terms, in one graph, and the teacher; in place."""
+        self._terms = torch.compile(self._compute, backend=backend, fullgraph=True)
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend)
 
     @torch.no_grad()
     def ask_teacher(self, images: Tensor) -> Tensor | None:
@@ -93,24 +101,35 @@ class LabelLoss:
         Raises:
             UserError: distillation with a student that has no distillation token.
         """
+        if teacher_logits is not None and captured.dist_logits is None:
+            raise UserError(
+                "distillation needs a student with a distillation token: choose a distilled model, "
+                "e.g. --model deit_small_distilled_patch16_224"
+            )
+        return self._terms(captured.logits, captured.patch_logits, captured.dist_logits, labels, teacher_logits)
+
+    def _compute(
+        self,
+        logits: Tensor,
+        patch_logits: Tensor | None,
+        dist_logits: Tensor | None,
+        labels: Labels,
+        teacher_logits: Tensor | None,
+    ) -> dict[str, Term]:
         share = 1 - self.alpha
-        ce = cross_entropy(captured.logits, labels)
+        ce = cross_entropy(logits, labels)
         if self.mixing > 0:
-            assert captured.patch_logits is not None
-            count = captured.patch_logits.shape[1]  # P
+            assert patch_logits is not None
+            count = patch_logits.shape[1]  # P
             norm = 1 + self.mixing * count
             terms = {
                 "ce": Term(ce, share / norm),
-                MIXING: Term(mixing(captured.patch_logits, labels), share * self.mixing * count / norm),
+                MIXING: Term(mixing(patch_logits, labels), share * self.mixing * count / norm),
             }
         else:
             terms = {"ce": Term(ce, share)}
         if teacher_logits is not None:
-            if captured.dist_logits is None:
-                raise UserError(
-                    "distillation needs a student with a distillation token: choose a distilled model, "
-                    "e.g. --model deit_small_distilled_patch16_224"
-                )
-            value = distillation(captured.dist_logits, teacher_logits, self.kind, self.tau)
+            assert dist_logits is not None
+            value = distillation(dist_logits, teacher_logits, self.kind, self.tau)
             terms["distillation"] = Term(value, self.alpha)
         return terms

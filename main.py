@@ -34,10 +34,10 @@ from build import (
     build_mixup,
     build_run,
     build_teacher,
-    compile_model,
     global_batch,
     scaled_lr,
 )
+from compiling import compile_model, compile_objective, warm_up
 from datasets import build_dataset
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
 from loaders import build_eval_loader, build_train_loader, name_dead_workers
@@ -131,6 +131,8 @@ def run(args: argparse.Namespace) -> None:
     if args.eval:
         if args.fsdp:
             shard(model, device)
+        if args.torchcompile:
+            compile_model(args.torchcompile, model)
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
@@ -158,8 +160,16 @@ def run_training(
     run_state = build_run(args, model, precision, mixup, samples.replaced)
     val_loader = build_eval_loader(args, val_set, world_size(), rank(), precision.device)
     if args.torchcompile:
-        compile_model(args, model, diversity)
+        compile_model(args.torchcompile, model)
+        compile_objective(args.torchcompile, label_loss, diversity)
     print_plan(args, model, precision, len(train_set), run_state)
+
+    def prepare(wrapped: nn.Module, updater: Updater) -> None:
+        if args.torchcompile:
+            sizes = args.input_size, args.batch_size, val_loader.batch_sizes
+            parts = wrapped, label_loss, diversity, measure, updater, mixup
+            spent = warm_up(*parts, *sizes, training_mode=not args.finetune)
+            print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
 
     def train_epoch(wrapped: nn.Module, updater: Updater, saver: Saver) -> dict[str, float]:
         epoch, done = run_state.epoch + 1, run_state.step
@@ -192,7 +202,7 @@ def run_training(
 
         return evaluate(network, val_loader, precision, measure if network is model else None, after_batch)
 
-    train(args, run_state, precision, train_epoch, test, len(val_set), signals)
+    train(args, run_state, precision, prepare, train_epoch, test, len(val_set), signals)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,12 +251,13 @@ def train(
     args: argparse.Namespace,
     run_state: RunState,
     precision: Precision,
+    prepare: Callable[[nn.Module, Updater], None],
     train_epoch: Callable[[nn.Module, Updater, Saver], dict[str, float]],
     test: Callable[[DiverseViT, Saver], dict[str, float]],
     samples: int,
     signals: Signals,
 ) -> None:
-    """The epochs: train, test the raw model and its EMA, log, save."""
+    """Prepare, and then the epochs: train, test the raw model and its EMA, log, save."""
     if run_state.epoch + 1 >= args.epochs:
         print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
         return
@@ -254,6 +265,7 @@ def train(
     model, ema = run_state.model, run_state.ema
     updater = Updater(run_state.optimizer, precision, args.clip_grad, ema, args.grad_accum_steps)
     wrapped = distribute(model, precision.device)
+    prepare(wrapped, updater)
     start = time.perf_counter()
     saver = Saver(
         run_state, output, signals, args.checkpoint_hist, args.save_interval_steps, args.save_interval_minutes

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import build
 import config
+from compiling import compile_model, compile_objective
 from engine import Precision, Updater, train_one_epoch
 from models import DiverseViT
 from utils import seed_everything
@@ -67,7 +68,8 @@ class Recipe:
         self.wrapped: torch.nn.Module = self.model
         self.updater = Updater(run_state.optimizer, self.precision, args.clip_grad, run_state.ema)
         if args.torchcompile:
-            build.compile_model(args, self.model, self.diversity)
+            compile_model(args.torchcompile, self.model)
+            compile_objective(args.torchcompile, self.label_loss, self.diversity)
 
     def train(self, batches: Batches) -> None:
         """Through the real loop; the device is done when this returns, since the means are read."""

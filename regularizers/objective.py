@@ -12,7 +12,7 @@ colon. For patches 'first' is the input of block 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -264,8 +264,8 @@ class _Bound:
                     f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
                 )
 
-    def of_weights(self, weights: weight.Weights) -> Tensor:
-        stacks = weight.items(weights, self.layers, self.spec.matrices)  # each [M, n, d]
+    def of_stacks(self, stacks: Sequence[Tensor]) -> Tensor:
+        """The term of weights: of all matrices [M, n, d] of its layers."""
         return _sum(len(stack) * self.function(stack) for stack in stacks)
 
     def of_batch(self, captured: Captured, label_loss: Tensor | None) -> Tensor:
@@ -325,6 +325,18 @@ class Diversity:
                     "label; add patch.mixing=1 or choose an average-pooled model"
                 )
 
+        self._batch_terms: Callable[..., dict[str, Term]] = self._of_batch
+        self._stack_terms: Callable[..., dict[str, Term]] = self._of_stacks
+
+    def compile(self, backend: str) -> None:
+        """Compile the terms in place: those of a batch in one graph, those of the weights in another.
+
+        CNO's probes stay those of the eager form.
+        """
+        options = {"fallback_random": True} if backend == "inductor" else None
+        compiled = partial(torch.compile, backend=backend, fullgraph=True, options=options)
+        self._batch_terms, self._stack_terms = compiled(self._of_batch), compiled(self._of_stacks)
+
     @property
     def differentiates_twice(self) -> bool:
         """Whether a term needs the gradient of a gradient."""
@@ -358,10 +370,20 @@ class Diversity:
 
     def of_batch(self, captured: Captured, label_loss: Tensor | None = None) -> dict[str, Term]:
         """The patch and attention terms: means over the images of a batch."""
+        return self._batch_terms(captured, label_loss)
+
+    def _of_batch(self, captured: Captured, label_loss: Tensor | None) -> dict[str, Term]:
         terms = [term for term in self.terms if term.spec.level != "weight"]
         return {term.spec.name: Term(term.of_batch(captured, label_loss), term.spec.coef) for term in terms}
 
     def of_weights(self, weights: weight.Weights) -> dict[str, Term]:
         """The weight terms, which do not depend on a batch."""
         terms = [term for term in self.terms if term.spec.level == "weight"]
-        return {term.spec.name: Term(term.of_weights(weights), term.spec.coef) for term in terms}
+        return self._stack_terms([weight.items(weights, term.layers, term.spec.matrices) for term in terms])
+
+    def _of_stacks(self, stacks: Sequence[Sequence[Tensor]]) -> dict[str, Term]:
+        terms = [term for term in self.terms if term.spec.level == "weight"]
+        return {
+            term.spec.name: Term(term.of_stacks(own), term.spec.coef)
+            for term, own in zip(terms, stacks, strict=True)
+        }

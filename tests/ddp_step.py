@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import build
+from compiling import compile_model
 from engine import Finite, Precision, Updater, evaluate, train_one_epoch, unwrap
 from losses import LabelLoss
 from mixup import Mixup
@@ -123,18 +124,19 @@ def main(args: argparse.Namespace) -> None:
     init_distributed(launch, torch.device("cpu"))
     torch.manual_seed(launch.rank)  # processes start apart, as in main.py; DDP makes them equal
     specs = RECIPE if args.static_graph or args.torchcompile else (*RECIPE, TWICE)
-    diversity = Diversity([parse_spec(spec) for spec in specs], depth=3)
+    diversity, together_terms = (Diversity([parse_spec(spec) for spec in specs], depth=3) for _ in range(2))
     model = DiverseViT(build_model("deit_tiny_patch16_224", **TINY), diversity.needs).double()
     if args.grad_checkpointing:
         build.use_grad_checkpointing(model.backbone)
     if args.torchcompile:
-        build.compile_model(args, model, diversity)
+        compile_model(args.torchcompile, model)
+        together_terms.compile(args.torchcompile)
     wrapped = DistributedDataParallel(model, static_graph=args.static_graph)
     eager = copy.deepcopy(model)  # deepcopy leaves the compiled forward behind
     eager.backbone.set_grad_checkpointing(False)
     ema, before = ModelEmaV3(model, decay=EMA_DECAY), copy.deepcopy(model.backbone.state_dict())
 
-    together = gradients(wrapped, diversity, launch.rank, ema)
+    together = gradients(wrapped, together_terms, launch.rank, ema)
     alone = gradients(eager, diversity, launch.rank)
     apart = 0.0
     for name, grad in alone.items():

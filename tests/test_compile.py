@@ -1,18 +1,28 @@
-"""Compiled models: one graph, no recompilation between steps, the eager model's numbers."""
+"""Compiled models and objectives: few graphs, all of them before the first step, and the eager numbers."""
 
 from __future__ import annotations
 
-import argparse
 import copy
+import random
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo as dynamo
+from conftest import RECIPE, TINY, random_batch
 from families import FAMILIES, build
 
-from build import compile_model, use_grad_checkpointing
-from models import DiverseViT, find_layout
-from regularizers import Diversity, parse_spec, total
+from build import use_grad_checkpointing
+from compiling import compile_model, compile_objective, warm_up
+from engine import Precision, Updater, objective
+from losses import LabelLoss
+from mixup import Mixup
+from models import DiverseViT, build_model, find_layout
+from regularizers import MEASURES, Diversity, Term, parse_spec, total
+from regularizers.objective import all_names
+from run_state import set_streams, streams
 from utils import UserError
 
 SPECS = ("patch.cosine@first,all=0.5", "weight.so:v=1e-3")
@@ -22,6 +32,9 @@ ONE_GRAPH = [
     *("eva02_base", "dinov2_reg", "dinov3", "siglip", "relpos", "naflex", "cait", "xcit", "tnt", "deepseek"),
     *("swin", "swinv2", "pvt_v2", "twins_svt", "volo", "hiera", "mvitv2"),
 ]
+CPU = Precision(torch.device("cpu"))
+# torch's compiler meets this warning of its own, hides it when it would be shown, but not where it is an error
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +68,7 @@ def compare(name: str, backend: str = "aot_eager", checkpointing: bool = False) 
     compiled = copy.deepcopy(eager)
     if checkpointing:
         use_grad_checkpointing(compiled.backbone)
-    compile_model(argparse.Namespace(torchcompile=backend), compiled, diversity)
+    compile_model(backend, compiled)
     assert list(compiled.state_dict()) == list(eager.state_dict())
     images = family.images()
     expected_loss, expected = step(eager, diversity, images)
@@ -90,11 +103,133 @@ def test_gradient_checkpointing_that_the_model_lacks_is_refused():
 
 def test_what_cannot_be_compiled_is_refused():
     backbone = build("deit")
-    for backend, spec, message in [
-        ("inductr", "patch.cosine=1", "unknown --torchcompile backend 'inductr'. Did you mean inductor"),
-        ("inductor", "patch.gradient_diversity=1", "differentiates twice, which compiled models cannot"),
-    ]:
-        diversity = Diversity([parse_spec(spec)], 3, patches_reach_label=True)
-        model = DiverseViT(backbone, diversity.needs)
-        with pytest.raises(UserError, match=message):
-            compile_model(argparse.Namespace(torchcompile=backend), model, diversity)
+    with pytest.raises(UserError, match=r"unknown --torchcompile backend 'inductr'\. Did you mean inductor"):
+        compile_model("inductr", DiverseViT(backbone))
+    twice = Diversity([parse_spec("patch.gradient_diversity=1")], 3, patches_reach_label=True)
+    with pytest.raises(UserError, match="differentiates twice, which compiled models cannot"):
+        compile_objective("inductor", LabelLoss(), twice)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective
+
+DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def graphs() -> int:
+    return dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def differentiated(terms: dict[str, Term], inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The weighted sum of the terms, and its gradients."""
+    value = total(terms)
+    return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True)]
+
+
+def compare_compiled(compute: Callable[[], list[Any]], compile_it: Callable[[], None], count: int) -> None:
+    """The same numbers before and after compiling, from that many graphs, none of them made in the second step."""
+    expected = compute()
+    compile_it()
+    for _ in range(2):
+        for ours, theirs in zip(compute(), expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, **DOUBLE)
+        assert graphs() == count
+
+
+def options_of(name: str) -> list[str]:
+    measure = name.partition(".")[2]
+    layers = "@first:last" if MEASURES[measure].takes == "pair" else "@all"
+    return [f"{name}{layers}", *(f"{name}:{option}{layers}" for option in MEASURES[measure].options)]
+
+
+COMPILED = [name for name in all_names() if name not in ("patch.mixing", "patch.gradient_diversity")]
+
+
+@pytest.mark.parametrize("spec", [spec for name in COMPILED for spec in options_of(name)])
+def test_a_compiled_term(tiny, spec):
+    model, diversity = tiny(f"{spec}=0.5")
+    model.double()
+    images = random_batch(2)[0].double()
+
+    def compute() -> list[torch.Tensor | None]:
+        torch.manual_seed(5)  # CNO's probes
+        captured = model(images)
+        inputs = [*captured.tokens.values(), *captured.attention.values()]
+        return differentiated(diversity(captured, model.weights), inputs or [*model.parameters()])
+
+    compare_compiled(compute, lambda: diversity.compile("aot_eager"), count=1)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["mixup", "smoothing", "plain"])
+@pytest.mark.parametrize("distilled", ["none", "soft", "hard"])
+def test_a_compiled_label_loss(tiny, mixing, kind, distilled):
+    name = "deit_tiny_patch16_224" if distilled == "none" else "deit_tiny_distilled_patch16_224"
+    model, diversity = tiny(*([f"patch.mixing={mixing}"] if mixing else []), name=name)
+    model.double()
+    teacher = build_model("deit_tiny_patch16_224", **TINY).double().eval()
+    if distilled != "none":
+        model.backbone.set_distilled_training(True)
+    mixup = Mixup(0.8 * (kind == "mixup"), 0, smoothing=0.1 * (kind != "plain"), patch_size=(8, 8))
+    label_loss = LabelLoss(diversity.mixing, teacher, distilled)
+    images, targets = random_batch(pixels=32)
+    images, labels = mixup(images.double(), targets)
+
+    def compute() -> list[torch.Tensor | None]:
+        captured = model(images)
+        terms = label_loss(captured, labels, label_loss.ask_teacher(images))
+        wanted = [captured.logits, captured.patch_logits, captured.dist_logits]
+        return differentiated(terms, [logits for logits in wanted if logits is not None])
+
+    compare_compiled(compute, lambda: label_loss.compile("aot_eager"), count=1 + (distilled != "none"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Warming up
+
+
+def test_warming_up_leaves_no_trace_and_nothing_to_compile(tiny):
+    model, diversity = tiny(*RECIPE, drop_path_rate=0.2, pos_drop_rate=0.1)
+    norm = torch.nn.BatchNorm1d(24)  # whose statistics a pass would move
+    model.backbone.norm_pre = torch.nn.Sequential(Transposed(), norm, Transposed())
+    measure = Diversity([parse_spec("attn.pairwise_cosine@all=1")], 3)
+    model = DiverseViT(model.backbone, diversity.needs, measure.needs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    updater, mixup = Updater(optimizer, CPU), Mixup(prob=0.6, patch_size=(8, 8))
+    label_loss = LabelLoss(diversity.mixing)
+    compile_model("aot_eager", model)
+    compile_objective("aot_eager", label_loss, diversity)
+    parts = model, label_loss, diversity, measure, updater, mixup
+    before = copy.deepcopy(model.state_dict()), draws(mixup)
+    seconds = warm_up(*parts, image_size=32, train_batch=4, test_batches=[6, 5])
+    torch.testing.assert_close((model.state_dict(), draws(mixup)), before, rtol=0, atol=0)
+    assert not optimizer.state
+    assert seconds > 0 and all(p.grad is None for p in model.parameters())
+
+    made = graphs()
+    assert made == 5  # training and evaluation of the model, label loss, terms of the batch, terms of the weights
+    for seed in range(6):  # mixed by Mixup, by CutMix and not at all
+        model.train()
+        terms = objective(model, label_loss, diversity, random_batch(4, seed=seed), mixup, updater)
+        (total(terms) + total(diversity.of_weights(model.weights))).backward()
+    model.eval()
+    with torch.no_grad():
+        for size in (6, 5, 6):
+            model(random_batch(size)[0], needs=measure.needs)
+    assert graphs() == made
+    assert norm.running_mean.any()  # these passes did move the statistics
+
+
+def draws(mixup: Mixup) -> tuple[float, ...]:
+    """What the random streams would give next; they stay where they are."""
+    state = streams(CPU.device, mixup)
+    found = random.random(), np.random.rand(), torch.rand(()).item(), mixup.random.rand()
+    set_streams(state, CPU.device, mixup)
+    return found
+
+
+class Transposed(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mT

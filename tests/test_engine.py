@@ -345,6 +345,7 @@ def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
         args,
         run_state,
         CPU,
+        lambda wrapped, updater: None,
         train_epoch,
         lambda network, saver: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0},
         1,

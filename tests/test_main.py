@@ -29,6 +29,9 @@ RUN = [*DIGITS, *SMALL_VIT, *QUICK, "--lr", "2e-3", "--unscale-lr"]
 RECIPE = ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--emb_contrast_cross_coef", "0.5"]
 RECIPE += ["--attn_cos_within_coef", "1e-4", "--weight_mha_cond_orth_coef", "5e-4"]
 
+# torch's compiler meets this warning of its own, hides it when it would be shown, but not where it is an error
+hidden_by_torch = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
@@ -201,6 +204,7 @@ def test_flags_train(tmp_path, flags):
     assert np.isfinite(log_of(tmp_path)[0]["train_loss"])
 
 
+@hidden_by_torch
 def test_compiling_and_recomputing_change_no_number(tmp_path):
     """With the last, smaller batch of the evaluation, the EMA and a measure that training does not capture."""
     argv = [*RUN, *RECIPE, "--epochs", "2", "--model-ema-decay", "0.9", "--measure", "attn.cosine@all"]
@@ -212,6 +216,33 @@ def test_compiling_and_recomputing_change_no_number(tmp_path):
         for name, value in plain.items():
             assert compiled[name] == pytest.approx(value, rel=1e-4), name
     assert list(weights_of(tmp_path / "fast")) == list(weights_of(tmp_path / "eager"))
+
+
+@hidden_by_torch
+def test_nothing_is_compiled_after_the_first_step(tmp_path, capsys, monkeypatch):
+    """Three epochs of Mixup, CutMix and unmixed batches; evaluation ends with a smaller batch; then --eval."""
+    torch._dynamo.reset()
+    warm_up, counts = main.warm_up, []
+
+    def counted(*args, **kwargs):
+        seconds = warm_up(*args, **kwargs)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return seconds
+
+    monkeypatch.setattr(main, "warm_up", counted)
+    argv = [*RUN, *RECIPE, "--mixup-prob", "0.7", "--reprob", "0.25", "--measure", "patch.cosine", "--epochs", "3"]
+    argv += ["--torchcompile", "aot_eager", "--output_dir", str(tmp_path)]
+    torch._dynamo.utils.counters.clear()
+    assert main.main(argv) == 0
+    assert counts == [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
+    assert re.search(r"^compiled with aot_eager in \d+ s$", capsys.readouterr().out, re.MULTILINE)
+
+    eager = [*argv, "--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--torchcompile"]
+    compiled_again = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert main.main([*eager, "aot_eager"]) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled_again
+    last = log_of(tmp_path)[-1]
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f}" in capsys.readouterr().out
 
 
 def test_a_backend_that_fails_is_one_line(tmp_path, capsys):
