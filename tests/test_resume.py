@@ -36,6 +36,7 @@ FLAGS += ["--drop", "0.1", "--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1
 FLAGS += ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--emb_contrast_cross_coef", "0.5"]
 FLAGS += ["--attn_cos_within_coef", "1e-4", "--weight_mha_cond_orth_coef", "5e-4", "--model-ema-decay", "0.9"]
 FLAGS += ["--measure", "patch.cno@last", "--print-freq", "1", "--epochs", "3", "--save-interval-steps", "4"]
+COMPILED = ["--torchcompile", "aot_eager"]
 ENV = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -64,11 +65,11 @@ def finish(folder: Path, processes: int, *extra: str) -> str:
 
 
 def interrupt(
-    folder: Path, processes: int, when: str, how: Callable[[subprocess.Popen[str]], None]
+    folder: Path, processes: int, when: str, how: Callable[[subprocess.Popen[str]], None], *extra: str
 ) -> tuple[int, str]:
     """Start the run, and do something to it when a line of its output contains `when`."""
     run = subprocess.Popen(
-        command(folder, processes),
+        command(folder, processes, *extra),
         env=ENV,
         cwd=ROOT,
         text=True,
@@ -167,6 +168,15 @@ def test_stopped_by_a_signal(tmp_path, whole, processes, name):
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == last
     finish(tmp_path, processes)
     assert_same_run(tmp_path, whole(processes))
+
+
+def test_compiled(tmp_path):
+    """Warming up leaves no trace in a run, continued or not."""
+    finish(tmp_path / "whole", 1, *COMPILED)
+    code, text = interrupt(tmp_path / "killed", 1, "Epoch 2/3  [6/40]", kill, *COMPILED)
+    assert code == -signal.SIGKILL and "compiled with" in text, text[-3000:]
+    finish(tmp_path / "killed", 1, *COMPILED)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_torchrun_restarts_what_died(tmp_path, whole):
