@@ -135,7 +135,7 @@ class Finite:
     def ask(self, values: Mapping[str, Tensor], wish: int = 0) -> None:
         """Start to find out whether these values are finite everywhere, and what all wish for."""
         self._names = list(values)
-        finite = torch.stack([value.detach().isfinite() for value in values.values()]).float()  # [names]
+        finite = torch.stack([value.detach() for value in values.values()]).isfinite().float()  # [names]
         self._vote.ask(torch.cat([finite, finite.new_full((1,), -wish)]))
 
     def verdict(self, step: int) -> bool:
@@ -261,7 +261,9 @@ def objective(
         captured = model(images)  # logits, and what the objective asked for
         teacher_logits = label_loss.ask_teacher(images)
     terms = label_loss(captured, labels, teacher_logits)  # float32, outside autocast
-    terms |= diversity.of_batch(captured, total(terms))
+    terms |= diversity.of_batch(captured, total(terms) if diversity.differentiates_twice else None)
+    if updater.accumulate == 1:
+        return terms
     return {name: Term(term.value / updater.accumulate, term.weight) for name, term in terms.items()}
 
 

@@ -196,49 +196,49 @@ class Mixup:
         """
         batch, _, height, width = images.shape
         partner = targets.flip(0)
-        weight = _to_device([mix.weight for mix in mixes], images.device).expand(batch)  # [B]
-        boxes = _boxes(mixes, images.device)  # [1 or B, 4], empty where there is no box
-        patch_weight = self._patch_weight(weight, boxes, mixes, height, width)  # [B, P]
-        patch_weight = patch_weight.to(torch.promote_types(images.dtype, torch.float32))
-        labels = Labels(targets, partner, weight, patch_weight, self.smoothing, self.active)
+        weight = _to_device(torch.tensor([mix.weight for mix in mixes], dtype=torch.float64), images.device)
+        patch_weight = self._patch_weight(mixes, height, width).to(torch.promote_types(images.dtype, torch.float32))
+        patch_weight = _to_device(patch_weight, images.device)  # [1 or B, P]
+        labels = Labels(
+            *(targets, partner, weight.expand(batch), patch_weight.expand(batch, -1)), self.smoothing, self.active
+        )
         if all(mix == UNMIXED for mix in mixes):
             return images, labels
         flipped = images.flip(0)
         if len(mixes) == 1:
             return _mix_all(images, flipped, mixes[0]), labels
-        blend = _to_device([1.0 if mix.box else mix.weight for mix in mixes], images.device)[:, None, None, None]
+        blend = torch.tensor([1.0 if mix.box else mix.weight for mix in mixes], dtype=torch.float64)
+        blend = _to_device(blend, images.device)[:, None, None, None]
         blended = images * blend.to(images.dtype) + flipped * (1 - blend).to(images.dtype)
-        inside = _inside(boxes, height, width)[:, None]  # [B, 1, S, S]
+        inside = _inside(_to_device(_boxes(mixes), images.device), height, width)[:, None]  # [B, 1, S, S]
         return torch.where(inside, flipped, blended), labels
 
-    def _patch_weight(self, weight: Tensor, boxes: Tensor, mixes: list[Mix], height: int, width: int) -> Tensor:
-        """Share of each patch's pixels that are the image's own; Mixup's weight everywhere.  [B, P]
+    def _patch_weight(self, mixes: list[Mix], height: int, width: int) -> Tensor:
+        """Share of each patch's pixels that are the image's own; Mixup's weight everywhere.  [1 or B, P], float64
 
         Patches are in row-major order. Pixels beyond the last whole patch belong to none.
         """
         if self.patch_size is None:
-            return weight[:, None].expand(-1, 0)
-        (ph, pw), batch = self.patch_size, len(weight)
-        top, bottom, left, right = (edge[:, None] for edge in boxes.unbind(1))  # [1 or B, 1]
+            return torch.zeros(1, 0, dtype=torch.float64)
+        ph, pw = self.patch_size
+        top, bottom, left, right = (edge[:, None] for edge in _boxes(mixes).unbind(1))  # [1 or B, 1]
         rows = _overlap(top, bottom, ph, height // ph)  # [1 or B, P rows], pixels of each patch row in the box
         columns = _overlap(left, right, pw, width // pw)  # [1 or B, P columns]
         covered = (rows[:, :, None] * columns[:, None, :]).flatten(1) / (ph * pw)  # [1 or B, P]
-        own = (1 - covered.to(weight.dtype)).expand(batch, -1)
-        has_box = (
-            _to_device([float(mix.box is not None) for mix in mixes], weight.device).expand(batch)[:, None] > 0
-        )
-        return torch.where(has_box, own, weight[:, None])
+        unboxed = torch.tensor([[1.0 if mix.box else mix.weight] for mix in mixes], dtype=torch.float64)
+        return unboxed - covered  # of which one is 1 or the other 0
 
 
-def _to_device(values: list[float], device: torch.device) -> Tensor:
-    """Host numbers onto a device without making the host wait for it; float64, but float32 on MPS."""
-    numbers = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64)
+def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Host numbers onto a device without making the host wait for it; float64 becomes float32 on MPS."""
+    if device.type == "mps":
+        numbers = numbers.float()
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
-def _boxes(mixes: list[Mix], device: torch.device) -> Tensor:
-    edges = [float(edge) for mix in mixes for edge in mix.box or (0, 0, 0, 0)]
-    return _to_device(edges, device).view(len(mixes), 4)
+def _boxes(mixes: list[Mix]) -> Tensor:
+    """(top, bottom, left, right) of each, empty where there is no box.  [1 or B, 4], float64"""
+    return torch.tensor([mix.box or (0, 0, 0, 0) for mix in mixes], dtype=torch.float64)
 
 
 def _overlap(start: Tensor, end: Tensor, patch: int, count: int) -> Tensor:
