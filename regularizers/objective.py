@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,11 +53,15 @@ class Term(NamedTuple):
 
 
 def total(terms: Mapping[str, Term]) -> Tensor:
-    """The weighted sum of all terms."""
-    value, *others = (term.weight * term.value for term in terms.values())
-    for other in others:
-        value = value + other
-    return value
+    """The weighted sum of all terms, in three kernels and not two for each term."""
+    values = torch.stack([term.value for term in terms.values()])
+    return values @ _on_device(tuple(term.weight for term in terms.values()), values.dtype, values.device)
+
+
+@cache
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied once, since a device that waits for numbers of the host makes the host wait as well."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 # ------------------------------------------------------------------------------------------------------------
