@@ -6,12 +6,8 @@ happens to a decoded image is in transforms.py; how images become batches is in 
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
 import sys
-import tarfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +19,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
+from archives import Stored, find_in_folders, find_in_shards
 from transforms import Box, build_transform, to_bytes
-from utils import BAD_ARGUMENT, LocalError, UserError, broadcast_object, did_you_mean
+from utils import BAD_ARGUMENT, LocalError, UserError, broadcast_object, did_you_mean, print_main
 
 
 class Names(tuple[str, ...]):
@@ -40,8 +36,8 @@ class Names(tuple[str, ...]):
         return "/" in str(name) or super().__contains__(name)
 
 
-DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "hfds/NAME"])
-STREAMS = ("wds/", "tfds/", "hfids/")  # timm's other sources of data
+DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME"])
+STREAMS = ("tfds/", "hfids/")  # timm's other sources of data
 EVALUATION_SPLITS = ("validation", "val", "test")  # of a Hugging Face set: the first that it has
 DIGITS_TRAIN = 1437  # of scikit-learn's 1,797 digits; the last 360 are for evaluation
 
@@ -170,13 +166,15 @@ def _find(is_train: bool, args: Namespace) -> Found:
             f"--data-set {name} is a stream, and its images have no positions, which repeated augmentation, exact "
             "continuation and exact evaluation need: unpack it into folders (IMNET) or a tar file of them (tar)"
         )
-    if name not in list(DATA_SETS):
+    if name not in list(DATA_SETS) and not name.startswith("wds/"):
         raise UserError(f"--data-set {name} is not one of {', '.join(DATA_SETS)}.{did_you_mean(name, DATA_SETS)}")
     if not args.data_path:
         raise UserError(f"--data-set {name} needs --data-path, the folder that holds the data")
     root = Path(args.data_path).expanduser()
     if not root.is_dir():
         raise UserError(f"--data-path {args.data_path} is not a folder; give the folder that holds the data")
+    if name.startswith("wds/"):
+        return _shards(root / name.removeprefix("wds/"), is_train)
     if name == "CIFAR":
         return _cifar(root, is_train)
     if name == "IMNET":
@@ -294,27 +292,12 @@ def _inaturalist_layout(root: Path, name: str) -> Callable[[str], str]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data sets that timm reads
-
-
-class Stored(NamedTuple):
-    """An image inside a tar file: the bytes from `offset` on."""
-
-    path: str
-    offset: int
-    size: int
-    name: str
+# Tar files, and Hugging Face's data sets
 
 
 def load_stored(image: Stored) -> Image.Image:
-    """Decode an image inside a tar file, which is opened for it alone: processes can share no position in it."""
-
-    def read() -> IO[bytes]:
-        with open(image.path, "rb") as file:
-            file.seek(image.offset)
-            return io.BytesIO(file.read(image.size))
-
-    return _decode(read, f"{image.path}:{image.name}")
+    """Decode an image inside a tar file, as `load_image` does."""
+    return _decode(image.open, f"{image.path}:{image.name}")
 
 
 def _tar(root: Path, is_train: bool) -> Found:
@@ -331,32 +314,37 @@ def _tar(root: Path, is_train: bool) -> Found:
 
 @cache
 def _tar_index(path: Path) -> tuple[list[Sample], list[str]]:
-    """Where the images of a tar file are, with their labels, and its classes; the main process looks for all."""
-    index: tuple[list[Sample], list[str]] = broadcast_object(lambda: _scan_tar(path))
+    """What is in a tar file; the main process looks for all."""
+    index: tuple[list[Sample], list[str]] = broadcast_object(lambda: find_in_folders(path))
     return index
 
 
-def _scan_tar(path: Path) -> tuple[list[Sample], list[str]]:
-    """Let timm find the images. Of large files it keeps what it found in a file beside them, where it may."""
-    try:
-        reader = create_dataset("", root=str(path), cache_tarinfo=_may_cache(path.parent)).reader
-    except (OSError, ValueError, AssertionError, EOFError, tarfile.TarError, pickle.PickleError) as error:
-        raise UserError(f"cannot read {path}: {error}; it must hold one folder of images per class") from error
-    classes = sorted(reader.class_name_to_idx)  # folders' order, also below; timm has class10 after class2
-    if "" in classes:
-        raise UserError(f"{path} holds images that are in no folder; it must hold one folder of images per class")
-    labels = {reader.class_name_to_idx[name]: label for label, name in enumerate(classes)}
-    samples: list[Sample] = []
-    for (member, _, inner), target in zip(reader.samples, reader.targets, strict=True):
-        offset = member.offset_data + (inner.offset_data if inner is not None else 0)
-        name = f"{inner.name}/{member.name}" if inner is not None else member.name
-        samples.append((Stored(str(path), offset, member.size, name), labels[int(target)]))
-    return sorted(samples, key=lambda sample: (sample[1], sample[0].name)), classes
+def _shards(root: Path, is_train: bool) -> Found:
+    """WebDataset's shards: tar files with 'train', or with 'val', in their name or folder, also deeper."""
+    half = "train" if is_train else "val"
+    samples = _shard_index(root, half)
+    if not samples:
+        raise UserError(f"no shards with images in {root}: tar files with {half!r} in their name or folder")
+    labels = {label for _, label in samples}
+    if is_train:
+        unknown = {label for _, label in _shard_index(root, "val")} - labels
+        if unknown:
+            raise UserError(f"the val shards in {root} have images of class {min(unknown)}, the train shards none")
+    return Found(samples, max(labels) + 1, load_stored)
 
 
-def _may_cache(folder: Path) -> bool | None:
-    """timm's own choice, by size, where the folder can be written to."""
-    return None if os.access(folder, os.W_OK) else False
+@cache
+def _shard_index(root: Path, half: str) -> list[Sample]:
+    """What is in the shards of one half; the main process looks for all."""
+
+    def find() -> list[tuple[Stored, int]]:
+        paths = [path for path in sorted(root.rglob("*.tar")) if half in str(path.relative_to(root)).lower()]
+        if len(paths) > 1:
+            print_main(f"reading the headers of {len(paths)} {half} shards")
+        return find_in_shards(paths)
+
+    index: list[Sample] = broadcast_object(find)
+    return index
 
 
 def _hugging_face(name: str, is_train: bool, root: str | None) -> Found:

@@ -206,8 +206,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default="IMNET",
         choices=DATA_SETS,
         metavar="NAME",
-        help="IMNET: folders train (or train_new) and val; tar: the same in train.tar and val.tar; CIFAR "
-        "(CIFAR-100), INAT, INAT19, DIGITS; hfds/NAME: a Hugging Face data set of that name, or in that folder",
+        help="IMNET: folders train (or train_new) and val; tar: the same in train.tar and val.tar; wds/FOLDER: "
+        "WebDataset's shards; CIFAR (CIFAR-100), INAT, INAT19, DIGITS; hfds/NAME: a Hugging Face data set of that "
+        "name, or in that folder",
     )
     group.value("--inat-category", str, "name", "which label of iNaturalist", choices=list(INAT_CATEGORIES))
     group.value("--batch-size", int, 128, "images per process; evaluation takes 1.5 times as many")

@@ -24,12 +24,26 @@ from typing import Any
 
 import timm
 import torch
-from common import CLASSES, Batches, Recipe, get_args_parser, machine, ratio, spread, take_turns, timed, write
+from common import (
+    CLASSES,
+    Batches,
+    Recipe,
+    get_args_parser,
+    machine,
+    ratio,
+    seconds,
+    spread,
+    take_turns,
+    timed,
+    write,
+)
 from textbook import TEXTBOOK, TextbookLabelLoss
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from engine import Precision
 from utils import pick_device, seed_everything
@@ -122,7 +136,13 @@ def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     pairs = [(above, below) for above, below in RATIOS if above in times and below in times]
     for above, below in pairs:
         print(f"{above} / {below}: {ratio(times, above, below):.3f}{spread(times, above, below)}")
+    counts: dict[str, float] = {}
+    if device.type == "cuda":
+        counts = {name: kernels(variant.train, batches, device) for name, variant in variants.items()}
+    for name, count in counts.items():
+        print(f"{name:>12}: {count:8.1f} kernels/step")
     return {
+        "kernels_per_step": counts,
         "dtype": next(iter(variants.values())).precision.name,
         "batch_size": flags.batch_size,
         "rounds": flags.rounds,
@@ -131,6 +151,14 @@ def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "seconds_per_step": {name: statistics.median(values) for name, values in times.items()},
         "ratios": {name_of(above, below): ratio(times, above, below) for above, below in pairs},
     }
+
+
+def kernels(train: Callable[[Batches], object], batches: Batches, device: torch.device) -> float:
+    """Kernels that a CUDA device runs in a step, without copies and fills."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds(lambda: train(batches), device)
+    on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device) / len(batches)
 
 
 def name_of(above: str, below: str) -> str:

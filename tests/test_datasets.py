@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from torchvision.datasets import CIFAR100
 
+import archives
 import datasets
 from datasets import ImageError, build_dataset, load_image
 from loaders import build_eval_loader
@@ -384,11 +385,116 @@ def test_tar_files_with_different_classes(tars):
 def test_index_of_large_tar_files_is_kept_where_it_can_be(tars, monkeypatch, writable):
     asked = []
     monkeypatch.setattr(
-        datasets, "create_dataset", lambda *of, **how: asked.append(how) or create_dataset(*of, **how)
+        archives, "create_dataset", lambda *of, **how: asked.append(how) or create_dataset(*of, **how)
     )
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
     build_dataset(False, no_augmentation(data_set="tar", data_path=str(tars)))
     assert [how["cache_tarinfo"] for how in asked] == [None if writable else False]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Folders, and the same images in shards: two for training, one in a folder for evaluation."""
+    root = tmp_path / "shards"
+    (root / "validation").mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(["cat", "dog", "eel"]):
+            for number in range(count):
+                seed = 10 * label + number + 5 * (split == "val")
+                save_photo(tmp_path / split / name / f"{number}.png", seed=seed)
+    write_shards(tmp_path, root, {"set-train-0.tar": "01", "set-train-1.tar": "23"}, "train")
+    write_shards(tmp_path, root, {"validation/0.tar": "01"}, "val")
+    return tmp_path
+
+
+def write_shards(folders, root, numbers_of, split):
+    for shard, numbers in numbers_of.items():
+        with tarfile.open(root / shard, "w") as tar:
+            for label, name in enumerate(["cat", "dog", "eel"]):
+                for number in numbers:
+                    image = (folders / split / name / f"{number}.png").read_bytes()
+                    members = {"cls": f"{label}\n".encode(), "PNG": image, "mask.png": b"?", "json": b"{}"}
+                    for kind, content in members.items():
+                        add(tar, f"./{split}/{name}{number}.{kind}", content)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_shards_are_as_folders(shards, is_train):
+    args = no_augmentation(data_set="wds/shards", data_path=str(shards))
+    found, classes = build_dataset(is_train, args)
+    expected, _ = build_dataset(is_train, imnet(shards))
+    assert classes == 3 and len(found) == len(expected) == (12 if is_train else 6)
+    pictures = {}
+    for index in range(len(expected)):
+        image, label = expected.decode(index)
+        pictures[np.asarray(image).tobytes()] = label
+    for index in range(len(found)):  # in the shards' order
+        image, label = found.decode(index)
+        assert pictures.pop(np.asarray(image).tobytes()) == label
+    assert not pictures
+    labels = [label for _, label in found.samples]
+    assert labels == [0, 0, 1, 1, 2, 2] * (2 if is_train else 1)
+
+
+def test_shards_are_read_by_workers_with_repeats(shards):
+    args = no_augmentation(data_set="wds/", data_path=str(shards / "shards"), num_workers=2, batch_size=6)
+    val, _ = build_dataset(False, args)
+    images = torch.cat([images for images, _ in build_eval_loader(args, val, 1, 0, CPU)])
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(to_pixels(image), val[index][0].permute(1, 2, 0).numpy())
+
+
+def test_shards_that_cannot_be_used(shards):
+    root = shards / "shards"
+    args = no_augmentation(data_set="wds/shards", data_path=str(shards))
+    image = (shards / "train" / "cat" / "0.png").read_bytes()
+
+    def refused(members, message):
+        """The validation shard holds just these; a folder of its own, since an index is kept."""
+        args.data_set = f"wds/{len(list(shards.iterdir()))}"
+        folder = shards / args.data_set.removeprefix("wds/")
+        shutil.copytree(root, folder)
+        with tarfile.open(folder / "validation" / "0.tar", "w") as tar:
+            for name, content in members:
+                add(tar, name, content)
+        for is_train in (False, True):
+            with pytest.raises(UserError, match=message) as caught:
+                build_dataset(is_train, args)
+            assert "\n" not in str(caught.value)
+
+    label = ("a.cls", b"1")
+    refused([("a.png", image)], "shard .*0.tar has a.png without a.cls; a sample is an image and its class index")
+    refused([label], "shard .*0.tar has a.cls without an image")
+    refused([("a.cls", b"dog"), ("a.png", image)], "a.cls in the shard .*0.tar is b'dog', not a class index")
+    refused([label, ("a.png", image), ("a.jpg", image)], "the shard .*0.tar has a twice")
+    refused([label, ("a.png", image), ("b/a.png", image)], "b/a.png without b/a.cls")
+    (root / "validation" / "0.tar").write_bytes(b"no tar file")
+    with pytest.raises(
+        UserError, match=r"^cannot read the shard .*0.tar: .*; shards are tar files, not compressed"
+    ):
+        build_dataset(False, no_augmentation(data_set="wds/", data_path=str(root)))
+    with pytest.raises(UserError, match=r"no shards with images in .*: tar files with 'val' in their name or"):
+        build_dataset(False, no_augmentation(data_set="wds/", data_path=str(shards / "train")))
+
+
+def test_shards_of_a_class_that_is_not_trained(shards):
+    folder = shards / "shards" / "validation"
+    with tarfile.open(folder / "1.tar", "w") as tar:
+        add(tar, "a.cls", b"3")
+        add(tar, "a.png", (shards / "train" / "cat" / "0.png").read_bytes())
+    args = no_augmentation(data_set="wds/shards", data_path=str(shards))
+    with pytest.raises(UserError, match=r"the val shards in .* have images of class 3, the train shards none"):
+        build_dataset(True, args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -542,7 +648,7 @@ def test_hugging_face_sets_without_the_package():
     assert sys.modules["datasets"] is datasets
 
 
-@pytest.mark.parametrize("name", ["wds/shards", "tfds/mnist", "hfids/a/B"])
+@pytest.mark.parametrize("name", ["tfds/mnist", "hfids/a/B"])
 def test_streams_are_refused(name):
     with pytest.raises(
         UserError, match=rf"^--data-set {name} is a stream, and its images have no positions, which rep"
@@ -551,7 +657,7 @@ def test_streams_are_refused(name):
 
 
 def test_unknown_prefix():
-    with pytest.raises(UserError, match=r"--data-set hfd/a is not one of CIFAR, .*, tar, hfds/NAME"):
+    with pytest.raises(UserError, match=r"--data-set hfd/a is not one of CIFAR, .*, tar, wds/FOLDER, hfds/NAME"):
         build_dataset(True, make_args(data_set="hfd/a"))
 
 
