@@ -11,8 +11,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from regularizers.measures import full_precision
-from regularizers.objective import MIXING, Term
+from regularizers.objective import Term
 from regularizers.patch import mixing
+from regularizers.specs import MIXING
 from utils import UserError
 
 if TYPE_CHECKING:

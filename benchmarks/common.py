@@ -25,7 +25,7 @@ import config
 from compiling import compile_model, compile_objective
 from engine import Precision, Updater, train_one_epoch
 from models import DiverseViT
-from utils import seed_everything
+from utils import UserError, seed_everything
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 1000
@@ -137,6 +137,15 @@ def get_args_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small and few rounds: under a minute on a CPU core")
     parser.add_argument("--json", type=Path, help="write the results here too")
     return parser
+
+
+def main(run: Callable[[], None]) -> None:
+    """Run a benchmark; a user's mistake becomes one line and exit code 2."""
+    try:
+        run()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def write(path: Path | None, device: torch.device, results: Mapping[str, Any]) -> None:

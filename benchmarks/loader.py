@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import get_args_parser, machine, ratio, spread, take_turns, write
+from common import get_args_parser, machine, main, ratio, spread, take_turns, write
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
@@ -157,4 +157,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main(run)

@@ -17,14 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import CLASSES, get_args_parser, machine, seconds, take_turns, write
+from common import CLASSES, get_args_parser, machine, main, seconds, take_turns, write
 from textbook import TEXTBOOK, Form, dense_mixing
 from torch import Tensor
 
 from mixup import Labels
 from regularizers import MEASURES
-from regularizers.objective import LEVELS
 from regularizers.patch import mixing
+from regularizers.specs import LEVELS
 from utils import pick_device
 
 PATCHES, WIDTH, HEADS, BLOCKS = 196, 384, 6, 12  # DeiT-S at 224
@@ -181,4 +181,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main(run)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Batches, Recipe, get_args_parser, machine, write
+from common import Batches, Recipe, get_args_parser, machine, main, write
 from step import ALL_LAYERS, textbook
 
 import checkpoint
@@ -100,4 +100,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main(run)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Batches, Recipe, get_args_parser, machine, take_turns, timed, write
+from common import Batches, Recipe, get_args_parser, machine, main, take_turns, timed, write
 
 from main import distribute
 from utils import UserError, find_launch, init_distributed, is_main, pick_device, world_size
@@ -115,4 +115,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main(run)

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                            # DeiT-S, batch 128, on whatever device is there
     python benchmarks/step.py --device cpu --batch-size 8 --steps 1 --rounds 12
+    python benchmarks/step.py --variants plain patch.mixing=1 weight.cno@all=5e-4
     python benchmarks/step.py --quick                    # a small model: for the machinery, not the figures
 
 All variants train DeiT-S at 224 with the settings of configs/deit_small.yaml (Mixup, CutMix, EMA, AdamW) on random
@@ -12,6 +13,7 @@ images that are already decoded:
     five_terms  configs/deit_small_diverse.yaml
     all_layers  patch.cosine@all + attn.cosine@all + weight.cno@all
     textbook    the five terms as the equations stand: n x n matrices, loops over patches and over weight matrices
+    SPEC        ours with this term alone, e.g. patch.mixing=1: what each costs
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from common import (
     Recipe,
     get_args_parser,
     machine,
+    main,
     ratio,
     seconds,
     spread,
@@ -49,6 +52,7 @@ from engine import Precision
 from utils import pick_device, seed_everything
 
 ALL_LAYERS = ["patch.cosine@all=0.5", "attn.cosine@all=1e-4", "weight.cno@all=5e-4"]
+VARIANTS = ["timm", "plain", "five_terms", "all_layers", "textbook"]
 RATIOS = [
     ("five_terms", "plain"),
     ("plain", "timm"),
@@ -124,7 +128,11 @@ def build_variants(flags: argparse.Namespace, device: torch.device) -> dict[str,
         "all_layers": lambda: Recipe(plain, device, [*argv, *(f"--reg={spec}" for spec in ALL_LAYERS)]),
         "textbook": lambda: textbook(Recipe("deit_small_diverse.yaml", device, argv)),
     }
-    return {name: builders[name]() for name in flags.variants}
+
+    def build(name: str) -> Recipe | Timm:
+        return builders[name]() if name in builders else Recipe(plain, device, [*argv, f"--reg={name}"])
+
+    return {name: build(name) for name in flags.variants}
 
 
 def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -133,7 +141,8 @@ def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     batches = Batches(flags.batch_size, flags.steps, 224, device)
     rounds = {name: timed(variant.train, batches, device) for name, variant in variants.items()}
     times = take_turns(rounds, flags.rounds)
-    pairs = [(above, below) for above, below in RATIOS if above in times and below in times]
+    specs = [(name, "plain") for name in flags.variants if name not in VARIANTS]
+    pairs = [(above, below) for above, below in [*RATIOS, *specs] if above in times and below in times]
     for above, below in pairs:
         print(f"{above} / {below}: {ratio(times, above, below):.3f}{spread(times, above, below)}")
     counts: dict[str, float] = {}
@@ -175,8 +184,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of each variant, after one to warm up; 5")
     parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--torchcompile", action="store_true", help="compile all variants")
-    names = ["timm", "plain", "five_terms", "all_layers", "textbook"]
-    parser.add_argument("--variants", nargs="+", choices=names, default=names, help="all by default")
+    names = f"of {', '.join(VARIANTS)} (all by default), or specs of single terms"
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help=names)
     flags = parser.parse_args()
     flags.batch_size = flags.batch_size or (4 if flags.quick else 128)
     flags.steps = flags.steps or (1 if flags.quick else 20)
@@ -196,4 +205,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main(run)

@@ -16,7 +16,7 @@ from losses import LabelLoss, cross_entropy
 from mixup import Labels
 from models import Captured
 from regularizers import Term
-from regularizers.objective import MIXING
+from regularizers.specs import MIXING
 
 Form = Callable[..., Tensor]
 

@@ -17,7 +17,7 @@ from typing import Any
 from models.adapters import MATRICES
 from regularizers import measures, patch, weight
 from regularizers.measures import MEASURES, OPTION_MEANINGS, OPTIONS
-from regularizers.objective import LEVELS, MIXING
+from regularizers.specs import LEVELS, MIXING
 
 SECTIONS = ("Range", "Rewards", "Cost", "Source", "Use")
 ITEMS = {

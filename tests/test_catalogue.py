@@ -19,7 +19,7 @@ import flags
 from models.adapters import MATRICES
 from regularizers import MEASURES, catalogue, measures, parse_spec, patch
 from regularizers.measures import OPTIONS, Measure
-from regularizers.objective import LEVELS, all_names
+from regularizers.specs import LEVELS, all_names
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, build_model, find_layout
 from regularizers import MEASURES, Diversity, Term, parse_spec, total
-from regularizers.objective import all_names
+from regularizers.specs import all_names
 from run_state import set_streams, streams
 from utils import UserError
 

@@ -12,7 +12,7 @@ from conftest import TINY
 
 import flags
 from regularizers import MEASURES, REFERENCE_FLAGS, parse_spec
-from regularizers.objective import LEVELS, MIXING
+from regularizers.specs import LEVELS, MIXING
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ from losses import LabelLoss
 from mixup import Mixup
 from models import Captured, DiverseViT, Needs
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
-from regularizers.objective import MIXING, all_names, resolve_layers
+from regularizers.specs import MIXING, all_names, resolve_layers
 from utils import UserError
 
 BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass

@@ -1,0 +1,46 @@
+"""The benchmarks run, and write what their README says. Their figures are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--device", "cpu", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+STEP = ["--rounds", "1", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "ratios"),
+    [
+        ("step.py", STEP, {"five_terms_over_plain", "naive_over_ours", "attn.mhs@all=0.1_over_plain"}),
+        ("memory.py", [], {"five_terms_over_plain_memory", "naive_over_ours_memory"}),
+        ("measures.py", ["--rounds", "1", "--only", "_contrastive"], {"naive_over_ours_time_patch_contrastive"}),
+        ("loader.py", ["--rounds", "1"], {"default_loader_over_reference", "fast_resize_over_reference"}),
+        ("scaling.py", ["--rounds", "1", "--steps", "1"], {"weak_efficiency_five_terms_2"}),
+    ],
+)
+def test_a_benchmark(tmp_path, script, flags, ratios):
+    done = benchmark(script, *flags, "--json", str(tmp_path / "results.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert ratios <= set(results["ratios"]) and all(ratio > 0 for ratio in results["ratios"].values())
+    assert {"machine", "threads", "provenance"} <= set(results)
+    assert f"{script} --quick" in results["provenance"]["command"]
+
+
+def test_a_mistake_is_one_line():
+    done = benchmark("step.py", "--variants", "plain", "patch.mixin=1")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("step.py: error: unknown regularizer 'patch.mixin'. Did you mean patch.mixing")
