@@ -37,12 +37,12 @@ from build import (
     global_batch,
     scaled_lr,
 )
-from compiling import compile_model, compile_objective, warm_up
 from datasets import build_dataset
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
 from loaders import build_eval_loader, build_train_loader, name_dead_workers
 from losses import LabelLoss
 from models import DiverseViT, check_name
+from prepare import compile_model, compile_objective, warm_up
 from regularizers import Diversity
 from run_state import RunState, Saver
 from sharding import is_sharded, shard
@@ -165,11 +165,12 @@ def run_training(
     print_plan(args, model, precision, len(train_set), run_state)
 
     def prepare(wrapped: nn.Module, updater: Updater) -> None:
-        if args.torchcompile:
+        if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
             sizes = args.input_size, args.batch_size, val_loader.batch_sizes
             parts = wrapped, label_loss, diversity, measure, updater, mixup
             spent = warm_up(*parts, *sizes, training_mode=not args.finetune)
-            print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
+            if args.torchcompile:
+                print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
 
     def train_epoch(wrapped: nn.Module, updater: Updater, saver: Saver) -> dict[str, float]:
         epoch, done = run_state.epoch + 1, run_state.step

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import build
 import config
-from compiling import compile_model, compile_objective
 from engine import Precision, Updater, train_one_epoch
 from models import DiverseViT
+from prepare import compile_model, compile_objective
 from utils import UserError, seed_everything
 
 ROOT = Path(__file__).parents[1]

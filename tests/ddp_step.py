@@ -17,11 +17,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import build
-from compiling import compile_model
 from engine import Finite, Precision, Updater, evaluate, train_one_epoch, unwrap
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, build_model
+from prepare import compile_model
 from regularizers import Diversity, parse_spec
 from utils import TrainingDiverged, find_launch, init_distributed
 

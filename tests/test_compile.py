@@ -15,11 +15,11 @@ from conftest import RECIPE, TINY, random_batch
 from families import FAMILIES, build
 
 from build import use_grad_checkpointing
-from compiling import compile_model, compile_objective, warm_up
 from engine import Precision, Updater, objective
 from losses import LabelLoss
 from mixup import Mixup
 from models import DiverseViT, build_model, find_layout
+from prepare import compile_model, compile_objective, warm_up
 from regularizers import MEASURES, Diversity, Term, parse_spec, total
 from regularizers.specs import all_names
 from run_state import set_streams, streams

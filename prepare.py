@@ -1,4 +1,4 @@
-"""--torchcompile: what is compiled, and that all of it is compiled before the first step.
+"""Between building and the first step: what --torchcompile compiles, and a pass through all that a run calls.
 
 Compiled are the model's forward pass with its hooks, once for training and once for evaluation, the label loss, the
 terms of a batch, the terms of the weights, and a teacher. The EMA is evaluated as it is.
@@ -62,14 +62,17 @@ def warm_up(
     test_batches: Sequence[int],
     training_mode: bool = True,
 ) -> float:
-    """Go once through all that a run will call, with blank images, and leave no trace; seconds that it took.
+    """Go through all that a run will call, with blank images, and leave no trace; seconds that it took.
 
     Afterwards nothing is compiled any more: training has one batch size, and evaluation those that it is told. The
     first batch of another size compiles a graph for all sizes. Training goes twice, for models that keep something
     from their first pass. Weights do not move; buffers, gradients and random streams are put back.
 
+    DDP arranges its buckets anew after its first backward pass, and the arrangement decides in which order three
+    processes or more add up a gradient. After this a run that is continued adds as the one that was not stopped.
+
     Args:
-        model: as it will be trained: DDP around a DiverseViT splits its graph, to send gradients early.
+        model: as it will be trained: DDP around a DiverseViT splits a compiled graph, to send gradients early.
         measure: the terms that evaluation measures.
         train_batch: images in a batch of training.
         test_batches: images in the batches of evaluation, each size once.
