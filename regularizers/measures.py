@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-8
-MAX_ELEMENTS = 2**22  # of a tensor inside `_mean_over_sets`, unless one set has more; 16 MiB in float32
+MAX_ELEMENTS = 2**22  # of a tensor inside a chunk, unless one set has more; 16 MiB in float32
+MAX_ELEMENTS_ON_DEVICE = 2**25  # where launching a kernel costs more than memory: 128 MiB in float32
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -116,6 +117,18 @@ class _Gram(torch.autograd.Function):
         return (gradient + gradient.mT) @ x
 
 
+def in_chunks(*tensors: Tensor, each: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Tensors of equal length, split alike, so that a chunk has no more elements than is good for its device.
+
+    Args:
+        each: elements that one row stands for; those of the first tensor's if None.
+    """
+    first = tensors[0]
+    limit = MAX_ELEMENTS if first.device.type == "cpu" else MAX_ELEMENTS_ON_DEVICE
+    rows = max(1, limit // (each or first[0].numel()))
+    return [tensor.split(rows) for tensor in tensors]
+
+
 def _mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
     """Mean of a measure over the leading dimensions, in chunks that bound its memory whatever their number.
 
@@ -129,8 +142,8 @@ def _mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0
         matrix: elements of the matrix that `value` forms for one set, if any.
     Returns: scalar.
     """
-    at_once = max(1, MAX_ELEMENTS // max(matrix, *(x.shape[-2] * x.shape[-1] for x in sets)))
-    chunks = zip(*(x.reshape(-1, *x.shape[-2:]).split(at_once) for x in sets), strict=True)  # each [C, n, d]
+    largest = max(matrix, *(x.shape[-2] * x.shape[-1] for x in sets))
+    chunks = zip(*in_chunks(*(x.reshape(-1, *x.shape[-2:]) for x in sets), each=largest), strict=True)  # [C, n, d]
     if torch.is_grad_enabled() and any(x.requires_grad for x in sets):
         values = [checkpoint(value, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:

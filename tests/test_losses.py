@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from losses import LabelLoss, cross_entropy, distillation
 from mixup import Labels, Mixup
 from models import Captured
-from regularizers import total
+from regularizers import measures, total
 from regularizers.patch import mixing
 from utils import UserError
 
@@ -134,6 +135,27 @@ def test_mixing_of_a_mixed_batch() -> None:
     weights = [reference.patch_weights(12, 9, (4, 4), *mix) for mix in twin.draw(4, 12, 9)]
     expected = reference.patch_cross_entropies(patch_logits, targets.tolist(), targets.tolist()[::-1], weights, 0.1)
     assert mixing(patch_logits, labels).item() == pytest.approx(sum(e.item() for e in expected) / 6, rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 24, 100])
+def test_mixing_in_chunks_twice_differentiable(monkeypatch, rows: int) -> None:
+    """Of 24 patches some at a time; gradient diversity differentiates this term twice."""
+    monkeypatch.setattr(measures, "MAX_ELEMENTS", rows * CLASSES)
+    labels, patch_logits = make_labels(), draw(BATCH, PATCHES, CLASSES)
+    expected = sum(dense_patch_losses(patch_logits, labels)) / PATCHES
+    torch.testing.assert_close(mixing(patch_logits, labels), expected, rtol=1e-10, atol=0)
+    assert torch.autograd.gradcheck(partial(mixing, labels=labels), patch_logits)
+    assert torch.autograd.gradgradcheck(partial(mixing, labels=labels), patch_logits)
+
+
+def test_mixing_keeps_the_logits_alone() -> None:
+    kept: list[Tensor] = []
+    patch_logits = draw(64, PATCHES, 50, dtype=torch.float32)
+    labels = make_labels(batch=64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        value = mixing(patch_logits, labels)
+    large = {x.untyped_storage().data_ptr() for x in kept if x.numel() >= patch_logits.numel() / 2}
+    assert large == {patch_logits.untyped_storage().data_ptr()} and value.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -140,6 +140,15 @@ def chunks_of(max_elements: int) -> Iterator[None]:
         yield
 
 
+def test_chunks_have_their_devices_size() -> None:
+    """Small on a CPU; large where launching a kernel costs more. Rows alike, the last chunk with what is left."""
+    for device, rows in (("cpu", measures.MAX_ELEMENTS // 64), ("meta", measures.MAX_ELEMENTS_ON_DEVICE // 64)):
+        x, y = torch.empty(2 * rows + 3, 8, 8, device=device), torch.empty(2 * rows + 3, device=device)
+        for tensor in measures.in_chunks(x, y):
+            assert [len(chunk) for chunk in tensor] == [rows, rows, 3]
+        assert [len(chunk) for chunk in measures.in_chunks(x, each=rows * 64)[0][:2]] == [1, 1]
+
+
 @dataclass(frozen=True)
 class Problem:
     """A shape, what is special about the items, MAX_ELEMENTS, and a seed."""
