@@ -260,8 +260,14 @@ def objective(
     with updater.precision.autocast():
         captured = model(images)  # logits, and what the objective asked for
         teacher_logits = label_loss.ask_teacher(images)
-    terms = label_loss(captured, labels, teacher_logits)  # float32, outside autocast
-    terms |= diversity.of_batch(captured, total(terms) if diversity.differentiates_twice else None)
+    # float32, outside autocast; and the label loss last: autograd goes backwards, and frees the logits of all
+    # patches before the gradients of the other terms, which have to wait for their layers, are there
+    if diversity.differentiates_twice:
+        terms = label_loss(captured, labels, teacher_logits)
+        terms |= diversity.of_batch(captured, total(terms))
+    else:
+        others = diversity.of_batch(captured)
+        terms = label_loss(captured, labels, teacher_logits) | others
     if updater.accumulate == 1:
         return terms
     return {name: Term(term.value / updater.accumulate, term.weight) for name, term in terms.items()}
