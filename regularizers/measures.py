@@ -9,7 +9,7 @@ To add a measure: write the function here with the sections of its neighbours' d
 Every level, `--reg`, `--measure`, the YAML files and `--list-regularizers` then know it.
 
 Memory: measures that normalise or compare all pairs go through `_mean_over_sets`. It takes as many sets at a time
-as `MAX_ELEMENTS` allows and computes them again in the backward pass, so that such a measure keeps nothing but its
+as `in_chunks` allows and computes them again in the backward pass, so that such a measure keeps nothing but its
 input for it: no n x n matrix, no normalised or float32 copy.
 
 Shapes: B leading dimensions, n items, d their width.
@@ -132,7 +132,7 @@ def in_chunks(*tensors: Tensor, each: int | None = None) -> list[tuple[Tensor, .
 def _mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
     """Mean of a measure over the leading dimensions, in chunks that bound its memory whatever their number.
 
-    No tensor inside `value` is larger than `MAX_ELEMENTS`, or than one set needs. Where gradients are wanted, a
+    No tensor inside `value` is larger than `in_chunks` allows, or than one set needs. Where gradients are wanted, a
     chunk is computed once more in its backward pass: nothing but `sets` themselves, in their own precision, is
     kept for it.
 
