@@ -338,7 +338,11 @@ def _shard_index(root: Path, half: str) -> list[Sample]:
     """What is in the shards of one half; the main process looks for all."""
 
     def find() -> list[tuple[Stored, int]]:
-        paths = [path for path in sorted(root.rglob("*.tar")) if half in str(path.relative_to(root)).lower()]
+        names = {path: str(path.relative_to(root)).lower() for path in sorted(root.rglob("*.tar"))}
+        for path, name in names.items():
+            if "train" in name and "val" in name:
+                raise UserError(f"{path} has both 'train' and 'val' in its name or folder: rename it")
+        paths = [path for path, name in names.items() if half in name]
         if len(paths) > 1:
             print_main(f"reading the headers of {len(paths)} {half} shards")
         return find_in_shards(paths)

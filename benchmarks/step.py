@@ -150,6 +150,12 @@ def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         counts = {name: kernels(variant.train, batches, device) for name, variant in variants.items()}
     for name, count in counts.items():
         print(f"{name:>12}: {count:8.1f} kernels/step")
+    if flags.profile:
+        for name, variant in variants.items():
+            with profile() as profiler:
+                variant.train(batches)
+            table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+            print(f"{name}, {flags.steps} step(s):\n{table}")
     return {
         "kernels_per_step": counts,
         "dtype": next(iter(variants.values())).precision.name,
@@ -184,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of each variant, after one to warm up; 5")
     parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--torchcompile", action="store_true", help="compile all variants")
+    parser.add_argument("--profile", action="store_true", help="then list the operators that take most time")
     names = f"of {', '.join(VARIANTS)} (all by default), or specs of single terms"
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help=names)
     flags = parser.parse_args()

@@ -17,7 +17,7 @@ def benchmark(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-STEP = ["--rounds", "1", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]
+STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]
 
 
 @pytest.mark.parametrize(

@@ -487,6 +487,13 @@ def test_shards_that_cannot_be_used(shards):
         build_dataset(False, no_augmentation(data_set="wds/", data_path=str(shards / "train")))
 
 
+def test_a_shard_of_both_halves_is_refused(shards):
+    shutil.copy(shards / "shards" / "validation" / "0.tar", shards / "shards" / "validation" / "train-0.tar")
+    for is_train in (False, True):
+        with pytest.raises(UserError, match=r"train-0.tar has both 'train' and 'val' in its name or folder"):
+            build_dataset(is_train, no_augmentation(data_set="wds/shards", data_path=str(shards)))
+
+
 def test_shards_of_a_class_that_is_not_trained(shards):
     folder = shards / "shards" / "validation"
     with tarfile.open(folder / "1.tar", "w") as tar:
