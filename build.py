@@ -12,16 +12,18 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import checkpoint
-import config
 from engine import Finite, Precision
+from errors import BAD_ARGUMENT, UserError
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import DiverseViT, Layout, build_model, find_layout
+from models.sharding import check_optimizer, shard
+from models.weights import load_for_finetuning, load_weights, model_weights
+from options import config
 from regularizers import Diversity
-from run_state import RunState
-from sharding import check_optimizer, shard
-from utils import BAD_ARGUMENT, UserError, broadcast_object, print_main, rank, world_size
+from state import checkpoint
+from state.run_state import RunState
+from utils import broadcast_object, print_main, rank, world_size
 
 
 def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
@@ -42,8 +44,8 @@ def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
     if args.grad_checkpointing:
         use_grad_checkpointing(backbone)
     if args.finetune:
-        weights = checkpoint.model_weights(checkpoint.load(args.finetune), args.finetune)
-        fresh = checkpoint.load_for_finetuning(backbone, weights, args.finetune)
+        weights = model_weights(checkpoint.load(args.finetune), args.finetune)
+        fresh = load_for_finetuning(backbone, weights, args.finetune)
         print_main(f"fine-tuning from {args.finetune}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     return backbone
 
@@ -76,8 +78,8 @@ def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Dive
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
     """The teacher, with its weights, in evaluation mode."""
     teacher = build_model(args.teacher_model, num_classes=num_classes, img_size=args.input_size)
-    weights = checkpoint.model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
-    checkpoint.load_weights(teacher, weights, args.teacher_path)
+    weights = model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
+    load_weights(teacher, weights, args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)
 
 

@@ -19,15 +19,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import TrainingDiverged, UserError
+from loggers.meters import Meters
+from loggers.progress import Progress
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models.capture import DiverseViT, Needs
+from models.sharding import in_step, is_sharded, weights_of
 from regularizers import Diversity, Term, total
 from regularizers.measures import full_precision
-from sharding import in_step, is_sharded, weights_of
-from utils import Meters, Progress, TrainingDiverged, UserError, Vote, all_reduce, print_main
-
-AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from utils import Vote, all_reduce, print_main
 
 
 class Loader(Protocol):
@@ -61,7 +62,7 @@ class Precision:
             raise UserError(f"--amp-dtype float16 needs a CUDA device, not {device.type}: use bfloat16 or float32")
         self.name = name
         self.device = device
-        self.dtype = AMP_DTYPES[name]
+        self.dtype: torch.dtype = getattr(torch, name)
         self.keep_casts = keep_casts
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 

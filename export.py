@@ -7,11 +7,9 @@ takes its name, so a file that exists is one that works.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +23,13 @@ import torch
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import use_fused_attn
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
-import checkpoint
-from models import VARIANTS, DiverseViT, build_model, check_name
-from transforms import SMALL_INPUT
-from utils import BAD_ARGUMENT, UserError, did_you_mean
+from errors import BAD_ARGUMENT, UserError, did_you_mean
+from images.transforms import SMALL_INPUT
+from models import DiverseViT
+from state.trained import Trained
 
 WEIGHTS = ("auto", "ema", "model")
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
@@ -41,7 +39,6 @@ ONE_FILE = 2**31 - 2**24  # bytes of weights that fit, with the graph, into one 
 
 # Where timm leaves fused attention off unless the environment says TIMM_FUSED_ATTN=2.
 EXPERIMENTAL = frozenset(f"timm.models.{name}" for name in ("swin_transformer", "visformer", "xcit"))
-DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -55,116 +52,6 @@ HOOKS = (
 # Largest difference of logits, relative to the largest logit (if beyond 1), with which a file still counts as the
 # model: the same kernels give the same bits in timm; other kernels round otherwise; wrong weights are far off.
 SAME, ROUNDING = 0.0, 1e-3
-
-
-# ------------------------------------------------------------------------------------------------------------
-# From a checkpoint to a model
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model with its trained weights.
-
-    Attributes:
-        name: the model's name in this project.
-        backbone: the timm model.
-        model_args: what its constructor takes besides the architecture's own values, without dropout rates.
-        input_size: S, the image size in pixels.
-        weights: 'ema' or 'model', which of the checkpoint's weights these are.
-    """
-
-    name: str
-    backbone: Any
-    model_args: dict[str, Any]
-    input_size: int
-    weights: str
-
-
-def read_trained(
-    path: str,
-    weights: str = "auto",
-    *,
-    model: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    input_size: int | None = None,
-    num_classes: int | None = None,
-) -> Trained:
-    """Build the model that a checkpoint describes, and load its weights.
-
-    The name, its arguments and the image size are those of the checkpoint's saved flags, and the number of classes
-    is that of its head, unless given here.
-
-    Args:
-        path: a file or an https address.
-        weights: 'ema', 'model', or 'auto', which takes the EMA if there is one.
-    Raises:
-        UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
-    """
-    for flag, value in (("--input-size", input_size), ("--num-classes", num_classes)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} must be at least 1, not {value}")
-    state = checkpoint.load(path)
-    use_ema = _uses_ema(state, weights, path)
-    tensors = _plain_names(checkpoint.model_weights(state, path, ema=use_ema))
-    saved = state.get("args") if isinstance(state, dict) else None
-    flags: Any = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    flags = flags if isinstance(flags, dict) else {}
-    name = model or flags.get("model")
-    if not name:
-        raise UserError(
-            f"{path} does not say which model it holds: give --model NAME, and --model-kwargs and --input-size if "
-            "they were not the model's own"
-        )
-    check_name(name)
-    options = {**(flags.get("model_kwargs") or {}), **(model_kwargs or {})}
-    size = input_size or flags.get("input_size") or _stock_input_size(name)
-    if num_classes is None and "num_classes" not in options:
-        num_classes = _count_classes(name, tensors, path)
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    backbone = build_model(name, **{"img_size": size, **options})
-    advice = "Check --model, --model-kwargs, --input-size and --num-classes"
-    checkpoint.load_weights(backbone, tensors, path, advice)
-    added = VARIANTS.get(name, (name, {}))[1]
-    model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
-    return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model")
-
-
-def _uses_ema(state: Any, weights: str, path: str) -> bool:
-    has_ema = isinstance(state, dict) and "model_ema" in state
-    if weights == "ema" and not has_ema:
-        raise UserError(f"{path} holds no EMA: choose --weights model or auto")
-    return has_ema and weights != "model"
-
-
-def _plain_names(tensors: checkpoint.StateDict) -> checkpoint.StateDict:
-    """timm's own names, also where a whole DiverseViT was saved, whose backbone is one of its parts."""
-    own = {name.removeprefix("backbone."): tensors[name] for name in tensors if name.startswith("backbone.")}
-    return own or tensors
-
-
-def _stock_config(name: str) -> Any:
-    """timm's own description of a model; None for a name with a source, e.g. 'local-dir:FOLDER'."""
-    architecture, _, tag = name.partition(".")
-    base = VARIANTS.get(architecture, (architecture, {}))[0]
-    return get_pretrained_cfg(f"{base}.{tag}" if tag else base)
-
-
-def _stock_input_size(name: str) -> int:
-    config = _stock_config(name)
-    return int(config.input_size[-1]) if config is not None else 224
-
-
-def _count_classes(name: str, tensors: checkpoint.StateDict, path: str) -> int:
-    """The number of rows of the head's weight."""
-    config = _stock_config(name)
-    heads = (config.classifier if config is not None else None) or "head"
-    key = f"{heads if isinstance(heads, str) else heads[0]}.weight"
-    if key not in tensors:
-        raise UserError(
-            f"{path} has no {key} to tell the number of classes of {name} by: check --model, or give --num-classes"
-        )
-    return int(tensors[key].shape[0])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import Any as _Any
 import timm as _timm
 from torch import nn as _nn
 
+from errors import UserError as _UserError
 from models import build_model as _build_model
 from models.backbones import REFERENCE_NAMES as _REFERENCE_NAMES
 from models.backbones import VARIANTS as _VARIANTS
-from utils import UserError as _UserError
 
 dependencies = ["torch", "timm", "numpy"]
 

@@ -10,78 +10,38 @@ these to the device, normalises and erases there.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import random
-import re
-import signal
 import sys
-import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import (
-    DataLoader,
     Dataset,
     DistributedSampler,
     SequentialSampler,
     default_collate,
-    get_worker_info,
 )
 
-from datasets import Example, ImageError, LabelledImages
+from datasets import Example, LabelledImages
+from errors import UserError
+from images.decode import ImageError
+from images.transforms import Erasing
 from samplers import Draw, RASampler, ResumableSampler, ShardSampler
-from transforms import Erasing
-from utils import LocalError, Signals, UserError
+from utils import keep_random_state, seed_generators
+from workers import SteadyLoader, default_workers
 
 BAD_IN_A_ROW = 10  # --skip-bad-images gives up after so many
-SIGNAL_SECONDS = 5  # until the death of a worker is known, at most
-MOST_WORKERS = 10  # of a process that is not told how many to start: DeiT's number
 MEAN = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
 STD = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples that depend on seed, epoch and position alone
-
-
-@contextmanager
-def keep_random_state() -> Iterator[None]:
-    """Put the states of python's, numpy's and torch's (CPU) global generators back afterwards.
-
-    A loader's worker draws random numbers for nothing but its samples, so there the states are left as they are.
-    """
-    if get_worker_info() is not None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
-
-
-def seed_generators(entropy: Sequence[int]) -> None:
-    """Seed python's, numpy's and torch's (CPU) global generators.
-
-    numpy's SeedSequence makes 128 well mixed bits of `entropy`. python and numpy take all of them, torch's
-    generator can take 32: of a million samples some share torch's stream, but none share python's or numpy's.
-    """
-    words = np.random.SeedSequence(entropy).generate_state(4)  # uint32
-    random.seed(words.tobytes())
-    np.random.seed(words)
-    torch.default_generator.manual_seed(int(words[0]))  # torch.manual_seed would seed the accelerators as well
 
 
 class SeededDataset(Dataset[Example]):
@@ -274,36 +234,6 @@ class DeviceLoader:
 # Loaders
 
 
-class WorkerDied(LocalError):
-    """A loader's worker process ended without an exception of its own, for example killed for lack of memory."""
-
-
-@contextmanager
-def name_dead_workers() -> Iterator[None]:
-    """Turn torch's report of a worker that died into a WorkerDied with advice.
-
-    It belongs around everything that runs while loaders do: torch learns of the death from a signal, and raises
-    wherever the process happens to be, not only in the loader. A worker that dies while it hands over a batch
-    breaks a connection first; then the signal is awaited. Where the signal comes while the loader waits, torch says
-    only that a worker exited, and the reason stands in the error's cause.
-    """
-    try:
-        try:
-            yield
-        except (ConnectionError, EOFError):
-            time.sleep(SIGNAL_SECONDS)  # where torch's handler of the signal raises
-            raise
-    except RuntimeError as error:
-        report = r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)"
-        death = re.match(report, str(error.__cause__)) or re.match(report, str(error))
-        if death is None:
-            raise
-        raise WorkerDied(
-            f"a data loading worker died: {death[1]}. Often memory or /dev/shm is full (look at dmesg, "
-            "df -h /dev/shm): give fewer --num_workers, a smaller --batch-size or more memory"
-        ) from error
-
-
 def build_train_loader(
     args: Namespace, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
 ) -> DeviceLoader:
@@ -362,50 +292,3 @@ def _loader(args: Namespace, dataset: Any, rank: int, device: torch.device, **op
         **options,
     )
     return DeviceLoader(loader, device)
-
-
-def default_workers(env: Mapping[str, str] = os.environ) -> int:
-    """DeiT's ten, but not more than this process's share of the cores that it may use.
-
-    srun gives each process cores of its own. torchrun starts LOCAL_WORLD_SIZE processes that share theirs.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = min(cores, int(env.get("SLURM_CPUS_PER_TASK", cores))) // int(env.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MOST_WORKERS, share))
-
-
-class SteadyLoader(DataLoader[Any]):
-    """A DataLoader whose workers do not hear SIGTERM and SIGUSR1, which ask a run to stop.
-
-    Such a signal often reaches all processes of a run, and the main one needs its workers until the last step is
-    saved. They start with the signals blocked, and keep that.
-
-    What else ends a worker by SIGTERM has to kill it: torch, if it does not end by itself, and multiprocessing at
-    the end of this process, which would wait for ever. There `end_workers` comes first.
-    """
-
-    def __init__(self, dataset: Any, **options: Any) -> None:
-        super().__init__(dataset, **options)
-        Finalize(None, end_workers, exitpriority=0)
-
-    def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NAMES)
-        try:
-            batches = super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for process in _daemons():
-            process.terminate = process.kill  # type: ignore[method-assign]
-        return batches
-
-
-def end_workers() -> None:
-    """Kill the workers of passes that the end of this process leaves unfinished."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report their deaths
-    for process in _daemons():
-        process.kill()
-
-
-def _daemons() -> list[multiprocessing.process.BaseProcess]:
-    """The processes that end with this one: all loaders' workers."""
-    return [process for process in multiprocessing.active_children() if process.daemon]

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from errors import UserError
+from regularizers.diversity import Term
 from regularizers.measures import full_precision
-from regularizers.objective import Term
 from regularizers.patch import mixing
 from regularizers.specs import MIXING
-from utils import UserError
 
 if TYPE_CHECKING:
-    from mixup import Labels
+    from mixing.mixup import Labels
     from models.capture import Captured
 
 

@@ -25,8 +25,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import config
 from build import (
     build_backbone,
     build_diversity,
@@ -39,25 +37,24 @@ from build import (
 )
 from datasets import build_dataset
 from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
-from loaders import build_eval_loader, build_train_loader, name_dead_workers
+from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine
+from loaders import build_eval_loader, build_train_loader
+from loggers.progress import clock
 from losses import LabelLoss
 from models import DiverseViT, check_name
-from prepare import compile_model, compile_objective, warm_up
+from models.sharding import is_sharded, shard
+from models.weights import load_weights, model_weights
+from options import config
 from regularizers import Diversity
-from run_state import RunState, Saver
-from sharding import is_sharded, shard
+from state import checkpoint
+from state.run_state import RunState
+from state.saver import Saver
 from utils import (
-    Interrupted,
-    LocalError,
     Signals,
-    TrainingDiverged,
-    UserError,
     broadcast_from_main,
     broadcast_object,
-    clock,
     find_launch,
     init_distributed,
-    is_first_on_machine,
     lost_process,
     pick_device,
     print_main,
@@ -65,6 +62,8 @@ from utils import (
     seed_everything,
     world_size,
 )
+from warmup import compile_model, compile_objective, warm_up
+from workers import name_dead_workers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,7 +220,7 @@ def evaluate_checkpoint(
     """--eval: print the accuracy of --resume's weights, and of its EMA if it has one."""
     state = checkpoint.load(args.resume) if args.resume else None
     if args.resume:
-        checkpoint.load_weights(model.backbone, checkpoint.model_weights(state, args.resume), args.resume)
+        load_weights(model.backbone, model_weights(state, args.resume), args.resume)
     elif not args.finetune:
         print_main("warning: --eval without --resume evaluates untrained weights")
     results = evaluate(model, loader, precision, measure)
@@ -229,8 +228,8 @@ def evaluate_checkpoint(
     for name in measure.names:
         print_main(f"{name} {results[name]:.6g}")
     if isinstance(state, dict) and "model_ema" in state:
-        weights = checkpoint.model_weights(state, args.resume, ema=True)
-        checkpoint.load_weights(model.backbone, weights, args.resume)
+        weights = model_weights(state, args.resume, ema=True)
+        load_weights(model.backbone, weights, args.resume)
         report(evaluate(model, loader, precision), samples, "EMA network")
 
 

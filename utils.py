@@ -1,67 +1,27 @@
-"""Process group, seeding, meters and progress: what every other module may lean on.
+"""Process group, devices, files and random streams: what every other module may lean on.
 
-Nothing here knows about models, measures or data. Errors a user can fix are `UserError`s: `main.py` turns
-them into one line on stderr and exit code 2.
+Nothing here knows about models, measures or data.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import random
 import re
-import shutil
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
-T = TypeVar("T")
-
-
-class UserError(Exception):
-    """Something the user gave cannot work. The message says what, and what to do about it."""
-
-
-class LocalError(UserError):
-    """A UserError that perhaps only this process meets: every process prints its own."""
-
-
-# What libraries raise for an argument that they cannot use.
-BAD_ARGUMENT = (
-    TypeError,
-    ValueError,
-    AssertionError,
-    RuntimeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    ImportError,
-    OSError,
-)
-
-
-class TrainingDiverged(Exception):
-    """The loss is no longer finite. The message names the first term that broke."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so after saving."""
-
-
-def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
-    """' Did you mean a, b or c?' for the nearest known words, or '' if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=count)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
-
+from errors import LocalError, UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -251,11 +211,6 @@ def lost_process(error: RuntimeError) -> str | None:
     )
 
 
-def is_first_on_machine(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the first process of its machine; known before any process group is."""
-    return env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) == "0"
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -282,7 +237,7 @@ def print_main(*text: object) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Devices and seeds
+# Devices
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -315,6 +270,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Random streams
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (all devices). The reference calls this with seed + rank."""
     random.seed(seed)
@@ -322,110 +281,71 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Meters and progress
+def seed_generators(entropy: Sequence[int]) -> None:
+    """Seed python's, numpy's and torch's (CPU) global generators, for one sample.
 
-
-class Meters:
-    """Running means that stay on the device until somebody reads them.
-
-    `update` only enqueues device work; `means` and `global_means` wait for the device. Every update gives the same
-    names in the same order.
+    numpy's SeedSequence makes 128 well mixed bits of `entropy`. python and numpy take all of them, torch's
+    generator can take 32: of a million samples some share torch's stream, but none share python's or numpy's.
     """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # [names]
-        self._count = 0
-
-    def update(self, values: Mapping[str, Tensor]) -> None:
-        """Add one value of each meter."""
-        row = torch.stack([value.detach() for value in values.values()])  # [names]
-        row = row if row.device.type == "mps" else row.double()  # float64 keeps long sums exact; MPS has none
-        if self._sums is None:
-            self._names = list(values)
-            self._sums = torch.zeros_like(row)
-        self._sums = self._sums.to(row.device) + row
-        self._count += 1
-
-    def means(self) -> dict[str, float]:
-        """Mean of every meter on this process."""
-        if self._sums is None:
-            return {}
-        return {name: total / self._count for name, total in zip(self._names, self._sums.tolist(), strict=True)}
-
-    def global_means(self) -> dict[str, float]:
-        """Mean of every meter over all processes."""
-        if self._sums is None:
-            return {}
-        count = torch.full_like(self._sums[:1], self._count)
-        *sums, updates = all_reduce(torch.cat([self._sums, count])).tolist()
-        return {name: total / updates for name, total in zip(self._names, sums, strict=True)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums as plain data."""
-        sums = self._sums.cpu() if self._sums is not None else None
-        return {"names": self._names, "sums": sums, "count": self._count}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from such sums."""
-        self._names, self._sums, self._count = list(state["names"]), state["sums"], int(state["count"])
+    words = np.random.SeedSequence(entropy).generate_state(4)  # uint32
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    torch.default_generator.manual_seed(int(words[0]))  # torch.manual_seed would seed the accelerators as well
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Put the states of python's, numpy's and torch's (CPU) global generators back afterwards.
 
-
-class Progress:
-    """Count steps and show where the work stands: a bar on a terminal, a line per interval elsewhere.
-
-    Args:
-        header: what the line starts with, e.g. 'Epoch 3/300'.
-        interval: steps between updates of the shown numbers; reading numbers waits for the device, so nothing
-            is read in between.
-        units_after: units of the same length still to come after this one, for the run's ETA.
+    A loader's worker draws random numbers for nothing but its samples, so there the states are left as they are.
     """
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
-    BAR = 24
 
-    def __init__(self, header: str, interval: int = 10, units_after: int = 0) -> None:
-        self.header = header
-        self.interval = interval
-        self.units_after = units_after
-        self._terminal = sys.stdout.isatty()
-        self._shown_width = 0
+def streams(device: torch.device, mixing: np.random.RandomState) -> dict[str, Any]:
+    """Where this process's random streams stand, as plain data: python's, numpy's, torch's, the mixing's."""
+    version, words, gauss = random.getstate()
+    found: dict[str, Any] = {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": _plain(np.random.get_state(legacy=False)),
+        "mixup": _plain(mixing.get_state(legacy=False)),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        found["device"] = torch.mps.get_rng_state()
+    return found
 
-    def over(self, first: int, total: int, meters: Meters) -> Iterator[int]:
-        """Yield the steps from `first` to `total`; show progress every `interval` steps and after the last."""
-        start = time.perf_counter()
-        for step in range(first, total + 1):
-            yield step
-            if is_main() and (step % self.interval == 0 or step == total):
-                each = (time.perf_counter() - start) / (step - first + 1)
-                self._show(step, total, meters.means(), each)
-        if is_main() and self._terminal:
-            print(flush=True)
 
-    def _show(self, step: int, total: int, means: Mapping[str, float], each: float) -> None:
-        eta = f"eta {clock(each * (total - step))}"
-        if self.units_after:
-            eta += f", run {clock(each * (total - step + total * self.units_after))}"
-        entries = [f"[{step}/{total}]", eta, f"{1 / each:.2f} it/s"]
-        entries += [f"{name} {value:.4g}" for name, value in means.items()]
-        if not self._terminal:
-            print("  ".join([self.header, *entries]), flush=True)
-            return
-        done = round(self.BAR * step / max(total, 1))
-        line, room = (
-            f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}|",
-            shutil.get_terminal_size().columns - 1,
-        )
-        for entry in entries:
-            if len(line) + 2 + len(entry) > room:
-                break
-            line += "  " + entry
-        print("\r" + line.ljust(self._shown_width), end="", flush=True)
-        self._shown_width = len(line)
+def set_streams(state: Mapping[str, Any], device: torch.device, mixing: np.random.RandomState) -> None:
+    """Put them back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    np.random.set_state(_as_numpy(state["numpy"]))
+    mixing.set_state(_as_numpy(state["mixup"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "device" in state:
+        torch.cuda.set_rng_state(state["device"], device)
+    elif device.type == "mps" and "device" in state:
+        torch.mps.set_rng_state(state["device"])
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    """numpy's state of a generator with its words as a tensor, which checkpoints can hold."""
+    words = torch.from_numpy(state["state"]["key"].astype(np.int64))
+    return {**state, "state": {"key": words, "pos": int(state["state"]["pos"])}}
+
+
+def _as_numpy(state: Mapping[str, Any]) -> dict[str, Any]:
+    words = state["state"]["key"].numpy().astype(np.uint32)
+    return {**state, "state": {"key": words, "pos": state["state"]["pos"]}}

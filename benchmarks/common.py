@@ -21,11 +21,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import build
-import config
 from engine import Precision, Updater, train_one_epoch
+from errors import UserError
 from models import DiverseViT
-from prepare import compile_model, compile_objective
-from utils import UserError, seed_everything
+from options import config
+from utils import seed_everything
+from warmup import compile_model, compile_objective
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 1000

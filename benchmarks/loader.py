@@ -34,9 +34,9 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-import config
 from datasets import build_dataset
 from loaders import DeviceLoader, build_train_loader
+from options import config
 from samplers import GRANULE, RASampler
 
 WIDTH, HEIGHT, QUALITY = 477, 405, 90  # about 100 KB a file, as ImageNet's average

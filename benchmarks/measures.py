@@ -21,7 +21,7 @@ from common import CLASSES, get_args_parser, machine, main, seconds, take_turns,
 from textbook import TEXTBOOK, Form, dense_mixing
 from torch import Tensor
 
-from mixup import Labels
+from mixing.mixup import Labels
 from regularizers import MEASURES
 from regularizers.patch import mixing
 from regularizers.specs import LEVELS

@@ -22,7 +22,7 @@ import torch
 from common import Batches, Recipe, get_args_parser, machine, main, write
 from step import ALL_LAYERS, textbook
 
-import checkpoint
+from state import checkpoint
 from utils import pick_device
 
 MIB = 2**20

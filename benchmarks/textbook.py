@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses import LabelLoss, cross_entropy
-from mixup import Labels
+from mixing.mixup import Labels
 from models import Captured
 from regularizers import Term
 from regularizers.specs import MIXING

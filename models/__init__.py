@@ -8,10 +8,10 @@ import timm
 from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
+from errors import BAD_ARGUMENT, UserError, did_you_mean
 from models.adapters import Layout, find_layout
 from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
 from models.capture import Captured, DiverseViT, Needs
-from utils import BAD_ARGUMENT, UserError, did_you_mean
 
 __all__ = [
     "VARIANTS",

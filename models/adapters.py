@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils import UserError
+from errors import UserError
 
 INPUT = -1  # index of the tokens entering block 0
 MATRICES = ("q", "k", "v", "proj", "fc1", "fc2")

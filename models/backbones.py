@@ -13,7 +13,7 @@ import torch
 from timm.models import register_model
 from torch import nn
 
-from utils import UserError
+from errors import UserError
 
 _DEPTH_24 = {"depth": 24}
 

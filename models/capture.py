@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from errors import BAD_ARGUMENT, UserError
 from models.adapters import INPUT, Layout, MapTap, find_layout
-from utils import BAD_ARGUMENT, UserError
 
 
 @dataclass(frozen=True)

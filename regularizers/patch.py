@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from errors import UserError
 from regularizers.measures import full_precision, in_chunks
-from utils import UserError
 
 if TYPE_CHECKING:
-    from mixup import Labels
+    from mixing.mixup import Labels
     from models.capture import Captured
 
 FIRST = -1  # '@first' is the input of block 0

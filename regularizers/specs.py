@@ -18,10 +18,10 @@ from types import ModuleType
 
 import torch
 
+from errors import UserError, did_you_mean
 from models.adapters import MATRICES
 from regularizers import attention, patch, weight
 from regularizers.measures import MEASURES, OPTIONS
-from utils import UserError, did_you_mean
 
 LEVELS: Mapping[str, ModuleType] = {"patch": patch, "attn": attention, "weight": weight}
 MIXING = "patch.mixing"

@@ -17,18 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from export import (
-    FORMATS,
-    WEIGHTS,
-    Trained,
-    check_folder,
-    check_formats,
-    export,
-    preprocessing,
-    read_trained,
-)
-from flags import KeyValues, Parser
-from utils import UserError
+from errors import UserError
+from export import FORMATS, WEIGHTS, check_folder, check_formats, export, preprocessing
+from options.flags import KeyValues, Parser
+from state.trained import Trained, read_trained
 
 DEFAULT = ("timm", "torch")  # which need nothing more than training does
 

@@ -34,9 +34,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
-from flags import KeyValues, Parser
-from utils import UserError
+from errors import UserError
+from options import config
+from options.flags import KeyValues, Parser
 
 MAIN = str(Path(__file__).resolve().parents[1] / "main.py")
 INTERRUPTED = 75  # main.py has saved a checkpoint and wants to be run again

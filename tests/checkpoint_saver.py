@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import checkpoint
+from state import checkpoint
 
 STEPS = 3  # checkpoints per epoch
 

@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import build
 from engine import Finite, Precision, Updater, evaluate, train_one_epoch, unwrap
+from errors import TrainingDiverged
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import DiverseViT, build_model
-from prepare import compile_model
 from regularizers import Diversity, parse_spec
-from utils import TrainingDiverged, find_launch, init_distributed
+from utils import find_launch, init_distributed
+from warmup import compile_model
 
 CPU = Precision(torch.device("cpu"))
 TWICE = "patch.gradient_diversity=1e-2"  # differentiates twice, at a tensor of which static_graph hands out a copy

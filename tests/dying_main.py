@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import main
-import run_state
+from state import run_state
 from utils import rank, world_size
 
 saver_after_step = run_state.Saver.after_step

@@ -13,7 +13,8 @@ from itertools import count
 from pathlib import Path
 
 import main
-from run_state import RunState, Saver
+from state.run_state import RunState
+from state.saver import Saver
 from utils import rank
 
 FLAGS = [

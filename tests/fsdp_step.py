@@ -25,15 +25,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from build import use_grad_checkpointing
-from checkpoint import checksum
 from engine import Finite, Precision, Updater, evaluate, train_one_epoch
+from errors import TrainingDiverged, UserError
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import DiverseViT, build_model, find_layout
+from models.sharding import check_optimizer, shard, weights_of, whole
 from regularizers import Diversity, parse_spec, total
-from run_state import RunState
-from sharding import check_optimizer, shard, weights_of, whole
-from utils import TrainingDiverged, UserError, find_launch, init_distributed, print_main, rank
+from state.checkpoint import checksum
+from state.run_state import RunState
+from utils import find_launch, init_distributed, print_main, rank
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}

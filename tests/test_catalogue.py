@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import config
-import flags
+from errors import UserError
 from models.adapters import MATRICES
+from options import config, flags
 from regularizers import MEASURES, catalogue, measures, parse_spec, patch
 from regularizers.measures import OPTIONS, Measure
 from regularizers.specs import LEVELS, all_names
-from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "regularizers.md"

@@ -36,12 +36,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-import checkpoint
 from engine import Precision, Updater, train_one_epoch
+from errors import UserError
 from losses import LabelLoss
 from models import DiverseViT, build_model
-from run_state import RunState
-from utils import UserError
+from models.weights import load_for_finetuning, model_weights
+from state import checkpoint
+from state.run_state import RunState
 
 TINY_V1 = {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
 CPU = Precision(torch.device("cpu"))
@@ -839,11 +840,11 @@ def test_a_checkpoint_without_ema_starts_one_and_says_so(tiny, capsys):
 
 def test_a_file_without_weights(tiny):
     with pytest.raises(UserError, match="holds no model weights"):
-        checkpoint.model_weights({"epoch": 3}, "x.pth")
+        model_weights({"epoch": 3}, "x.pth")
     with pytest.raises(UserError, match="holds no model weights"):
-        checkpoint.model_weights([1, 2], "x.pth")
+        model_weights([1, 2], "x.pth")
     weights = {"module.head.weight": torch.zeros(2), "_orig_mod.head.bias": torch.zeros(2)}
-    assert list(checkpoint.model_weights({"state_dict": weights}, "x.pth")) == ["head.weight", "head.bias"]
+    assert list(model_weights({"state_dict": weights}, "x.pth")) == ["head.weight", "head.bias"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -855,7 +856,7 @@ def test_fine_tuning_to_other_classes_and_images(tiny):
     target = build_model("deit_tiny_patch16_224", **TINY | {"img_size": 48, "num_classes": 7})
     weights = source.backbone.state_dict()
     head = target.head.weight.clone()
-    assert checkpoint.load_for_finetuning(target, weights, "x.pth") == ["head.weight", "head.bias"]
+    assert load_for_finetuning(target, weights, "x.pth") == ["head.weight", "head.bias"]
     assert torch.equal(target.head.weight, head)
     assert torch.equal(target.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
     grid = weights["pos_embed"][:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
@@ -868,7 +869,7 @@ def test_fine_tuning_to_other_classes_and_images(tiny):
 def test_fine_tuning_keeps_a_fitting_head(tiny):
     source, _ = tiny(seed=0)
     target, _ = tiny(seed=1)
-    assert checkpoint.load_for_finetuning(target.backbone, source.backbone.state_dict(), "x.pth") == []
+    assert load_for_finetuning(target.backbone, source.backbone.state_dict(), "x.pth") == []
     assert same(target.backbone.state_dict(), source.backbone.state_dict())
 
 
@@ -876,4 +877,4 @@ def test_fine_tuning_from_another_architecture_is_refused(tiny):
     source, _ = tiny()
     deeper = build_model("deit_tiny_patch16_224", **TINY | {"depth": 4})
     with pytest.raises(UserError, match=r"x.pth does not fit .*parameters are missing, first blocks.3"):
-        checkpoint.load_for_finetuning(deeper, source.backbone.state_dict(), "x.pth")
+        load_for_finetuning(deeper, source.backbone.state_dict(), "x.pth")

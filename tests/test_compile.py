@@ -16,14 +16,14 @@ from families import FAMILIES, build
 
 from build import use_grad_checkpointing
 from engine import Precision, Updater, objective
+from errors import UserError
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import DiverseViT, build_model, find_layout
-from prepare import compile_model, compile_objective, warm_up
 from regularizers import MEASURES, Diversity, Term, parse_spec, total
 from regularizers.specs import all_names
-from run_state import set_streams, streams
-from utils import UserError
+from utils import set_streams, streams
+from warmup import compile_model, compile_objective, warm_up
 
 SPECS = ("patch.cosine@first,all=0.5", "weight.so:v=1e-3")
 STEPS = 3

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config
-import flags
-from utils import UserError
+from errors import UserError
+from options import config, flags
 
 # The reference's command line: (flag, destination, type, default, choices, takes several values). Switches have
 # type "on" or "off". Three defaults differ on purpose: --device (cuda), --data-path (a path of its own), and

@@ -27,11 +27,12 @@ from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from torchvision.datasets import CIFAR100
 
-import archives
 import datasets
-from datasets import ImageError, build_dataset, load_image
+from datasets import build_dataset
+from errors import UserError
+from images import archives
+from images.decode import ImageError, load_image
 from loaders import build_eval_loader
-from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -551,7 +552,8 @@ import sys
 
 import datasets
 from pictures import no_augmentation
-from loaders import SteadyLoader, build_eval_loader, collate
+from workers import SteadyLoader
+from loaders import build_eval_loader, collate
 
 args = no_augmentation(data_set="hfds/" + sys.argv[1], num_workers=2)
 if __name__ == "__main__":

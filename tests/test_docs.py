@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY
 
-import flags
+from options import flags
 from regularizers import MEASURES, REFERENCE_FLAGS, parse_spec
 from regularizers.specs import LEVELS, MIXING
 

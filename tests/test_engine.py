@@ -16,15 +16,16 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import build
-import config
 import main
 from engine import Finite, Precision, Updater, evaluate, train_one_epoch
+from errors import TrainingDiverged, UserError
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import DiverseViT
+from options import config
 from regularizers import Diversity, parse_spec
-from run_state import RunState
-from utils import Signals, TrainingDiverged, UserError
+from state.run_state import RunState
+from utils import Signals
 
 CPU = Precision(torch.device("cpu"))
 

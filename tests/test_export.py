@@ -23,16 +23,16 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
-import checkpoint
-import config
 import datasets
 import export as exporting
+from errors import UserError
+from images.transforms import build_transform
 from loaders import normalise
 from models import DiverseViT, Needs, build_model
-from transforms import build_transform
-from utils import UserError
+from options import config
+from state import checkpoint
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(__file__).parents[1]
 SMALL = "patch_size=8 embed_dim=24 depth=3 num_heads=3"
 CLASSES, PIXELS = 5, 32
 

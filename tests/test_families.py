@@ -11,9 +11,9 @@ import torch
 from families import CLASSES, FAMILIES, Family, attention_map, build, neurons, watched
 from torch import Tensor
 
+from errors import UserError
 from models import DiverseViT, Needs, build_model
 from regularizers import Diversity, parse_spec
-from utils import UserError
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 ATTENDING = [name for name, family in FAMILIES.items() if family.attends]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine import Precision, Updater, train_one_epoch
 from losses import LabelLoss
-from mixup import Mix, Mixup
+from mixing.mixup import Mix, Mixup
 from models import DiverseViT
 from regularizers import Diversity, attention, measures, parse_spec, patch, weight
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import hubconf
+from errors import UserError
 from models.backbones import REFERENCE_NAMES
-from utils import UserError
 
 ROOT = Path(hubconf.__file__).parent
 

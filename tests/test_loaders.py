@@ -28,22 +28,14 @@ from torchvision import transforms
 import datasets
 import loaders
 import utils
-from datasets import ImageError, build_dataset
-from loaders import (
-    DeviceLoader,
-    SeededDataset,
-    WorkerDied,
-    build_eval_loader,
-    build_train_loader,
-    collate,
-    erase,
-    name_dead_workers,
-    normalise,
-    seed_generators,
-)
+from datasets import build_dataset
+from errors import UserError
+from images.decode import ImageError
+from images.transforms import Box, build_transform
+from loaders import DeviceLoader, SeededDataset, build_eval_loader, build_train_loader, collate, erase, normalise
 from samplers import Draw
-from transforms import Box, build_transform
-from utils import Signals, UserError
+from utils import Signals, seed_generators
+from workers import WorkerDied, name_dead_workers
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -898,7 +890,7 @@ def signal_the_group():
 
 
 if __name__ == "__main__":
-    from loaders import SteadyLoader
+    from workers import SteadyLoader
     from utils import Signals
 
     resource_tracker.ensure_running()  # some Pythons unblock SIGTERM when they start it

@@ -16,12 +16,12 @@ from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from errors import UserError
 from losses import LabelLoss, cross_entropy, distillation
-from mixup import Labels, Mixup
+from mixing.mixup import Labels, Mixup
 from models import Captured
 from regularizers import measures, total
 from regularizers.patch import mixing
-from utils import UserError
 
 BATCH, PATCHES, CLASSES = 4, 6, 5
 

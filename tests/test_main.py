@@ -16,10 +16,11 @@ import yaml
 from PIL import Image
 
 import build
-import checkpoint
-import config
 import main
 from models import build_model
+from models.weights import model_weights
+from options import config
+from state import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMALL_VIT = ["--model-kwargs", "patch_size=4", "embed_dim=24", "depth=2", "num_heads=2"]
@@ -425,6 +426,4 @@ def test_interruption(monkeypatch, capsys):
 def test_exported_weights_load_into_timm(trained):
     kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
     model = timm.create_model("deit_tiny_patch16_224", **kwargs)
-    model.load_state_dict(
-        checkpoint.model_weights(checkpoint.load(str(trained / "checkpoint.pth")), ""), strict=True
-    )
+    model.load_state_dict(model_weights(checkpoint.load(str(trained / "checkpoint.pth")), ""), strict=True)

@@ -10,8 +10,8 @@ import torch
 from conftest import RECIPE, TINY, random_batch
 from timm.utils import ModelEmaV3
 
+from errors import UserError
 from models import VARIANTS, DiverseViT, Needs, build_model, check_name, find_layout
-from utils import UserError
 
 STOCK = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12)}
 

@@ -17,16 +17,18 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-import checkpoint
-import config
 import engine
 import main
-import run_state as run_state_module
 from engine import Finite, Precision, Updater, train_one_epoch
+from errors import Interrupted, TrainingDiverged, UserError
 from losses import LabelLoss
-from mixup import Mixup
-from run_state import RunState, Saver, set_streams, streams
-from utils import Interrupted, Signals, TrainingDiverged, UserError
+from mixing.mixup import Mixup
+from options import config
+from state import checkpoint
+from state import run_state as run_state_module
+from state.run_state import RunState
+from state.saver import Saver
+from utils import Signals, set_streams, streams
 
 CPU = Precision(torch.device("cpu"))
 VIT = ["--model", "deit_tiny_patch16_224", "--input-size", "16", "--device", "cpu", "--num_workers", "0"]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
+from errors import UserError
 from samplers import RASampler, ResumableSampler, ShardSampler
-from utils import UserError
 
 
 def naive_repeated(count, replicas, rank, epoch, repeats=3, seed=0, shuffle=True):

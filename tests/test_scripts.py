@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-import config
+from options import config
 
-ROOT = Path(config.__file__).parent
+ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "script" / "slurm_train.sbatch"
 SCRIPTS = [*sorted((ROOT / "script").glob("*.sh")), SLURM]
 LAUNCHERS = sorted((ROOT / "script").glob("run_*.sh"))

@@ -13,9 +13,9 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-import transforms
-from transforms import Erasing, FastCrop, build_transform, posterize, to_bytes, to_image
-from utils import UserError
+from errors import UserError
+from images import transforms
+from images.transforms import Erasing, FastCrop, build_transform, posterize, to_bytes, to_image
 
 # ------------------------------------------------------------------------------------------------------------
 # Transforms

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import utils
-from utils import Launch, Meters, Progress, UserError, find_launch, pick_device
+from errors import UserError
+from loggers.meters import Meters
+from loggers.progress import Progress
+from utils import Launch, find_launch, pick_device
 
 
 @pytest.mark.parametrize(

@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-import checkpoint
-from checkpoint import load_weights, model_weights
 from engine import Finite
-from mixup import Mixup
+from errors import BAD_ARGUMENT, TrainingDiverged, UserError
+from loggers.meters import Meters
+from mixing.mixup import Mixup
 from models.capture import DiverseViT
-from sharding import optimizer_state, whole
-from utils import (
-    BAD_ARGUMENT,
-    Interrupted,
-    Meters,
-    Signals,
-    TrainingDiverged,
-    UserError,
-    Vote,
-    all_reduce,
-    broadcast_object,
-    gather_to_main,
-    is_main,
-    print_main,
-    rank,
-    world_size,
-)
+from models.sharding import optimizer_state, whole
+from models.weights import load_weights, model_weights
+from state import checkpoint
+from utils import all_reduce, gather_to_main, is_main, print_main, rank, set_streams, streams, world_size
 
 # Flags that a resumed run must keep; those whose old values live on in the restored optimizer and schedule; and
 # those that say which images come next, which cannot change in the middle of an epoch.
@@ -87,7 +71,7 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint's content, on the main process. All processes must ask for it together."""
         own = {
-            "streams": streams(self.device, self.mixup),
+            "streams": streams(self.device, self.mixup.random),
             "meters": self.meters.state_dict(),
             "finite": self.finite.state_dict(),
             "replaced": self.replaced[: self.samples].nonzero()[:, 0],
@@ -186,7 +170,7 @@ class RunState:
     def restore_streams(self) -> None:
         """Put the random streams back to where the checkpoint left them."""
         if self._streams is not None:
-            set_streams(self._streams, self.device, self.mixup)
+            set_streams(self._streams, self.device, self.mixup.random)
             self._streams = None
 
     def adopt_log(self, path: Path) -> None:
@@ -248,163 +232,3 @@ class RunState:
                 )
             if key in OVERRULED:
                 print_main(f"warning: --{name} {now} has no effect: the checkpoint's {value} goes on")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Random streams
-
-
-def streams(device: torch.device, mixup: Mixup) -> dict[str, Any]:
-    """Where the random streams of this process are, as plain data: python, numpy, torch, the device, Mixup."""
-    version, words, gauss = random.getstate()
-    found: dict[str, Any] = {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": _plain(np.random.get_state(legacy=False)),
-        "mixup": _plain(mixup.random.get_state(legacy=False)),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        found["device"] = torch.mps.get_rng_state()
-    return found
-
-
-def set_streams(state: Mapping[str, Any], device: torch.device, mixup: Mixup) -> None:
-    """Put them back."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    np.random.set_state(_as_numpy(state["numpy"]))
-    mixup.random.set_state(_as_numpy(state["mixup"]))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "device" in state:
-        torch.cuda.set_rng_state(state["device"], device)
-    elif device.type == "mps" and "device" in state:
-        torch.mps.set_rng_state(state["device"])
-
-
-def _plain(state: Any) -> dict[str, Any]:
-    """numpy's state of a generator with its words as a tensor, which checkpoints can hold."""
-    words = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    return {**state, "state": {"key": words, "pos": int(state["state"]["pos"])}}
-
-
-def _as_numpy(state: Mapping[str, Any]) -> dict[str, Any]:
-    words = state["state"]["key"].numpy().astype(np.uint32)
-    return {**state, "state": {"key": words, "pos": state["state"]["pos"]}}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Saving
-
-
-class Saver:
-    """Saves, and stops the run after a signal: after the same step on all processes.
-
-    Any process may have received the signal, and the main process's clock says when minutes have passed. What each
-    wishes for, and what all then do, is 0 (go on), SAVE or STOP.
-
-    Args:
-        run_state: what is saved.
-        folder: where; None saves nothing.
-        signals: what asks a run to stop.
-        keep: how many of the latest checkpoints stay.
-        steps: steps between checkpoints within an epoch; 0: none.
-        minutes: minutes between checkpoints; 0: none.
-    """
-
-    SAVE, STOP = 1, 2
-
-    def __init__(
-        self,
-        run_state: RunState,
-        folder: Path | None,
-        signals: Signals,
-        keep: int = 1,
-        steps: int = 0,
-        minutes: float = 0.0,
-    ) -> None:
-        self.run_state = run_state
-        self.folder = folder
-        self.signals = signals
-        self.keep = keep
-        self.steps = steps
-        self.minutes = minutes
-        self._last = time.monotonic()
-        self._vote = Vote()
-
-    def wish(self) -> int:
-        """What this process wishes for."""
-        late = self.minutes > 0 and is_main() and time.monotonic() - self._last >= 60 * self.minutes
-        return self.STOP if self.signals.received else self.SAVE if late else 0
-
-    def after_step(self, step: int, wish: int) -> None:
-        """Do what any process wished for, after a training step.
-
-        Raises:
-            Interrupted: a signal asked the run to stop; it is saved.
-        """
-        self.run_state.step = step
-        if wish or (self.steps and step % self.steps == 0):
-            self.save()
-        if wish == self.STOP:
-            self._stop()
-
-    def after_batch(self) -> None:
-        """Stop for a signal during the evaluation, one batch after it came; the epoch's steps are all done.
-
-        All processes must call this equally often.
-
-        Raises:
-            Interrupted: as in `after_step`.
-        """
-        wish = self._agreed()
-        self._ask()
-        if wish == self.STOP:
-            self.save()
-            self._stop()
-
-    def after_epoch(self, best: bool) -> None:
-        """Save the state of a finished epoch, as the best one too if it is.
-
-        Raises:
-            Interrupted: as in `after_step`.
-        """
-        self.save(best)
-        self._ask()
-        if self._agreed() == self.STOP:
-            self._stop()
-
-    def _ask(self) -> None:
-        self._vote.ask(torch.tensor([-float(self.wish())], device=self.run_state.device))
-
-    def _agreed(self) -> int:
-        """What any process wished for when last asked."""
-        return round(-min(self._vote.answer(), default=0))
-
-    def save(self, best: bool = False) -> None:
-        """Write checkpoint.pth, and checkpoint_best.pth if it is the best. All processes take part.
-
-        Raises:
-            UserError: the main process cannot write.
-            TrainingDiverged: weights are not finite; the last checkpoint stays as it is.
-        """
-        self._last = time.monotonic()
-        if self.folder is None:
-            return
-        self.run_state.check_weights()
-        state = self.run_state.state_dict()
-        broadcast_object(lambda: self._write(state, best))
-
-    def _write(self, state: dict[str, Any], best: bool) -> None:
-        assert self.folder is not None
-        if best:
-            checkpoint.save(state, self.folder / "checkpoint_best.pth")
-        checkpoint.save(state, self.folder / "checkpoint.pth", keep=self.keep)
-        checkpoint.write_text("".join(f"{line}\n" for line in self.run_state.log), self.folder / "log.txt")
-
-    def _stop(self) -> None:
-        where = f"stopped by a signal after {self.run_state.place}"
-        if self.folder is None:
-            raise Interrupted(f"{where}; nothing is saved without --output_dir")
-        raise Interrupted(f"{where}, and saved: continue with --resume auto")

@@ -7,13 +7,18 @@ import os
 import pickle
 import tarfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError
+from errors import UserError
+from images.decode import Found, Sample, decode
+from images.folders import compare_classes
+from utils import broadcast_object, print_main
 
 
 class Stored(NamedTuple):
@@ -106,3 +111,63 @@ def _images_and_labels(path: Path) -> tuple[dict[str, Stored], dict[str, int]]:
             elif f".{kind.lower()}" in (".cls", *IMG_EXTENSIONS) and member.isfile():
                 raise UserError(f"the shard {path} has {key} twice; a sample is one image and its class index")
     return images, labels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Halves of data sets
+
+
+def load_stored(image: Stored) -> Image.Image:
+    """Decode an image inside a tar file, as `load_image` does."""
+    return decode(image.open, f"{image.path}:{image.name}")
+
+
+def tar(root: Path, is_train: bool) -> Found:
+    """`train.tar` and `val.tar`: each holds one folder, or one tar file, of images per class."""
+    train, val = root / "train.tar", root / "val.tar"
+    path = train if is_train else val
+    if not path.is_file():
+        raise UserError(f"no file {path}; --data-path must hold train.tar and val.tar with a folder per class")
+    samples, classes = _tar_index(path)
+    if is_train and val.is_file():  # the other way round an evaluation would read all of train.tar
+        compare_classes(train, val, classes, _tar_index(val)[1])
+    return Found(samples, len(classes), load_stored)
+
+
+@cache
+def _tar_index(path: Path) -> tuple[list[Sample], list[str]]:
+    """What is in a tar file; the main process looks for all."""
+    index: tuple[list[Sample], list[str]] = broadcast_object(lambda: find_in_folders(path))
+    return index
+
+
+def shards(root: Path, is_train: bool) -> Found:
+    """WebDataset's shards: tar files with 'train', or with 'val', in their name or folder, also deeper."""
+    half = "train" if is_train else "val"
+    samples = _shard_index(root, half)
+    if not samples:
+        raise UserError(f"no shards with images in {root}: tar files with {half!r} in their name or folder")
+    labels = {label for _, label in samples}
+    if is_train:
+        unknown = {label for _, label in _shard_index(root, "val")} - labels
+        if unknown:
+            raise UserError(f"the val shards in {root} have images of class {min(unknown)}, the train shards none")
+    return Found(samples, max(labels) + 1, load_stored)
+
+
+@cache
+def _shard_index(root: Path, half: str) -> list[Sample]:
+    """What is in the shards of one half; the main process looks for all."""
+
+    def find() -> list[tuple[Stored, int]]:
+        names = {path: str(path.relative_to(root)).lower() for path in sorted(root.rglob("*.tar"))}
+        for path, name in names.items():
+            if "train" in name and "val" in name:
+                raise UserError(f"{path} has both 'train' and 'val' in its name or folder: rename it")
+        paths = [path for path, name in names.items() if half in name]
+        if len(paths) > 1:
+            print_main(f"reading the headers of {len(paths)} {half} shards")
+        return find_in_shards(paths)
+
+    index: list[Sample] = broadcast_object(find)
+    return index

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from errors import UserError
 from models.capture import Needs
 from regularizers import patch, weight
 from regularizers.measures import MEASURES, OPTIONS
 from regularizers.specs import LEVELS, MIXING, Spec, resolve_layers, resolve_pairs
-from utils import UserError
 
 if TYPE_CHECKING:
     from models.capture import Captured

@@ -24,8 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from errors import BAD_ARGUMENT, UserError
 from models import DiverseViT, find_layout
-from utils import BAD_ARGUMENT, UserError, all_reduce, world_size
+from utils import all_reduce, world_size
 
 if TYPE_CHECKING:
     from engine import Loader

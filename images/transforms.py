@@ -21,7 +21,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
-from utils import UserError
+from errors import UserError
 
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError
-
-MODES = ("batch", "pair", "elem")
+from errors import UserError
+from options.flags import MIXUP_MODES
 
 
 class Mix(NamedTuple):
@@ -98,8 +97,8 @@ class Mixup:
         patch_size: tuple[int, int] | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in MODES:
-            raise UserError(f"--mixup-mode {mode!r}: choose one of {', '.join(MODES)}")
+        if mode not in MIXUP_MODES:
+            raise UserError(f"--mixup-mode {mode!r}: choose one of {', '.join(MIXUP_MODES)}")
         for name, value in (("--mixup-prob", prob), ("--mixup-switch-prob", switch_prob)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} {value} is not between 0 and 1")

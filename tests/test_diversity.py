@@ -10,12 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from errors import UserError
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import Captured, DiverseViT, Needs
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
 from regularizers.specs import MIXING, all_names, resolve_layers
-from utils import UserError
 
 BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass
 SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v in even and in odd blocks

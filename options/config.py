@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from timm.optim import list_optimizers
 
-from flags import dashed, get_args_parser
+from errors import UserError, did_you_mean
+from options.flags import dashed, get_args_parser
 from regularizers import REFERENCE_FLAGS, Spec, parse_spec
-from utils import UserError, did_you_mean
 
 LARGEST = sys.float_info.max
 LARGEST_SEED = 2**31
@@ -273,7 +273,7 @@ def provenance() -> dict[str, str]:
 
 
 def _git_revision() -> str:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -10,12 +10,20 @@ from typing import Any, NoReturn
 
 from timm.utils.misc import ParseKwargs
 
-from datasets import DATA_SETS
-from engine import AMP_DTYPES
-from mixup import MODES
+from errors import UserError, did_you_mean
 from regularizers import catalogue
-from utils import UserError, did_you_mean
 
+
+class Names(tuple[str, ...]):
+    """Choices of `--data-set`. A name with a slash is let through: its prefix is looked at when it is opened."""
+
+    def __contains__(self, name: object) -> bool:
+        return "/" in str(name) or super().__contains__(name)
+
+
+DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME"])
+AMP_DTYPES = ("float32", "bfloat16", "float16")
+MIXUP_MODES = ("batch", "pair", "elem")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
 
@@ -260,7 +268,7 @@ def _add_mixup(parser: argparse.ArgumentParser) -> None:
     group.value("--mixup-prob", float, 1.0, "probability of mixing at all")
     group.value("--mixup-switch-prob", float, 0.5, "probability of CutMix where both are on")
     modes = "draw for each batch, each pair of partners, or each image"
-    group.value("--mixup-mode", str, "batch", modes, choices=list(MODES))
+    group.value("--mixup-mode", str, "batch", modes, choices=list(MIXUP_MODES))
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:

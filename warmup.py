@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from engine import Updater, evaluate, objective, unwrap
+from errors import UserError, did_you_mean
 from losses import LabelLoss
-from mixup import Mixup
+from mixing.mixup import Mixup
 from models import DiverseViT
 from regularizers import Diversity, total
-from run_state import set_streams, streams
-from utils import UserError, did_you_mean
+from utils import set_streams, streams
 
 
 def compile_model(backend: str, model: DiverseViT) -> None:
@@ -80,7 +80,7 @@ def warm_up(
     """
     start = time.perf_counter()
     device = updater.precision.device
-    before = streams(device, mixup)
+    before = streams(device, mixup.random)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def blank(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,5 +97,5 @@ def warm_up(
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
-    set_streams(before, device, mixup)
+    set_streams(before, device, mixup.random)
     return time.perf_counter() - start

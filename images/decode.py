@@ -1,0 +1,67 @@
+"""From the bytes of a file to an RGB image; and half of a data set, as a list of what images can be read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from errors import LocalError
+
+Sample = tuple[Any, int]  # what an image can be read from, label
+
+
+class ImageError(LocalError):
+    """An image file that cannot be decoded; the message names it.
+
+    A DataLoader worker's exception is rebuilt in the main process as `type(error)(traceback)`, a text that
+    ends in 'datasets.ImageError: message'. The constructor keeps the message alone, so it reads the same from
+    a worker as from the main process.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{__name__}.ImageError: ")[2].strip())
+
+
+def load_image(path: str) -> Image.Image:
+    """Decode an image file, whatever its name ends in, to RGB.
+
+    Grey, palette and CMYK images are converted; transparency is dropped; of 16 bits the upper 8 are kept (Pillow
+    alone would clip them to white). EXIF is ignored, so that a photo marked as rotated stays as it is stored, as in
+    torchvision.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated, otherwise damaged or no image, or claims more than twice
+            Pillow's MAX_IMAGE_PIXELS.
+    """
+    return decode(lambda: open(path, "rb"), path)
+
+
+def decode(open_file: Callable[[], IO[bytes]], name: str) -> Image.Image:
+    try:
+        with open_file() as file:
+            return _to_rgb(Image.open(file))
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"cannot decode image {name}: {reason}; repair or remove the file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()  # `convert` would copy it
+        return image
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; Pillow warns about the direct way
+    return image.convert("RGB")
+
+
+class Found(NamedTuple):
+    """Half of a data set: its samples, how many classes it has, and how its images are read."""
+
+    samples: Sequence[Sample]
+    num_classes: int
+    read: Callable[[Any], Image.Image] = load_image

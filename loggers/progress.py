@@ -1,0 +1,70 @@
+"""Where a run stands, for the terminal and for files that its output is sent to."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from loggers.meters import Meters
+from utils import is_main
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class Progress:
+    """Count steps and show where the work stands: a bar on a terminal, a line per interval elsewhere.
+
+    Args:
+        header: what the line starts with, e.g. 'Epoch 3/300'.
+        interval: steps between updates of the shown numbers; reading numbers waits for the device, so nothing
+            is read in between.
+        units_after: units of the same length still to come after this one, for the run's ETA.
+    """
+
+    BAR = 24
+
+    def __init__(self, header: str, interval: int = 10, units_after: int = 0) -> None:
+        self.header = header
+        self.interval = interval
+        self.units_after = units_after
+        self._terminal = sys.stdout.isatty()
+        self._shown_width = 0
+
+    def over(self, first: int, total: int, meters: Meters) -> Iterator[int]:
+        """Yield the steps from `first` to `total`; show progress every `interval` steps and after the last."""
+        start = time.perf_counter()
+        for step in range(first, total + 1):
+            yield step
+            if is_main() and (step % self.interval == 0 or step == total):
+                each = (time.perf_counter() - start) / (step - first + 1)
+                self._show(step, total, meters.means(), each)
+        if is_main() and self._terminal:
+            print(flush=True)
+
+    def _show(self, step: int, total: int, means: Mapping[str, float], each: float) -> None:
+        eta = f"eta {clock(each * (total - step))}"
+        if self.units_after:
+            eta += f", run {clock(each * (total - step + total * self.units_after))}"
+        entries = [f"[{step}/{total}]", eta, f"{1 / each:.2f} it/s"]
+        entries += [f"{name} {value:.4g}" for name, value in means.items()]
+        if not self._terminal:
+            print("  ".join([self.header, *entries]), flush=True)
+            return
+        done = round(self.BAR * step / max(total, 1))
+        line, room = (
+            f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}|",
+            shutil.get_terminal_size().columns - 1,
+        )
+        for entry in entries:
+            if len(line) + 2 + len(entry) > room:
+                break
+            line += "  " + entry
+        print("\r" + line.ljust(self._shown_width), end="", flush=True)
+        self._shown_width = len(line)

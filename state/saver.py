@@ -1,0 +1,126 @@
+"""When a run is saved, and how it stops after a signal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import Interrupted
+from state import checkpoint
+from state.run_state import RunState
+from utils import Signals, Vote, broadcast_object, is_main
+
+
+class Saver:
+    """Saves, and stops the run after a signal: after the same step on all processes.
+
+    Any process may have received the signal, and the main process's clock says when minutes have passed. What each
+    wishes for, and what all then do, is 0 (go on), SAVE or STOP.
+
+    Args:
+        run_state: what is saved.
+        folder: where; None saves nothing.
+        signals: what asks a run to stop.
+        keep: how many of the latest checkpoints stay.
+        steps: steps between checkpoints within an epoch; 0: none.
+        minutes: minutes between checkpoints; 0: none.
+    """
+
+    SAVE, STOP = 1, 2
+
+    def __init__(
+        self,
+        run_state: RunState,
+        folder: Path | None,
+        signals: Signals,
+        keep: int = 1,
+        steps: int = 0,
+        minutes: float = 0.0,
+    ) -> None:
+        self.run_state = run_state
+        self.folder = folder
+        self.signals = signals
+        self.keep = keep
+        self.steps = steps
+        self.minutes = minutes
+        self._last = time.monotonic()
+        self._vote = Vote()
+
+    def wish(self) -> int:
+        """What this process wishes for."""
+        late = self.minutes > 0 and is_main() and time.monotonic() - self._last >= 60 * self.minutes
+        return self.STOP if self.signals.received else self.SAVE if late else 0
+
+    def after_step(self, step: int, wish: int) -> None:
+        """Do what any process wished for, after a training step.
+
+        Raises:
+            Interrupted: a signal asked the run to stop; it is saved.
+        """
+        self.run_state.step = step
+        if wish or (self.steps and step % self.steps == 0):
+            self.save()
+        if wish == self.STOP:
+            self._stop()
+
+    def after_batch(self) -> None:
+        """Stop for a signal during the evaluation, one batch after it came; the epoch's steps are all done.
+
+        All processes must call this equally often.
+
+        Raises:
+            Interrupted: as in `after_step`.
+        """
+        wish = self._agreed()
+        self._ask()
+        if wish == self.STOP:
+            self.save()
+            self._stop()
+
+    def after_epoch(self, best: bool) -> None:
+        """Save the state of a finished epoch, as the best one too if it is.
+
+        Raises:
+            Interrupted: as in `after_step`.
+        """
+        self.save(best)
+        self._ask()
+        if self._agreed() == self.STOP:
+            self._stop()
+
+    def _ask(self) -> None:
+        self._vote.ask(torch.tensor([-float(self.wish())], device=self.run_state.device))
+
+    def _agreed(self) -> int:
+        """What any process wished for when last asked."""
+        return round(-min(self._vote.answer(), default=0))
+
+    def save(self, best: bool = False) -> None:
+        """Write checkpoint.pth, and checkpoint_best.pth if it is the best. All processes take part.
+
+        Raises:
+            UserError: the main process cannot write.
+            TrainingDiverged: weights are not finite; the last checkpoint stays as it is.
+        """
+        self._last = time.monotonic()
+        if self.folder is None:
+            return
+        self.run_state.check_weights()
+        state = self.run_state.state_dict()
+        broadcast_object(lambda: self._write(state, best))
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        assert self.folder is not None
+        if best:
+            checkpoint.save(state, self.folder / "checkpoint_best.pth")
+        checkpoint.save(state, self.folder / "checkpoint.pth", keep=self.keep)
+        checkpoint.write_text("".join(f"{line}\n" for line in self.run_state.log), self.folder / "log.txt")
+
+    def _stop(self) -> None:
+        where = f"stopped by a signal after {self.run_state.place}"
+        if self.folder is None:
+            raise Interrupted(f"{where}; nothing is saved without --output_dir")
+        raise Interrupted(f"{where}, and saved: continue with --resume auto")

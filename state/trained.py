@@ -1,0 +1,125 @@
+"""A checkpoint becomes a model: what export, reports and transfer begin with."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+
+from errors import UserError
+from models import VARIANTS, build_model, check_name
+from models.weights import StateDict, load_weights, model_weights
+from state import checkpoint
+
+WEIGHTS = ("auto", "ema", "model")
+DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its trained weights.
+
+    Attributes:
+        name: the model's name in this project.
+        backbone: the timm model.
+        model_args: what its constructor takes besides the architecture's own values, without dropout rates.
+        input_size: S, the image size in pixels.
+        weights: 'ema' or 'model', which of the checkpoint's weights these are.
+    """
+
+    name: str
+    backbone: Any
+    model_args: dict[str, Any]
+    input_size: int
+    weights: str
+
+
+def read_trained(
+    path: str,
+    weights: str = "auto",
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    input_size: int | None = None,
+    num_classes: int | None = None,
+) -> Trained:
+    """Build the model that a checkpoint describes, and load its weights.
+
+    The name, its arguments and the image size are those of the checkpoint's saved flags, and the number of classes
+    is that of its head, unless given here.
+
+    Args:
+        path: a file or an https address.
+        weights: 'ema', 'model', or 'auto', which takes the EMA if there is one.
+    Raises:
+        UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
+    """
+    for flag, value in (("--input-size", input_size), ("--num-classes", num_classes)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, not {value}")
+    state = checkpoint.load(path)
+    use_ema = _uses_ema(state, weights, path)
+    tensors = _plain_names(model_weights(state, path, ema=use_ema))
+    saved = state.get("args") if isinstance(state, dict) else None
+    flags: Any = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    flags = flags if isinstance(flags, dict) else {}
+    name = model or flags.get("model")
+    if not name:
+        raise UserError(
+            f"{path} does not say which model it holds: give --model NAME, and --model-kwargs and --input-size if "
+            "they were not the model's own"
+        )
+    check_name(name)
+    options = {**(flags.get("model_kwargs") or {}), **(model_kwargs or {})}
+    size = input_size or flags.get("input_size") or _stock_input_size(name)
+    if num_classes is None and "num_classes" not in options:
+        num_classes = _count_classes(name, tensors, path)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    backbone = build_model(name, **{"img_size": size, **options})
+    advice = "Check --model, --model-kwargs, --input-size and --num-classes"
+    load_weights(backbone, tensors, path, advice)
+    added = VARIANTS.get(name, (name, {}))[1]
+    model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
+    return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model")
+
+
+def _uses_ema(state: Any, weights: str, path: str) -> bool:
+    has_ema = isinstance(state, dict) and "model_ema" in state
+    if weights == "ema" and not has_ema:
+        raise UserError(f"{path} holds no EMA: choose --weights model or auto")
+    return has_ema and weights != "model"
+
+
+def _plain_names(tensors: StateDict) -> StateDict:
+    """timm's own names, also where a whole DiverseViT was saved, whose backbone is one of its parts."""
+    own = {name.removeprefix("backbone."): tensors[name] for name in tensors if name.startswith("backbone.")}
+    return own or tensors
+
+
+def _stock_config(name: str) -> Any:
+    """timm's own description of a model; None for a name with a source, e.g. 'local-dir:FOLDER'."""
+    architecture, _, tag = name.partition(".")
+    base = VARIANTS.get(architecture, (architecture, {}))[0]
+    return get_pretrained_cfg(f"{base}.{tag}" if tag else base)
+
+
+def _stock_input_size(name: str) -> int:
+    config = _stock_config(name)
+    return int(config.input_size[-1]) if config is not None else 224
+
+
+def _count_classes(name: str, tensors: StateDict, path: str) -> int:
+    """The number of rows of the head's weight."""
+    config = _stock_config(name)
+    heads = (config.classifier if config is not None else None) or "head"
+    key = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+    if key not in tensors:
+        raise UserError(
+            f"{path} has no {key} to tell the number of classes of {name} by: check --model, or give --num-classes"
+        )
+    return int(tensors[key].shape[0])

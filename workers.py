@@ -1,0 +1,98 @@
+"""A loader's worker processes: how many, what signals they hear, and what to say when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.util import Finalize
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from errors import LocalError
+from utils import Signals
+
+SIGNAL_SECONDS = 5  # until the death of a worker is known, at most
+MOST_WORKERS = 10  # of a process that is not told how many to start: DeiT's number
+
+
+class WorkerDied(LocalError):
+    """A loader's worker process ended without an exception of its own, for example killed for lack of memory."""
+
+
+@contextmanager
+def name_dead_workers() -> Iterator[None]:
+    """Turn torch's report of a worker that died into a WorkerDied with advice.
+
+    It belongs around everything that runs while loaders do: torch learns of the death from a signal, and raises
+    wherever the process happens to be, not only in the loader. A worker that dies while it hands over a batch
+    breaks a connection first; then the signal is awaited. Where the signal comes while the loader waits, torch says
+    only that a worker exited, and the reason stands in the error's cause.
+    """
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            time.sleep(SIGNAL_SECONDS)  # where torch's handler of the signal raises
+            raise
+    except RuntimeError as error:
+        report = r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)"
+        death = re.match(report, str(error.__cause__)) or re.match(report, str(error))
+        if death is None:
+            raise
+        raise WorkerDied(
+            f"a data loading worker died: {death[1]}. Often memory or /dev/shm is full (look at dmesg, "
+            "df -h /dev/shm): give fewer --num_workers, a smaller --batch-size or more memory"
+        ) from error
+
+
+def default_workers(env: Mapping[str, str] = os.environ) -> int:
+    """DeiT's ten, but not more than this process's share of the cores that it may use.
+
+    srun gives each process cores of its own. torchrun starts LOCAL_WORLD_SIZE processes that share theirs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = min(cores, int(env.get("SLURM_CPUS_PER_TASK", cores))) // int(env.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST_WORKERS, share))
+
+
+class SteadyLoader(DataLoader[Any]):
+    """A DataLoader whose workers do not hear SIGTERM and SIGUSR1, which ask a run to stop.
+
+    Such a signal often reaches all processes of a run, and the main one needs its workers until the last step is
+    saved. They start with the signals blocked, and keep that.
+
+    What else ends a worker by SIGTERM has to kill it: torch, if it does not end by itself, and multiprocessing at
+    the end of this process, which would wait for ever. There `end_workers` comes first.
+    """
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        Finalize(None, end_workers, exitpriority=0)
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NAMES)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in _daemons():
+            process.terminate = process.kill  # type: ignore[method-assign]
+        return batches
+
+
+def end_workers() -> None:
+    """Kill the workers of passes that the end of this process leaves unfinished."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report their deaths
+    for process in _daemons():
+        process.kill()
+
+
+def _daemons() -> list[multiprocessing.process.BaseProcess]:
+    """The processes that end with this one: all loaders' workers."""
+    return [process for process in multiprocessing.active_children() if process.daemon]
