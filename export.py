@@ -30,6 +30,7 @@ from errors import BAD_ARGUMENT, UserError, did_you_mean
 from images.transforms import SMALL_INPUT
 from models import DiverseViT
 from state.trained import Trained
+from utils import put_in_place
 
 WEIGHTS = ("auto", "ema", "model")
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
@@ -328,8 +329,6 @@ def _staged(folder: Path) -> Iterator[Path]:
             yield Path(staging)
             for path in sorted(Path(staging).iterdir()):
                 path.chmod(0o666 & ~_umask())  # safetensors' file would be its owner's alone
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(path, folder / path.name)
+                put_in_place(path, folder / path.name)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error

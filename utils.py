@@ -5,6 +5,7 @@ Nothing here knows about models, measures or data.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -268,6 +270,56 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or mps")
     return device
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], object], just_before: Callable[[], object] | None = None
+) -> None:
+    """Write a file so that `path` holds either the old content or the new, whole, at any moment.
+
+    Args:
+        path: the file.
+        write: writes the content into an open file.
+        just_before: done when the new content is safe on the disk, and has not yet replaced the old.
+    Raises:
+        OSError: the disk is full or failing, or the folder cannot be written to. The old file is still there.
+        UserError: the new file is there, but may not survive a power cut.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        put_in_place(temporary, path, just_before)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path, just_before: Callable[[], object] | None = None) -> None:
+    """Let a finished file take its name; see `write_atomically`."""
+    flush(temporary)
+    if just_before is not None:
+        just_before()
+    os.replace(temporary, path)
+    try:
+        flush(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} may not survive a power cut: its folder cannot be flushed, {error}") from error
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it flushes no folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------------

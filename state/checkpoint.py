@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from errors import UserError
-from utils import print_main
+from utils import flush, print_main, write_atomically
 
 StateDict = dict[str, Tensor]
 
@@ -78,50 +79,17 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
     """
     content = {key: value for key, value in state.items() if key != CHECKSUM}
     content[CHECKSUM] = checksum(content)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         for leftover in path.parent.glob(_LEFTOVERS):
             leftover.unlink()
-        _write(content, temporary)
-        if keep > 1 and path.exists():
-            _keep_previous(path, keep)
-        os.replace(temporary, path)
+        write_atomically(path, partial(torch.save, content), partial(_keep_previous, path, keep))
     except (OSError, RuntimeError) as error:
-        reason = _os_error(error)
-        if reason is None:
+        failure = _os_error(error)
+        if failure is None:
             raise
-        temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot save {path}: {reason.strerror or reason}; what was there before is still there"
+            f"cannot save {path}: {failure.strerror or failure}; what was there before is still there"
         ) from error
-    try:
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path} may not survive a power cut: its folder cannot be flushed, {error}") from error
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file so that `path` holds either the old text or the new one, whole, at any moment.
-
-    Raises:
-        UserError: the disk is full or failing, or the folder cannot be written to.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; the old one is still there") from error
-
-
-def _write(content: dict[str, Any], path: Path) -> None:
-    with open(path, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -136,6 +104,8 @@ def _keep_previous(path: Path, keep: int) -> None:
 
     `path` itself stays until the new file replaces it.
     """
+    if keep < 2 or not path.exists():
+        return
     numbered = [path] + [path.with_name(f"{path.stem}.{i}{path.suffix}") for i in range(1, keep)]
     if numbered[1].exists() and numbered[1].samefile(path):
         return  # a save was killed right after this step
@@ -149,23 +119,10 @@ def _keep_previous(path: Path, keep: int) -> None:
             os.link(path, spare)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, spare)
-            with open(spare, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(spare)
         os.replace(spare, numbered[1])
     finally:
         spare.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it flushes no folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def checksum(state: Mapping[str, Any]) -> str:
@@ -234,16 +191,11 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     Raises:
         UserError: the folder cannot be written to, or its file system has less room than needed.
     """
-    trial, renamed = folder / "checkpoint_trial.tmp", folder / "checkpoint_renamed.tmp"
+    trial = folder / "checkpoint_trial.tmp"
     try:
         free = shutil.disk_usage(folder).free
-        with open(trial, "wb") as file:
-            file.write(b"trial")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(trial, renamed)
-        _flush_folder(folder)
-        renamed.unlink()
+        write_atomically(trial, lambda file: file.write(b"trial"))
+        trial.unlink()
     except OSError as error:
         raise UserError(
             f"cannot write checkpoints to {folder}: {error.strerror or error}; choose another --output_dir"

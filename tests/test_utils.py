@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import utils
 from errors import UserError
 from loggers.meters import Meters
-from loggers.progress import Progress
+from loggers.progress import Progress, clock
 from utils import Launch, find_launch, pick_device
 
 
@@ -112,6 +113,31 @@ def test_devices(monkeypatch):
         pick_device("cuda", local_rank=2)
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Whatever fails before the rename leaves the old content, and nothing beside it."""
+    path, seen = tmp_path / "log.txt", []
+    utils.write_atomically(path, lambda file: file.write(b"old"), lambda: seen.append(path.exists()))
+    utils.write_atomically(path, lambda file: file.write(b"new"), lambda: seen.append(path.read_bytes()))
+    assert seen == [False, b"old"] and path.read_bytes() == b"new"
+
+    def dies(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for write, just_before in ((dies, None), (full, None), (lambda file: file.write(b"newer"), full)):
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            utils.write_atomically(path, write, just_before)
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, name, full)
+            utils.write_atomically(path, lambda file: file.write(b"newer"))
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        utils.write_atomically(tmp_path / "missing" / "log.txt", lambda file: file.write(b"new"))
+
+
 def test_seeds_make_draws_repeat():
     draws = []
     for seed in (3, 3, 4):
@@ -149,7 +175,7 @@ def test_meters_keep_float64():
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(capsys, monkeypatch, terminal):
-    monkeypatch.setattr(utils.sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     meters = Meters()
     progress = Progress("Epoch 1/3", interval=2, units_after=2)
@@ -163,7 +189,7 @@ def test_progress(capsys, monkeypatch, terminal):
 
 
 def test_a_narrow_terminal_drops_whole_entries(capsys, monkeypatch):
-    monkeypatch.setattr(utils.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     meters = Meters()
     for value in Progress("Epoch 1/3").over(1, 1, meters):
@@ -173,4 +199,4 @@ def test_a_narrow_terminal_drops_whole_entries(capsys, monkeypatch):
 
 
 def test_clock():
-    assert [utils.clock(s) for s in (0, 61.9, 3600 * 30 + 59)] == ["0:00:00", "0:01:01", "30:00:59"]
+    assert [clock(s) for s in (0, 61.9, 3600 * 30 + 59)] == ["0:00:00", "0:01:01", "30:00:59"]
