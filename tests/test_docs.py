@@ -1,74 +1,126 @@
-"""What the README and the figure say is what the code does."""
+"""What the pages say is what the code does: links, files, flags, specs, and the README's Python example."""
 
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from options import flags
-from regularizers import MEASURES, REFERENCE_FLAGS, parse_spec
-from regularizers.specs import LEVELS, MIXING
+from regularizers import REFERENCE_FLAGS, parse_spec
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+}
+README = PAGES["README.md"]
+SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node"}
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(targets) > 15
-    for target in targets:
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S)
 
 
-def test_nothing_is_left_to_fill_in():
-    assert not re.findall(r"^\W*[A-Z]+_[A-Z]+\W*$", README, flags=re.M)
+def anchors(page: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(page), flags=re.M):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        number = 0
+        while (anchor := f"{name}-{number}" if number else name) in found:
+            number += 1
+        found.add(anchor)
+    return found
 
 
-def test_flags_and_scripts_exist():
-    known = set(flags.get_args_parser()._option_string_actions)
-    for script in ("export_model.py", "run_with_submitit.py"):
-        parser = runpy.run_path(str(ROOT / "script" / script), run_name="other")["get_args_parser"]()
-        known |= set(parser._option_string_actions)
-    for line in README.splitlines():
-        foreign = any(word in line for word in ("torchrun", "srun", "sbatch", "benchmarks/"))
-        for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", line):
-            assert flag in known or foreign, f"{flag} in: {line}"
-    for script in re.findall(r"(?:script|configs|benchmarks)/[\w]+\.(?:sh|yaml|py)", README):
-        assert (ROOT / script).is_file(), script
+def lost(page: str) -> list[str]:
+    """The links of a page that lead nowhere in the project."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        if target.startswith("https://"):
+            continue
+        inside = path.is_relative_to(ROOT) and path.exists()
+        if not inside or (anchor and anchor not in anchors(str(path.relative_to(ROOT)))):
+            found.append(target)
+    return found
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    assert not lost(page)
+
+
+def test_a_link_that_leads_nowhere_is_found(monkeypatch):
+    text = "# One\n[a](README.md) [b](#one) [c](docs/data.md#data)\n[d](no.md) [e](#two) [f](docs/data.md#no)"
+    monkeypatch.setitem(PAGES, "page.md", text)
+    assert lost("page.md") == ["no.md", "#two", "docs/data.md#no"]
+
+
+def test_every_page_is_linked_from_the_readme():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in README, page
+
+
+@each_page
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.findall(r"^\W*[A-Z]+_[A-Z]+\W*$", PAGES[page], flags=re.M)
+
+
+def project_files(page: str) -> list[str]:
+    """What a page names that looks like a file or a folder of the project."""
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0].isalpha())
+    text = PAGES[page]
+    named = re.findall(rf"(?<![\w./-])(?:{folders})/[\w/.-]*\.(?:py|sh|sbatch|yaml|md|png)\b", text)
+    named += re.findall(r"`((?:\w+/)*\w+\.(?:py|sh|sbatch|md)|\w+/)`", text)
+    return named + re.findall(r"(?<![\w./-])requirements[\w-]*\.txt", text)
+
+
+@each_page
+def test_files_exist(page):
+    for name in project_files(page):
+        beside = (ROOT / page).parent / name
+        assert (ROOT / name).exists() or beside.exists() or name in ("train/", "val/"), name
+
+
+def known_flags() -> set[str]:
+    """Every flag of a program that the pages call."""
+    known = set(flags.get_args_parser()._option_string_actions) | SLURM
+    known |= set(torchrun_parser()._option_string_actions)
+    for script in [*ROOT.glob("script/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    return known
+
+
+@each_page
+def test_flags_exist(page):
+    named = re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", PAGES[page])
+    assert not set(named) - known_flags()
 
 
 def test_specs_parse():
-    specs = re.findall(r"--reg ((?:patch|attn|weight)\.[^\s`]+)", README)
-    assert len(specs) >= 6
-    for spec in specs:
-        parse_spec(spec)
-    for spec in re.findall(r"--measure ((?:patch|attn|weight)\.[^\s`]+)", README):
-        parse_spec(spec, with_coef=False)
+    everything = "\n".join(PAGES.values())
+    terms = re.findall(r"--reg +((?:patch|attn|weight)\.[^\s`]+)", everything)
+    measured = re.findall(r"--measure +((?:patch|attn|weight)\.[^\s`]+)", everything)
+    named = re.findall(r"`((?:patch|attn|weight)\.\w+[:@=][^\s`]+)`", everything)
+    assert len(terms) >= 6 and len(measured) >= 2 and len(named) >= 8
+    for spec in [*terms, *measured, *named]:
+        parse_spec(spec, with_coef="=" in spec.rpartition("@")[2])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/differences.md"])
+def test_the_reference_s_flags_are_translated(page):
     for flag, term in REFERENCE_FLAGS.items():
-        assert f"`--{flag}` is\n`{term}`" in README or f"`--{flag}` is `{term}`" in README, flag
-
-
-def test_the_table_of_measures_is_complete():
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \| *(.*?) *\|$", README, flags=re.M)
-    assert {name for name, _, _ in rows} == {*MEASURES, "mixing"}
-    for name, levels, options in rows:
-        if name != "mixing":
-            assert tuple(levels.split(", ")) == MEASURES[name].levels, name
-            shown = set(re.findall(r"`(\w+)`", options)) | ({"signed"} if "`abs`" in options else set())
-            assert shown == set(MEASURES[name].options), name
-
-
-def test_the_figure_shows_the_measures_that_exist():
-    figure = runpy.run_path(str(ROOT / "Figs" / "overview.py"), run_name="overview")
-    drawn = {name: set(levels) for name, (_, levels) in figure["MEASURES"].items()}
-    expected = {name: set(measure.levels) for name, measure in MEASURES.items() if name != "pairwise_cosine"}
-    assert drawn == {**expected, "mixing": {"patch"}}
-    assert set(LEVELS) == {"patch", "attn", "weight"} and MIXING == "patch.mixing"
+        (row,) = re.findall(rf"^\|.*`--{flag}` \|.*$", PAGES[page], flags=re.M)
+        assert re.search(rf"`{term}[=`]", row), row
 
 
 def test_the_python_example_runs():
@@ -79,12 +131,7 @@ def test_the_python_example_runs():
     )
     names: dict = {"images": torch.randn(2, 3, 32, 32)}
     exec(code, names)
-    assert names["terms"]["patch.cosine@last"].weight == 0.5
-    assert names["terms"]["patch.cosine@last"].value.item() == pytest.approx(
-        torch.nn.functional.normalize(names["captured"].tokens[11][:, 1:], dim=-1)
-        .mean(1)
-        .square()
-        .sum(1)
-        .mean()
-        .item()
-    )
+    (term,) = names["terms"].values()
+    unit = torch.nn.functional.normalize(names["captured"].tokens[11][:, 1:], dim=-1)  # [B, P, D]
+    assert list(names["terms"]) == ["patch.cosine@last"] and term.coef == 0.5
+    assert term.value.item() == pytest.approx(unit.mean(1).square().sum(1).mean().item())
