@@ -13,19 +13,14 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import (
-    Dataset,
-    DistributedSampler,
-    SequentialSampler,
-    default_collate,
-)
+from torch.utils.data import Dataset, DistributedSampler, Sampler, SequentialSampler, default_collate
 
 from datasets import Example, LabelledImages
 from errors import UserError
@@ -188,10 +183,15 @@ class DeviceLoader:
         return len(self.loader)
 
     @property
+    def batch_size(self) -> int:
+        """The number of images in every batch but perhaps the last."""
+        return int(self.loader.batch_size or 1)
+
+    @property
     def batch_sizes(self) -> list[int]:
         """The numbers of images that its batches have: the usual one, and perhaps that of the last batch."""
-        sampler: Any = self.loader.sampler
-        samples, usual = len(sampler), int(self.loader.batch_size or 1)
+        assert isinstance(self.loader.sampler, Sized)
+        samples, usual = len(self.loader.sampler), self.batch_size
         sizes = [usual] if samples >= usual else []
         return sizes if self.loader.drop_last or samples % usual == 0 else [*sizes, samples % usual]
 
@@ -230,17 +230,44 @@ class DeviceLoader:
         return images, labels
 
 
+class TrainLoader(DeviceLoader):
+    """A DeviceLoader for training: an epoch can start anywhere, and counts the images that were replaced.
+
+    Args:
+        loader: reads `samples` in the order of `sampler`.
+        device: where batches go.
+        samples: the training set.
+        sampler: this process's share of it.
+    """
+
+    def __init__(
+        self, loader: SteadyLoader, device: torch.device, samples: SeededDataset, sampler: ResumableSampler
+    ) -> None:
+        super().__init__(loader, device)
+        self._samples, self._sampler = samples, sampler
+
+    @property
+    def replaced(self) -> Tensor:
+        """bool [samples of an epoch], which of the running one stand in for a bad image; empty if none may."""
+        return self._samples.replaced
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order of the passes to come, and the sample at which the next one (only) starts.
+
+        Raises:
+            ValueError: `start` is not a position in the epoch, nor its end.
+        """
+        self._sampler.set_epoch(epoch, start)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Loaders
 
 
 def build_train_loader(
     args: Namespace, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
-) -> DeviceLoader:
+) -> TrainLoader:
     """This process's training batches: `--batch-size` images each, shuffled, the incomplete last one dropped.
-
-    The sampler is a ResumableSampler: `loader.loader.sampler.set_epoch(epoch, start)`. The data set is a
-    SeededDataset: `loader.loader.dataset.replaced`.
 
     Raises:
         UserError: the set is too small for one step, or for repeated augmentation.
@@ -262,7 +289,8 @@ def build_train_loader(
         boxes = Erasing(args.reprob, args.remode, args.recount, args.batch_size if args.resplit else 0)
     samples = SeededDataset(dataset, boxes, args.skip_bad_images, len(order))
     sampler = ResumableSampler(order)
-    return _loader(args, samples, rank, device, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+    options = {"batch_size": args.batch_size, "drop_last": True}
+    return TrainLoader(_loader(args, samples, sampler, rank, device, **options), device, samples, sampler)
 
 
 def build_eval_loader(
@@ -278,17 +306,19 @@ def build_eval_loader(
     if len(dataset) == 0:
         raise UserError("the validation set has no images; check --data-path")
     shard = ShardSampler(dataset, world_size, rank) if args.dist_eval else SequentialSampler(dataset)
-    return _loader(args, dataset, rank, device, batch_size=int(1.5 * args.batch_size), sampler=shard)
+    return DeviceLoader(_loader(args, dataset, shard, rank, device, batch_size=int(1.5 * args.batch_size)), device)
 
 
-def _loader(args: Namespace, dataset: Any, rank: int, device: torch.device, **options: Any) -> DeviceLoader:
+def _loader(
+    args: Namespace, dataset: Dataset[Any], sampler: Sampler[Any], rank: int, device: torch.device, **options: Any
+) -> SteadyLoader:
     """A loader with a generator of its own, without which each pass would draw from the global one."""
-    loader = SteadyLoader(
+    return SteadyLoader(
         dataset,
+        sampler=sampler,
         collate_fn=collate,
         num_workers=default_workers() if args.num_workers is None else args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
         generator=torch.Generator().manual_seed(args.seed + rank),
         **options,
     )
-    return DeviceLoader(loader, device)

@@ -24,7 +24,7 @@ def global_batches(group: bool) -> list[list[tuple[str, int]]]:
     """Pixels (as a checksum) and labels of each batch over all processes, sorted."""
     args = make_args(batch_size=BATCH, reprob=0.5, group_repeats=group)
     loader = build_train_loader(args, build_dataset(True, args)[0], world_size(), rank(), torch.device("cpu"))
-    loader.loader.sampler.set_epoch(4)
+    loader.set_epoch(4)
     batches = []
     for images, labels in loader:
         pixels = [hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images]

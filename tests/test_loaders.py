@@ -35,7 +35,7 @@ from images.transforms import Box, build_transform
 from loaders import DeviceLoader, SeededDataset, build_eval_loader, build_train_loader, collate, erase, normalise
 from samplers import Draw
 from utils import Signals, seed_generators
-from workers import WorkerDied, name_dead_workers
+from workers import WorkerDied, default_workers, name_dead_workers
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_set_epoch_and_seed_change_the_order(repeated_aug):
     def order(epoch, seed=0):
         args = make_args(repeated_aug=repeated_aug, seed=seed)
         train, _ = build_loaders(args, Numbered(300), Numbered(5), 1, 0)
-        train.loader.sampler.set_epoch(epoch)
+        train.set_epoch(epoch)
         return labels_of(train)
 
     assert order(0) == order(0)
@@ -213,13 +213,16 @@ def test_resplit_is_random_erasing_of_the_second_half(mode):
 
 
 def test_pinned_memory_only_for_cuda(monkeypatch):
-    monkeypatch.setattr(loaders, "DeviceLoader", lambda loader, device: loader)  # there may be no such device
+    def init(self, loader, device):
+        self.loader = loader
+
+    monkeypatch.setattr(DeviceLoader, "__init__", init)  # there may be no such device
     for device in ("cpu", "cuda", "mps"):
         for wanted in (False, True):
             args = make_args(pin_mem=wanted)
             train = build_train_loader(args, Numbered(256), 1, 0, torch.device(device))
             val = build_eval_loader(args, Numbered(5), 1, 0, torch.device(device))
-            assert [train.pin_memory, val.pin_memory] == [device == "cuda" and wanted] * 2
+            assert [train.loader.pin_memory, val.loader.pin_memory] == [device == "cuda" and wanted] * 2
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ EVERYTHING = [
 def epoch_of(args, train_set, epoch=1, start=0, world_size=1, rank=0, batches=None):
     """Batches of one pass of a loader made anew."""
     loader = build_train_loader(args, train_set, world_size, rank, CPU)
-    loader.loader.sampler.set_epoch(epoch, start)
+    loader.set_epoch(epoch, start)
     return list(islice(loader, batches))
 
 
@@ -325,10 +328,10 @@ def test_a_start_counts_for_one_pass_and_leaves_the_length_alone(repeated_aug):
     args = make_args(repeated_aug=repeated_aug, batch_size=24)
     loader = build_train_loader(args, LabelledDraws(300), 1, 0, CPU)
     assert len(loader) == (10 if repeated_aug else 12)
-    loader.loader.sampler.set_epoch(3, start=len(loader) * 24)
+    loader.set_epoch(3, start=len(loader) * 24)
     assert list(loader) == []
     assert len(list(loader)) == len(loader)
-    loader.loader.sampler.set_epoch(3, start=48)
+    loader.set_epoch(3, start=48)
     assert len(loader) == (10 if repeated_aug else 12)
     assert len(list(loader)) == len(loader) - 2
 
@@ -337,9 +340,9 @@ def test_every_epoch_seed_process_and_copy_draws_its_own():
     """All three generators: no value of one turns up again in any other sample."""
     drawn = []
     for seed, epoch, rank in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]:
-        loader = build_train_loader(make_args(seed=seed), LabelledDraws(300), 2, rank, CPU).loader
-        loader.sampler.set_epoch(epoch)
-        drawn += [batch.images for batch in loader]
+        loader = build_train_loader(make_args(seed=seed), LabelledDraws(300), 2, rank, CPU)
+        loader.set_epoch(epoch)
+        drawn += [batch.images for batch in loader.loader]
     drawn = torch.cat(drawn).flatten(1)  # [samples, 3]
     assert drawn.shape == (6 * 128, 3)
     for generator in drawn.T:
@@ -423,7 +426,7 @@ def test_pixels_are_the_reference_pipelines(photos, changes):
     args = make_args(data_set="IMNET", data_path=photos, **{"batch_size": 24} | changes)
     train_set, _ = build_dataset(True, args)
     loader = build_train_loader(args, train_set, 1, 0, CPU)
-    loader.loader.sampler.set_epoch(2)
+    loader.set_epoch(2)
     draws, transform, erased = iter(list(loader.loader.sampler)), reference_transform(args), 0
     for (batch, (images, labels)), _ in zip(zip(loader.loader, loader, strict=True), range(3), strict=False):
         assert batch.images.dtype == torch.uint8 and images.dtype == torch.float32
@@ -647,10 +650,10 @@ def test_batches_on_a_gpu(photos):
 )
 def test_workers_are_no_more_than_cores(monkeypatch, cores, env, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    assert loaders.default_workers(env) == workers
+    assert default_workers(env) == workers
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert loaders.default_workers(env) == workers
+    assert default_workers(env) == workers
 
 
 def test_a_given_number_of_workers_is_taken(monkeypatch):
@@ -698,9 +701,9 @@ def skipping(root, monkeypatch, **changes):
 
 def positions_of_bad_images(loader, epoch, start=0):
     """Where the epoch asks for images that cannot be read; the next pass begins at `start`."""
-    loader.loader.sampler.set_epoch(epoch, start)
+    loader.set_epoch(epoch, start)
     positions = [draw.position for draw in loader.loader.sampler if draw.image in BAD]
-    loader.loader.sampler.set_epoch(epoch, start)
+    loader.set_epoch(epoch, start)
     return positions
 
 
@@ -714,9 +717,9 @@ def test_bad_images_are_replaced_by_the_next(damaged_folder, monkeypatch, capfd,
     assert len(bad) == (3 if start == 0 else 2)
     next_readable = {0: 1, 100: 101, 299: 1}  # after 299 comes 0, which is bad as well
     assert indices_of(loader, damaged_folder) == [next_readable.get(index, index) for index in order]
-    assert loader.loader.dataset.replaced.nonzero()[:, 0].tolist() == bad
+    assert loader.replaced.nonzero()[:, 0].tolist() == bad
     list(loader)
-    assert loader.loader.dataset.replaced.shape == (300,) and loader.loader.dataset.replaced.sum() == 3
+    assert loader.replaced.shape == (300,) and loader.replaced.sum() == 3
     lines = capfd.readouterr().err.splitlines()
     # two workers may meet 0 at the same moment, on its own and after 299
     assert sorted({line.split()[4].split("/")[-1] for line in lines}) == ["000.bmp:", "100.bmp:", "299.bmp:"]
@@ -729,10 +732,10 @@ def test_all_copies_of_a_bad_image_are_replaced_and_counted(damaged_folder, monk
     loader = build_train_loader(args, train_set, 1, 0, CPU)
     seen = []
     for epoch in range(3):
-        loader.loader.dataset.replaced.zero_()
+        loader.replaced.zero_()
         bad = positions_of_bad_images(loader, epoch)
         list(loader)
-        assert loader.loader.dataset.replaced.nonzero()[:, 0].tolist() == bad
+        assert loader.replaced.nonzero()[:, 0].tolist() == bad
         seen += bad
     assert len(seen) >= 3
 
@@ -753,7 +756,7 @@ def test_replaced_images_are_augmented_alike_by_any_worker_and_from_any_start(da
 
 
 def test_nothing_is_replaced_without_the_flag():
-    assert build_train_loader(make_args(), Numbered(256), 1, 0, CPU).loader.dataset.replaced.shape == (0,)
+    assert build_train_loader(make_args(), Numbered(256), 1, 0, CPU).replaced.shape == (0,)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -829,7 +832,7 @@ def test_dead_workers_are_named(death, pause):
     "error", [RuntimeError("out of memory"), ConnectionResetError(104, "reset by peer")], ids=repr
 )
 def test_other_errors_pass(monkeypatch, error):
-    monkeypatch.setattr(loaders, "SIGNAL_SECONDS", 0.01)
+    monkeypatch.setattr("workers.SIGNAL_SECONDS", 0.01)
     with pytest.raises(type(error)) as caught, name_dead_workers():
         raise error
     assert caught.value is error
