@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from errors import UserError
 
@@ -90,8 +89,13 @@ class Layout:
 
     def prefix_tokens(self, layer: int) -> int:
         """T, the tokens before the patches in a block's output; -1 is the input of block 0."""
-        joined = max(layer, 0) >= self.first_with_prefix
-        return _final_prefix_tokens(self.backbone) if joined else 0
+        return self.final_prefix_tokens if max(layer, 0) >= self.first_with_prefix else 0
+
+    @property
+    def final_prefix_tokens(self) -> int:
+        """T in the final features: class, distillation and register tokens."""
+        declared = self.part("num_prefix_tokens")
+        return int(declared) if declared is not None else int(self.part("cls_token") is not None)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -100,9 +104,9 @@ class Layout:
         Raises:
             UserError: the model does not say.
         """
-        info = self._part("feature_info")
+        info = self.part("feature_info")
         size = info[-1]["reduction"] if info else None
-        embedded = getattr(self._part("patch_embed"), "patch_size", None)
+        embedded = getattr(self.part("patch_embed"), "patch_size", None)
         if isinstance(embedded, (tuple, list)) and max(embedded) == size:  # timm's reduction is the longer side
             size = embedded
         if not size:
@@ -118,7 +122,8 @@ class Layout:
         pooled_token = getattr(self.backbone, "global_pool", "avg") in ("token", "")
         return not pooled_token or self.prefix_tokens(self.depth - 1) == 0
 
-    def _part(self, name: str) -> Any:
+    def part(self, name: str) -> Any:
+        """An attribute of the backbone, or None."""
         return getattr(self.backbone, name, None)
 
     # ------------------------------------------------------------------------------------------------------
@@ -205,48 +210,6 @@ class Layout:
                 stacks += [tuple(inside)[number][None] for number in numbers]
         return stacks
 
-    # ------------------------------------------------------------------------------------------------------
-    # Patches through the head
-
-    def check_head(self) -> None:
-        """Raise a UserError if the head cannot classify single patches."""
-        head, pool = self._part("head"), self._part("attn_pool")
-        reason = None
-        if not all(hasattr(self.backbone, part) for part in ("forward_features", "forward_head")):
-            reason = "has no forward_features and forward_head"
-        elif isinstance(head, nn.Module) and any(isinstance(m, _BatchNorm) for m in head.modules()):
-            reason = "has batch normalisation in its head, whose statistics patches would change"
-        elif getattr(pool, "pos_embed", None) is not None:
-            reason = "adds position embeddings when it pools"
-        if reason:
-            raise UserError(f"patch.mixing cannot classify single patches: {self.name} {reason}; drop patch.mixing")
-
-    def patch_logits(self, features: Tensor) -> Tensor:
-        """Every patch as the model's own head would classify an image of this one patch.
-
-        The pooled token of such an image is the patch itself, or for attention pooling the pool's own function of
-        it, so class-token, average- and map-pooled models are all served by their `forward_head`.
-
-        Args:
-            features: what forward_features returns, final norm included: [B, N, D], [B, h, w, D] or [B, D, h, w].
-        Returns: [B, P, K], patches row by row.
-        """
-        prefix = _final_prefix_tokens(self.backbone)
-        if not isinstance(features, Tensor):
-            raise UserError(f"patch.mixing: {self.name} has several sequences of final features; drop patch.mixing")
-        if features.ndim == 3:
-            patches = features[:, prefix:]  # [B, P, D]
-            alone = patches.flatten(0, 1).unsqueeze(1).expand(-1, prefix + 1, -1)  # [B * P, T + 1, D]
-        elif self._part("output_fmt") in (None, "NCHW"):
-            patches = features.flatten(2).mT  # [B, P, D]
-            alone = patches.flatten(0, 1)[:, :, None, None]  # [B * P, D, 1, 1]
-        else:
-            patches = features.flatten(1, 2)  # [B, P, D]
-            alone = patches.flatten(0, 1)[:, None, None]  # [B * P, 1, 1, D]
-        logits = self.backbone.forward_head(alone)
-        logits = logits[0] if isinstance(logits, tuple) else logits  # a distilled student: the class token's head
-        return logits.unflatten(0, patches.shape[:2])
-
 
 def find_layout(backbone: nn.Module) -> Layout:
     """Find a backbone's layout.
@@ -301,12 +264,6 @@ def _first_with_prefix(owner: nn.Module, depth: int) -> int:
     if any(getattr(owner, name, None) is not None for name in class_blocks):
         return depth
     return int(getattr(owner, "local_up_to_layer", 0))  # ConViT: after the gated blocks
-
-
-def _final_prefix_tokens(backbone: nn.Module) -> int:
-    """T in the final features: class, distillation and register tokens."""
-    declared = getattr(backbone, "num_prefix_tokens", None)
-    return int(declared) if declared is not None else int(getattr(backbone, "cls_token", None) is not None)
 
 
 def _map_tap(attention: nn.Module) -> MapTap | None:

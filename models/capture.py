@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import BAD_ARGUMENT, UserError
+from errors import BAD_ARGUMENT, UserError, reason
 from models.adapters import INPUT, Layout, MapTap, find_layout
+from models.heads import OwnHead, PatchHead
+
+Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Captured(NamedTuple):
     Attributes:
         logits: [B, K], the model's own prediction; the class token's while a distilled student is in training.
         dist_logits: [B, K], the distillation token's prediction, from a distilled student in training.
-        patch_logits: [B, P, K], every patch of the last block through the model's own head, if asked for.
+        patch_logits: [B, P, K], every patch of the last block through the patches' head, if asked for.
         tokens: block index -> [B, N, D], the block's output; -1 is the input of block 0.
         attention: block index -> [..., H, n, m], after the softmax, before dropout. For a plain ViT this is
             [B, H, N, N]; windows come before the heads, [B * windows, H, n, n] or [B, windows, H, n, n]; reduced
@@ -81,22 +84,33 @@ class DiverseViT(nn.Module):
         backbone: a timm model.
         needs: what every training pass captures.
         measured: what other passes may ask for besides.
+        head: classifies the patches (models/heads.py), where that is needed.
     Raises:
         UserError: the backbone does not have what is needed.
     """
 
     backbone: Any  # an nn.Module; timm's parts of it have no common type
 
-    def __init__(self, backbone: nn.Module, needs: Needs = Needs(), measured: Needs = Needs()) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        needs: Needs = Needs(),
+        measured: Needs = Needs(),
+        head: type[PatchHead] = OwnHead,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.needs = needs
         hooked = needs | measured
         self.layout = find_layout(backbone) if hooked else None
+        self._head: PatchHead | None = None
         self._taps: dict[int, list[MapTap]] = {}
         self._wanted = Needs()
         self._sink: dict[tuple[str, int, int], Tensor] = {}
         if self.layout:
+            for block, matrix in sorted(hooked.weights):
+                self.layout.weights(block, [matrix])  # raises now, not in the first step
+            self._head = head(self.layout) if hooked.patch_logits else None
             self._install_hooks(self.layout, hooked)
 
     def weights(
@@ -115,10 +129,6 @@ class DiverseViT(nn.Module):
     # Hooks
 
     def _install_hooks(self, layout: Layout, hooked: Needs) -> None:
-        for block, matrix in sorted(hooked.weights):
-            layout.weights(block, [matrix])  # raises now, not in the first step
-        if hooked.patch_logits:
-            layout.check_head()
         for index in sorted(hooked.tokens):
             if index == INPUT:
                 layout.blocks[0].register_forward_pre_hook(self._before_blocks)
@@ -182,12 +192,13 @@ class DiverseViT(nn.Module):
     # ------------------------------------------------------------------------------------------------------
     # Forward
 
-    def forward(self, images: Tensor, needs: Needs | None = None) -> Captured:
+    def forward(self, images: Tensor, needs: Needs | None = None, labels: Any = None) -> Captured:
         """Classify images, and show what is needed.
 
         Args:
             images: [B, 3, S, S].
             needs: what to capture; None is what training captures, `Needs()` nothing but the logits.
+            labels: of the images, for the patches' head.
         Raises:
             UserError: something needed did not arrive, or arrived without gradient while gradients are on.
         """
@@ -199,7 +210,8 @@ class DiverseViT(nn.Module):
             if needs.patch_logits:
                 features = self.backbone.forward_features(images)  # [B, N, D]
                 outputs = self.backbone.forward_head(features)
-                patch_logits = self.layout.patch_logits(features)
+                assert self._head is not None
+                patch_logits = self._head(features, labels)
             else:
                 outputs, patch_logits = self.backbone(images), None
             tokens = {index: self._caught("tokens", index) for index in sorted(needs.tokens)}
@@ -222,9 +234,8 @@ class DiverseViT(nn.Module):
         try:
             captured = self(blank, needs=needs)
         except BAD_ARGUMENT as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"{name} cannot take images of 3 x {image_size} x {image_size} pixels: {reason}. "
+                f"{name} cannot take images of 3 x {image_size} x {image_size} pixels: {reason(error)}. "
                 "Check --input-size and --model-kwargs"
             ) from error
         finally:

@@ -1,7 +1,30 @@
-"""Diversity terms: seven measures (`measures.py`) at three levels (`patch.py`, `attention.py`, `weight.py`)."""
+"""Diversity terms: measures (`measures.py`) at three levels (`patch.py`, `attention.py`, `weight.py`).
 
-from regularizers.diversity import Diversity, Term, total
-from regularizers.measures import MEASURES, Measure
-from regularizers.specs import REFERENCE_FLAGS, Spec, parse_spec
+Nothing is imported before it is asked for, so that `regularizers.catalogue` answers without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regularizers.diversity import Diversity, Term, total
+    from regularizers.measures import MEASURES
+    from regularizers.registry import Measure
+    from regularizers.specs import REFERENCE_FLAGS, Spec, parse_spec
+else:
+    _MODULES = {
+        **dict.fromkeys(("Diversity", "Term", "total"), "diversity"),
+        **dict.fromkeys(("REFERENCE_FLAGS", "Spec", "parse_spec"), "specs"),
+        "MEASURES": "measures",
+        "Measure": "registry",
+    }
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
 
 __all__ = ["MEASURES", "REFERENCE_FLAGS", "Diversity", "Measure", "Spec", "Term", "parse_spec", "total"]

@@ -10,26 +10,25 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from models.capture import Needs
-from regularizers import patch, weight
-from regularizers.measures import MEASURES, OPTIONS
-from regularizers.specs import LEVELS, MIXING, Spec, resolve_layers, resolve_pairs
+from regularizers.levels import LEVELS
+from regularizers.measures import MEASURES
+from regularizers.specs import Spec, resolve_layers, resolve_pairs
 
 if TYPE_CHECKING:
-    from models.capture import Captured
+    from models.capture import Captured, Weights
 
 
 class Term(NamedTuple):
     """One term of the loss: its value, and what it is multiplied by."""
 
     value: Tensor
-    weight: float
+    coef: float
 
 
 def total(terms: Mapping[str, Term]) -> Tensor:
     """The weighted sum of all terms, in three kernels and not two for each term."""
     values = torch.stack([term.value for term in terms.values()])
-    return values @ _on_device(tuple(term.weight for term in terms.values()), values.dtype, values.device)
+    return values @ _on_device(tuple(term.coef for term in terms.values()), values.dtype, values.device)
 
 
 @cache
@@ -38,62 +37,107 @@ def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.dev
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-class _Bound:
+class BoundTerm:
     """A spec bound to a model's depth: which layers, which function, and how its items are found."""
 
     def __init__(self, spec: Spec, depth: int) -> None:
-        level, measure = LEVELS[spec.level], MEASURES[spec.measure]
-        arguments: dict[str, Any] = dict(level.DEFAULT_ARGUMENTS.get(spec.measure, {}))
-        arguments.update(OPTIONS[option] for option in spec.options)
+        measure = MEASURES[spec.measure]
         self.spec = spec
+        self.level = LEVELS[spec.level]
         self.takes = measure.takes
-        self.level = level
-        self.function = partial(measure.function, **arguments)
+        self.averaged = measure.averaged
+        self.function = partial(measure.function, **spec.arguments)
+        self.matrices = spec.matrices or self.level.default_matrices
         self.layers: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         if self.takes == "pair":
-            self.pairs = resolve_pairs(spec.layers, depth, level.FIRST, spec.name)
-        else:
-            self.layers = resolve_layers(spec.layers, depth, level.FIRST, spec.name)
+            self.pairs = resolve_pairs(spec.layers, depth, self.level.first, spec.name)
+        elif self.takes != "labels":
+            self.layers = resolve_layers(spec.layers, depth, self.level.first, spec.name)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What the term computes: equal keys are the same term, however it is spelled."""
         spec = self.spec
-        return spec.level, spec.measure, spec.options, spec.matrices, tuple(self.layers), tuple(self.pairs)
+        return spec.level, spec.measure, spec.options, self.matrices, tuple(self.layers), tuple(self.pairs)
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> dict[str, frozenset[Any]]:
+        """The layers of its level's source; of weights, with the matrices."""
         used = frozenset(self.layers) | {layer for pair in self.pairs for layer in pair}
-        if self.spec.level == "patch":
-            return Needs(tokens=used)
-        if self.spec.level == "attn":
-            return Needs(attention=used)
-        return Needs(weights=frozenset((layer, name) for layer in used for name in self.spec.matrices))
+        if self.level.of_weights:
+            return {self.level.source: frozenset((layer, name) for layer in used for name in self.matrices)}
+        return {self.level.source: used}
 
     def check(self, captured: Captured) -> None:
         """Refuse pairs of layers whose items cannot be compared."""
         for a, b in self.pairs:
-            first, second = (self.level.items(captured, layer) for layer in (a, b))
+            first, second = self.items(captured, a), self.items(captured, b)
             if first.shape[1:] != second.shape[1:]:
-                what = "patches x width" if self.spec.level == "patch" else "heads x map"
                 raise UserError(
-                    f"{self.spec.name}: layers {a} and {b} cannot be compared, their {what} differ: "
+                    f"{self.spec.name}: layers {a} and {b} cannot be compared, their {self.level.shape} differ: "
                     f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
                 )
+
+    def source(self, captured: Captured, layer: int) -> Tensor:
+        """What the items of a layer are taken from."""
+        return getattr(captured, self.level.source)[layer]
+
+    def items(self, captured: Captured, layer: int) -> Tensor:
+        """The items of a layer.  [..., n, d]"""
+        return self.level.items(self.source(captured, layer), captured.prefix_tokens.get(layer, 0))
+
+    def gradients(self, captured: Captured, layer: int, label_loss: Tensor) -> Tensor:
+        """Gradient of the label loss at the items of a layer, differentiable once more.  [..., n, d]
+
+        The loss is first scaled by the number of vectors: gradient diversity does not change, and half-precision
+        gradients do not underflow.
+
+        Raises:
+            UserError: the label loss does not depend on this layer.
+        """
+        source = self.source(captured, layer)  # [B, N, D]
+        scale = source.shape[0] * source.shape[1]
+        (gradient,) = torch.autograd.grad(label_loss * scale, source, create_graph=True, allow_unused=True)
+        if gradient is None:
+            raise UserError(
+                f"the label loss does not depend on the captured {self.level.source} of layer {layer}, so "
+                f"{self.spec.level}.{self.spec.measure} has no gradient there: models that are compiled, or in DDP "
+                "with static_graph=True, hand out copies"
+            )
+        return self.level.items(gradient, captured.prefix_tokens.get(layer, 0))
+
+    def stacks(self, weights: Weights) -> list[Tensor]:
+        """The matrices of all its layers, stacked by shape so that a measure runs once for all of them.
+
+        The order within a stack is block by block, and within a block that of `matrices`.
+
+        Returns: tensors [M, n, d], one per distinct shape; M matrices of n neurons.
+        """
+        stacks: dict[torch.Size, list[Tensor]] = {}
+        for layer in self.layers:
+            for some in weights(layer, self.matrices):  # [m, n, d]
+                items = self.level.items(some, 0)
+                stacks.setdefault(items.shape[1:], []).append(items)
+        return [torch.cat(stack) for stack in stacks.values()]
 
     def of_stacks(self, stacks: Sequence[Tensor]) -> Tensor:
         """The term of weights: of all matrices [M, n, d] of its layers."""
         return _sum(len(stack) * self.function(stack) for stack in stacks)
 
     def of_batch(self, captured: Captured, label_loss: Tensor | None) -> Tensor:
-        items = self.level.items
         if self.takes == "pair":
-            return _sum(self.function(items(captured, a), items(captured, b)) for a, b in self.pairs)
+            return _sum(self.function(self.items(captured, a), self.items(captured, b)) for a, b in self.pairs)
         if self.takes == "gradient":
             assert label_loss is not None
-            return _sum(self.function(patch.gradients(captured, i, label_loss)) for i in self.layers)
-        return _sum(self.function(items(captured, i)) for i in self.layers)
+            return _sum(self.function(self.gradients(captured, layer, label_loss)) for layer in self.layers)
+        return _sum(self.function(self.items(captured, layer)) for layer in self.layers)
+
+    def of_labels(self, captured: Captured, labels: Any) -> Term:
+        """The term of the patch logits and the labels; of one that is averaged, with c n for c."""
+        assert captured.patch_logits is not None
+        count = captured.patch_logits.shape[1] if self.averaged else 1
+        return Term(self.function(captured.patch_logits, labels), self.spec.coef * count)
 
 
 def _times(shape: Iterable[int]) -> str:
@@ -119,30 +163,28 @@ class Diversity:
     Args:
         specs: the terms; those with coefficient 0 are dropped.
         depth: L, the model's number of blocks (any number if there are no specs).
-        patches_reach_label: whether the label depends on the patch tokens of the last block even without
-            mixing (average-pooled models); gradient diversity needs that.
+        patches_reach_label: whether the label depends on the patch tokens of the last block even without a term
+            that takes labels (average-pooled models); gradient diversity needs that.
     Attributes:
-        needs: what a forward pass has to capture.
-        mixing: c, the weight of the mixing loss inside the label loss (`losses.LabelLoss`).
+        terms: those of a batch, then those of the weights, then those that take labels.
     Raises:
         UserError: a layer out of range, a term given twice, or one that cannot work with this model.
     """
 
     def __init__(self, specs: Sequence[Spec], depth: int, patches_reach_label: bool = False) -> None:
-        specs = sorted((spec for spec in specs if spec.coef > 0), key=lambda spec: spec.level == "weight")
-        self.mixing = sum(spec.coef for spec in specs if spec.name == MIXING)
-        self.terms = [_Bound(spec, depth) for spec in specs if spec.name != MIXING]
-        _refuse_repetition([(term.key, term.spec.name) for term in self.terms])
-        _refuse_repetition([(spec.name, spec.name) for spec in specs])
-        self.needs = Needs(patch_logits=self.mixing > 0)
+        terms = [BoundTerm(spec, depth) for spec in specs if spec.coef > 0]
+        _refuse_repetition([(term.key, term.spec.name) for term in terms])
+        self._labelled = [term for term in terms if term.takes == "labels"]
+        unlabelled = [term for term in terms if term.takes != "labels"]
+        self._of_a_batch = [term for term in unlabelled if not term.level.of_weights]
+        self._of_the_weights = [term for term in unlabelled if term.level.of_weights]
+        self.terms = [*self._of_a_batch, *self._of_the_weights, *self._labelled]
         for term in self.terms:
-            self.needs |= term.needs
-            if term.takes == "gradient" and not (self.mixing or patches_reach_label):
+            if term.takes == "gradient" and not (self._labelled or patches_reach_label):
                 raise UserError(
                     f"{term.spec.name}: with a class-token head the last block's patches get no gradient from the "
                     "label; add patch.mixing=1 or choose an average-pooled model"
                 )
-
         self._batch_terms: Callable[..., dict[str, Term]] = self._of_batch
         self._stack_terms: Callable[..., dict[str, Term]] = self._of_stacks
 
@@ -156,14 +198,33 @@ class Diversity:
         self._batch_terms, self._stack_terms = compiled(self._of_batch), compiled(self._of_stacks)
 
     @property
+    def needs(self) -> dict[str, Any]:
+        """What a forward pass has to capture: keyword arguments of `models.capture.Needs`."""
+        found: dict[str, Any] = {"patch_logits": True} if self._labelled else {}
+        for term in [*self._of_a_batch, *self._of_the_weights]:
+            for source, wanted in term.needs.items():
+                found[source] = found.get(source, frozenset()) | wanted
+        return found
+
+    @property
     def differentiates_twice(self) -> bool:
         """Whether a term needs the gradient of a gradient."""
         return any(term.takes == "gradient" for term in self.terms)
 
     @property
     def names(self) -> list[str]:
-        """The names of the terms, in the order of `__call__`'s."""
-        return [term.spec.name for term in self.terms]
+        """The names of the terms that take no labels, in the order of `__call__`'s."""
+        return [term.spec.name for term in [*self._of_a_batch, *self._of_the_weights]]
+
+    @property
+    def labelled(self) -> list[str]:
+        """The names of the terms that take labels."""
+        return [term.spec.name for term in self._labelled]
+
+    @property
+    def averaged(self) -> frozenset[str]:
+        """The names of those label terms whose items are averaged with the image's own cross-entropy."""
+        return frozenset(term.spec.name for term in self._labelled if term.averaged)
 
     def check(self, captured: Captured) -> None:
         """Refuse, on what a trial pass showed, what these terms cannot be computed from.
@@ -174,10 +235,8 @@ class Diversity:
         for term in self.terms:
             term.check(captured)
 
-    def __call__(
-        self, captured: Captured, weights: weight.Weights, label_loss: Tensor | None = None
-    ) -> dict[str, Term]:
-        """Every term's value and coefficient, by the spec's name, in at least float32.
+    def __call__(self, captured: Captured, weights: Weights, label_loss: Tensor | None = None) -> dict[str, Term]:
+        """Every term's value and coefficient, by the spec's name, in at least float32; but those that take labels.
 
         Args:
             captured: what the forward pass showed.
@@ -191,17 +250,23 @@ class Diversity:
         return self._batch_terms(captured, label_loss)
 
     def _of_batch(self, captured: Captured, label_loss: Tensor | None) -> dict[str, Term]:
-        terms = [term for term in self.terms if term.spec.level != "weight"]
-        return {term.spec.name: Term(term.of_batch(captured, label_loss), term.spec.coef) for term in terms}
+        return {
+            term.spec.name: Term(term.of_batch(captured, label_loss), term.spec.coef) for term in self._of_a_batch
+        }
 
-    def of_weights(self, weights: weight.Weights) -> dict[str, Term]:
+    def of_weights(self, weights: Weights) -> dict[str, Term]:
         """The weight terms, which do not depend on a batch."""
-        terms = [term for term in self.terms if term.spec.level == "weight"]
-        return self._stack_terms([weight.items(weights, term.layers, term.spec.matrices) for term in terms])
+        return self._stack_terms([term.stacks(weights) for term in self._of_the_weights])
 
     def _of_stacks(self, stacks: Sequence[Sequence[Tensor]]) -> dict[str, Term]:
-        terms = [term for term in self.terms if term.spec.level == "weight"]
         return {
             term.spec.name: Term(term.of_stacks(own), term.spec.coef)
-            for term, own in zip(terms, stacks, strict=True)
+            for term, own in zip(self._of_the_weights, stacks, strict=True)
         }
+
+    def of_labels(self, captured: Captured, labels: Any) -> dict[str, Term]:
+        """The terms that take labels.
+
+        The coefficient of one that is `averaged` is c n: its coefficient c, times the number n of its items.
+        """
+        return {term.spec.name: term.of_labels(captured, labels) for term in self._labelled}

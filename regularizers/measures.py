@@ -4,13 +4,16 @@ What the vectors are (patches, heads, neurons) is the business of the levels: `p
 `weight.py`. Every measure returns one scalar, the mean over the leading dimensions, to be *minimised*.
 Half-precision input is computed in float32; float32 and float64 stay what they are.
 
-To add a measure: write the function here with the sections of its neighbours' docstrings, add its line to
-`MEASURES` at the bottom, test it in tests/test_measures.py against a naive loop, and run script/make_docs.py.
+To add a measure:
+    1. Write the function here, under `@measure(...)`, with the docstring's sections that its neighbours have.
+       A new paper goes into the list below. A keyword argument that specs may set goes into OPTIONS.
+    2. Write its naive form, under the same name, in tests/reference.py.
+    3. Run script/make_docs.py.
 Every level, `--reg`, `--measure`, the YAML files and `--list-regularizers` then know it.
 
-Memory: measures that normalise or compare all pairs go through `_mean_over_sets`. It takes as many sets at a time
-as `in_chunks` allows and computes them again in the backward pass, so that such a measure keeps nothing but its
-input for it: no n x n matrix, no normalised or float32 copy.
+Memory: a measure that normalises items or compares all pairs goes through `mean_over_sets`. This takes some sets at
+a time and computes them again in the backward pass, so that only the input is saved for it: no n x n matrix, and no
+normalised or float32 copy.
 
 Shapes: B leading dimensions, n items, d their width.
 Notation: u_i = x_i / max(|x_i|, 1e-8), G = X X^T.
@@ -23,138 +26,47 @@ Sources: [C22] Chen et al., The Principle of Diversity, CVPR 2022, arXiv 2203.06
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-EPS = 1e-8
-MAX_ELEMENTS = 2**22  # of a tensor inside a chunk, unless one set has more; 16 MiB in float32
-MAX_ELEMENTS_ON_DEVICE = 2**25  # where launching a kernel costs more than memory: 128 MiB in float32
+from regularizers.primitives import (
+    Contrast,
+    CrossEntropy,
+    SquaredSpread,
+    full_precision,
+    gram,
+    mean_direction,
+    mean_over_sets,
+    twice_normalised,
+    unit,
+)
+from regularizers.registry import Option, Registry
 
+if TYPE_CHECKING:
+    from mixing.mixup import Labels
 
-def full_precision(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 pass through."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def unit(x: Tensor) -> Tensor:
-    """u_i = x_i / max(|x_i|, 1e-8), in at least float32.  [..., n, d] -> [..., n, d]"""
-    return _Unit.apply(full_precision(x))
-
-
-def mean_direction(x: Tensor) -> Tensor:
-    """1/n sum_i u_i, in at least float32.  [..., n, d] -> [..., 1, d]"""
-    return _MeanDirection.apply(full_precision(x))
-
-
-class _Unit(torch.autograd.Function):
-    """`unit`, which keeps nothing but x and whose gradient takes few passes through it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x / _lengths(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _unit_gradient(x, gradient)
-
-
-class _MeanDirection(torch.autograd.Function):
-    """`mean_direction`, which never forms the u_i."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (1 / _lengths(x)).mT @ x / x.shape[-2]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _unit_gradient(x, gradient / x.shape[-2])
-
-
-def _unit_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient at x_i, where g_i is that at u_i: (g_i - <u_i, g_i> u_i) / max(|x_i|, 1e-8).
-
-    Up to |x_i| = 1e-8, u_i is proportional to x_i, and the second summand is missing.
-
-    Args: x [..., n, d]; gradient [..., n, d], or [..., 1, d] if it is the same for all i.
-    """
-    lengths = _lengths(x)
-    along = (x * gradient).sum(dim=-1, keepdim=True) * (lengths > EPS) / lengths**2  # [..., n, 1]
-    return torch.addcmul(gradient, along, x, value=-1).div_(lengths)
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """max(|x_i|, 1e-8).  [..., n, d] -> [..., n, 1]"""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
-
-
-def gram(x: Tensor) -> Tensor:
-    """X X^T.  [..., n, d] -> [..., n, n]"""
-    return _Gram.apply(x)
-
-
-class _Gram(torch.autograd.Function):
-    """`gram`, with one matrix product in the backward pass; autograd would not see that both factors are X."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x @ x.mT
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (gradient + gradient.mT) @ x
-
-
-def in_chunks(*tensors: Tensor, each: int | None = None) -> list[tuple[Tensor, ...]]:
-    """Tensors of equal length, split alike, so that a chunk has no more elements than is good for its device.
-
-    Args:
-        each: elements that one row stands for; those of the first tensor's if None.
-    """
-    first = tensors[0]
-    limit = MAX_ELEMENTS if first.device.type == "cpu" else MAX_ELEMENTS_ON_DEVICE
-    rows = max(1, limit // (each or first[0].numel()))
-    return [tensor.split(rows) for tensor in tensors]
-
-
-def _mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
-    """Mean of a measure over the leading dimensions, in chunks that bound its memory whatever their number.
-
-    No tensor inside `value` is larger than `in_chunks` allows, or than one set needs. Where gradients are wanted, a
-    chunk is computed once more in its backward pass: nothing but `sets` themselves, in their own precision, is
-    kept for it.
-
-    Args:
-        value: maps sets [C, n, d] to their C values; deterministic.
-        sets: [..., n, d] each, with the same leading dimensions, if any.
-        matrix: elements of the matrix that `value` forms for one set, if any.
-    Returns: scalar.
-    """
-    largest = max(matrix, *(x.shape[-2] * x.shape[-1] for x in sets))
-    chunks = zip(*in_chunks(*(x.reshape(-1, *x.shape[-2:]) for x in sets), each=largest), strict=True)  # [C, n, d]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in sets):
-        values = [checkpoint(value, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    else:
-        values = [value(*chunk) for chunk in chunks]
-    return torch.cat(values).mean()
+# Options of specs ("patch.cosine:abs", "patch.contrastive:tau=0.1"), and the keyword arguments that they set.
+# A measure has an option if its function has the argument.
+OPTIONS: Mapping[str, Option] = {
+    "abs": Option("absolute", "absolute values of the similarities", value=True),
+    "signed": Option("absolute", "similarities with their sign", value=False),
+    "normalize": Option("normalize", "items scaled to length 1 first", value=True),
+    "raw": Option("normalize", "items as they are", value=False),
+    "inverse": Option("inverse", "X^T X, the Gram matrix of the columns, instead of X X^T", value=True),
+    "tau": Option("tau", "temperature: similarities are divided by it", above=0.0),
+}
+MEASURES = Registry(OPTIONS)
+measure = MEASURES.measure
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Cosine similarity
 
 
+@measure()
 def cosine(x: Tensor, *, absolute: bool = False) -> Tensor:
     r"""Mean cosine similarity over all pairs, diagonal included.
 
@@ -178,9 +90,36 @@ def cosine(x: Tensor, *, absolute: bool = False) -> Tensor:
             return gram(u).abs().mean(dim=(-2, -1))
         return mean_direction(x).square().sum(dim=(-2, -1))  # [C, 1, d] -> [C]
 
-    return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2 if absolute else 0)
+    return mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2 if absolute else 0)
 
 
+@measure()
+def pairwise_cosine(x: Tensor) -> Tensor:
+    r"""Mean absolute cosine similarity over pairs of different items: the papers' form, to report with.
+
+        R = 1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|
+
+    With n = 1 there are no pairs, and R = 0.
+
+    Args: x [..., n, d].
+    Returns: scalar.
+    Range: [0, 1]; 0 for orthogonal items, 1 for items on one line.
+    Rewards: directions at right angles.
+    Cost: O(n^2 d); again in the backward pass. Keeps nothing but the input.
+    Source: [C22] and [G21], similarity of patch embeddings and of heads.
+    Use: to report redundancy (--measure); as a term it is `cosine` with `abs`, without the diagonal.
+    """
+    n = x.shape[-2]
+
+    def of_chunk(x: Tensor) -> Tensor:
+        u = unit(x)  # [C, n, d]
+        others = gram(u).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [C]
+        return others / max(n * (n - 1), 1)
+
+    return mean_over_sets(of_chunk, x, matrix=n**2)
+
+
+@measure(takes="pair")
 def cosine_cross(x: Tensor, y: Tensor, *, absolute: bool = False) -> Tensor:
     r"""Mean cosine similarity between the items of one layer and those of another.
 
@@ -204,47 +143,24 @@ def cosine_cross(x: Tensor, y: Tensor, *, absolute: bool = False) -> Tensor:
             return (unit(x) @ unit(y).mT).abs().mean(dim=(-2, -1))
         return (mean_direction(x) * mean_direction(y)).sum(dim=(-2, -1))  # [C, 1, d] -> [C]
 
-    return _mean_over_sets(of_chunk, x, y, matrix=x.shape[-2] * y.shape[-2] if absolute else 0)
+    return mean_over_sets(of_chunk, x, y, matrix=x.shape[-2] * y.shape[-2] if absolute else 0)
 
 
-def pairwise_cosine(x: Tensor) -> Tensor:
-    r"""Mean absolute cosine similarity over pairs of different items: the papers' form, to report with.
-
-        R = 1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|
-
-    With n = 1 there are no pairs, and R = 0.
-
-    Args: x [..., n, d].
-    Returns: scalar.
-    Range: [0, 1]; 0 for orthogonal items, 1 for items on one line.
-    Rewards: directions at right angles.
-    Cost: O(n^2 d); again in the backward pass. Keeps nothing but the input.
-    Source: [C22] and [G21], similarity of patch embeddings and of heads.
-    Use: to report redundancy (--measure); as a term it is `cosine` with `abs`, without the diagonal.
-    """
-    n = x.shape[-2]
-
-    def of_chunk(x: Tensor) -> Tensor:
-        u = unit(x)  # [C, n, d]
-        others = gram(u).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [C]
-        return others / max(n * (n - 1), 1)
-
-    return _mean_over_sets(of_chunk, x, matrix=n**2)
-
-
-def contrastive(x: Tensor, y: Tensor) -> Tensor:
+@measure(takes="pair")
+def contrastive(x: Tensor, y: Tensor, *, tau: float = 1.0) -> Tensor:
     r"""Each item of the last layer should resemble its own first-layer item more than the others.
 
-        R = 1/n sum_i softplus(m_i - s_ii)
-          = -1/n sum_i log( e^{s_ii} / (e^{s_ii} + e^{m_i}) )
+        R = 1/n sum_i softplus((m_i - s_ii) / tau)
+          = -1/n sum_i log( e^{s_ii / tau} / (e^{s_ii / tau} + e^{m_i / tau}) )
         s_ij = <u_i, v_j>,   m_i = 1/(n - 1) sum_{j != i} s_ij
 
-    No temperature, and the first layer is not detached. m_i comes from <u_i, sum_j v_j>, without the n x n
-    products. With n = 1 there is nothing to contrast with, and R = 0.
+    With a small temperature tau, those items count most that resemble the others more than their own. [C22] has no
+    temperature, which is tau = 1. The first layer is not detached. m_i comes from <u_i, sum_j v_j>, without the
+    n x n products. With n = 1 there is nothing to contrast with, and R = 0.
 
-    Args: x, y [..., n, d], first and last layer.
+    Args: x, y [..., n, d], first and last layer; `tau` > 0.
     Returns: scalar.
-    Range: [log(1 + e^-2), log(1 + e^2)], about [0.13, 2.13], for n > 1.
+    Range: [log(1 + e^{-2 / tau}), log(1 + e^{2 / tau})] for n > 1; about [0.13, 2.13] with tau = 1.
     Rewards: items of the second layer that resemble their own item of the first, and not the others'.
     Cost: O(n d); again in the backward pass. Keeps nothing but the inputs.
     Source: [C22], after [G21] (which differs: raw dot products, detached target).
@@ -255,62 +171,16 @@ def contrastive(x: Tensor, y: Tensor) -> Tensor:
     def of_chunk(x: Tensor, y: Tensor) -> Tensor:
         if n == 1:
             return 0 * (unit(x) * unit(y)).sum(dim=(-2, -1))
-        return _Contrast.apply(full_precision(x), full_precision(y)).mean(dim=(-2, -1))  # [C, n, 1] -> [C]
+        return Contrast.apply(full_precision(x), full_precision(y), tau).mean(dim=(-2, -1))  # [C, n, 1] -> [C]
 
-    return _mean_over_sets(of_chunk, x, y)
-
-
-class _Contrast(torch.autograd.Function):
-    """softplus(m_i - s_ii), `contrastive` item by item.  x, y [..., n, d] -> [..., n, 1]
-
-    The u_i and v_i are never formed, neither here nor for the gradient. With V = sum_j v_j, m_i - s_ii is
-    (<u_i, V> - n s_ii) / (n - 1). With g_i the gradient at that numerator and U = sum_i g_i u_i,
-
-        dR/du_i = g_i (V - n v_i),   dR/dv_i = U - n g_i u_i
-
-    and x_i and y_i get of these what is at right angles to them, as in `_unit_gradient`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y)
-        *_, numerator = _Contrast.similarities(x, y)
-        return F.softplus(numerator / (x.shape[-2] - 1))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = ctx.saved_tensors
-        n = x.shape[-2]
-        x_lengths, y_lengths, own, all_y, numerator = _Contrast.similarities(x, y)
-        g = torch.sigmoid(numerator / (n - 1)) * gradient / (n - 1)
-        all_x = (g / x_lengths).mT @ x  # U, [..., 1, d]
-        x_along = g * numerator * (x_lengths > EPS)
-        y_along = ((all_x @ y.mT).mT / y_lengths - n * g * own) * (y_lengths > EPS)
-        crossed = -n * g / (x_lengths * y_lengths)
-        by_x = (x * (-x_along / x_lengths**2)).addcmul_(crossed, y).addcmul_(g / x_lengths, all_y)
-        by_y = (y * (-y_along / y_lengths**2)).addcmul_(crossed, x).addcmul_(1 / y_lengths, all_x)
-        return by_x, by_y
-
-    @staticmethod
-    def similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The lengths of x and of y, s_ii, V [..., 1, d], and the numerator; [..., n, 1] but for V."""
-        x_lengths, y_lengths = _lengths(x), _lengths(y)
-        own = (x * y).sum(dim=-1, keepdim=True) / (x_lengths * y_lengths)
-        all_y = (1 / y_lengths).mT @ y
-        return x_lengths, y_lengths, own, all_y, (all_y @ x.mT).mT / x_lengths - x.shape[-2] * own
+    return mean_over_sets(of_chunk, x, y)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Uniformity on the sphere
 
 
-def _twice_normalised(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-8), applied twice as the reference does.  [..., n, d] -> [..., n, d]"""
-    for _ in range(2):
-        x = x / (x.square().sum(dim=-1, keepdim=True) + EPS).sqrt()
-    return x
-
-
+@measure()
 def mhs(x: Tensor) -> Tensor:
     r"""Maximum hyperspherical separation: push the two nearest items apart.
 
@@ -329,16 +199,17 @@ def mhs(x: Tensor) -> Tensor:
     """
 
     def of_chunk(x: Tensor) -> Tensor:
-        u = _twice_normalised(full_precision(x))  # [C, n, d]
+        u = twice_normalised(full_precision(x))  # [C, n, d]
         distance = 2 - 2 * gram(u)  # [C, n, n], squared
         pairs = torch.ones(distance.shape[-2:], dtype=torch.bool, device=x.device).tril(-1)  # [n, n]
         counts = pairs & (distance > 0)
         nearest = distance.masked_fill(~counts, torch.inf).amin(dim=(-2, -1), keepdim=True)  # [C, 1, 1]
         return -distance.where(counts & (distance == nearest), 0.0).sum(dim=(-2, -1))
 
-    return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2)
+    return mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2)
 
 
+@measure()
 def mgd(x: Tensor) -> Tensor:
     r"""Minimum Gram determinant: maximise the volume that a Gaussian kernel of the items spans.
 
@@ -361,18 +232,19 @@ def mgd(x: Tensor) -> Tensor:
 
     def of_chunk(x: Tensor) -> Tensor:
         wide = x.cpu() if x.device.type == "mps" else x
-        u = _twice_normalised(wide.double())  # [C, n, d]
+        u = twice_normalised(wide.double())  # [C, n, d]
         kernel = torch.exp(-(2 - 2 * gram(u)))  # [C, n, n]
         jitter = 1e-6 * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
         return -torch.logdet(kernel + jitter).to(full_precision(x[..., :0, :0]).dtype).to(x.device)
 
-    return _mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2)
+    return mean_over_sets(of_chunk, x, matrix=x.shape[-2] ** 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Orthogonality
 
 
+@measure()
 def so(x: Tensor, *, normalize: bool = False) -> Tensor:
     r"""Soft orthogonality: the Gram matrix should be the identity.
 
@@ -397,7 +269,7 @@ def so(x: Tensor, *, normalize: bool = False) -> Tensor:
         identity = torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)
         return (products - identity).square().sum(dim=(-2, -1)) + max(n - d, 0)
 
-    return _mean_over_sets(of_chunk, x, matrix=min(n, d) ** 2)
+    return mean_over_sets(of_chunk, x, matrix=min(n, d) ** 2)
 
 
 def draw_probes(x: Tensor, distribution: Literal["normal", "uniform"]) -> tuple[Tensor, Tensor]:
@@ -418,6 +290,7 @@ def draw_probes(x: Tensor, distribution: Literal["normal", "uniform"]) -> tuple[
     return first, second
 
 
+@measure()
 def cno(
     x: Tensor,
     *,
@@ -450,80 +323,14 @@ def cno(
     x = unit(x) if normalize else full_precision(x)
     x = x.mT if inverse else x
     probes = torch.cat(draw_probes(x, distribution), dim=-1).mT  # [..., 2, n]
-    return _SquaredSpread.apply(x, probes, eps).mean()
-
-
-class _Iterations(NamedTuple):
-    """CNO's two power iterations. Vectors are rows: on CPUs v X is several times faster than X v."""
-
-    y: Tensor  # [..., 1, n], G p
-    u: Tensor  # [..., 1, n], (G - lambda_max I) p'
-    largest: Tensor  # [..., 1, 1], lambda_max
-    difference: Tensor  # [..., 1, 1], lambda_min - lambda_max
-
-    @classmethod
-    def of(cls, x: Tensor, probes: Tensor, eps: float) -> _Iterations:
-        """Of x [..., n, d], from probes p and p' [..., 2, n]."""
-        y, u = (probes @ x @ x.mT).split(1, dim=-2)  # G p and G p'
-        largest = _squared_norm(y @ x) / _divisor(y, eps)
-        u = u - largest * probes[..., 1:, :]
-        difference = (_squared_norm(u @ x) - largest * _squared_norm(u)) / _divisor(u, eps)
-        return cls(y, u, largest, difference)
-
-
-class _SquaredSpread(torch.autograd.Function):
-    r"""D^2, D = lambda_min - lambda_max, of x [..., n, d] with probes p and p' [..., 2, n].  -> [..., 1, 1]
-
-    Autograd would make an n x d matrix for each product with X and add them up, which on a CPU costs far more than
-    the products. This backward pass makes one, of rank 6:
-
-        dD/dX = (S + S^T) X,   S = u u^T / |u|^2 + s p'^T + l (y y^T / |y|^2 + t p^T)
-        s = 2 (G u - (lambda_max + D) u) / |u|^2
-        t = 2 (G y - lambda_max y) / |y|^2
-        l = -(u . u / |u|^2 + s . p')
-
-    y = G p, u = (G - lambda_max I) p', and a divisor |v|^2 is v . v + eps.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probes: Tensor, eps: float) -> Tensor:
-        iterations = _Iterations.of(x, probes, eps)
-        ctx.save_for_backward(x, probes, *iterations)
-        ctx.eps = eps
-        return iterations.difference.square()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, probes, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this pass is differentiated itself, and x is not seen through what was saved
-            saved = _Iterations.of(x, probes, ctx.eps)
-        y, u, largest, difference = saved
-        y_divisor, u_divisor = _divisor(y, ctx.eps), _divisor(u, ctx.eps)
-        y_u_probes_x = torch.cat([y, u, probes], dim=-2) @ x  # [..., 4, d]
-        gram_y, gram_u = (y_u_probes_x[..., :2, :] @ x.mT).split(1, dim=-2)
-        t = 2 * (gram_y - largest * y) / y_divisor
-        s = 2 * (gram_u - (largest + difference) * u) / u_divisor
-        by_largest = -(_squared_norm(u) / u_divisor + (s * probes[..., 1:, :]).sum(dim=-1, keepdim=True))  # l
-        t_s, shares = torch.cat([t, s], dim=-2), torch.cat([by_largest, torch.ones_like(by_largest)], dim=-2)
-        left = [2 * by_largest * y / y_divisor, 2 * u / u_divisor, shares * t_s, shares * probes]
-        left = 2 * difference * gradient * torch.cat(left, dim=-2)  # [..., 6, n]
-        return left.mT @ torch.cat([y_u_probes_x, t_s @ x], dim=-2), None, None
-
-
-def _squared_norm(v: Tensor) -> Tensor:
-    """[..., 1, n] -> [..., 1, 1]"""
-    return v.square().sum(dim=-1, keepdim=True)
-
-
-def _divisor(v: Tensor, eps: float) -> Tensor:
-    """v . v + eps, never 0.  [..., 1, n] -> [..., 1, 1]"""
-    return (_squared_norm(v) + eps).clamp_min(torch.finfo(v.dtype).tiny)
+    return SquaredSpread.apply(x, probes, eps).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Gradients
 
 
+@measure(takes="gradient")
 def gradient_diversity(g: Tensor) -> Tensor:
     r"""Diversity of the items' gradients: large when they point in different directions.
 
@@ -546,62 +353,29 @@ def gradient_diversity(g: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The registry
-
-# An option of a spec ("patch.cosine:abs") and the keyword argument it stands for. A measure takes an option if
-# its signature has the argument.
-OPTIONS: Mapping[str, tuple[str, bool]] = {
-    "abs": ("absolute", True),
-    "signed": ("absolute", False),
-    "normalize": ("normalize", True),
-    "raw": ("normalize", False),
-    "inverse": ("inverse", True),
-}
-# What each option means, for `--list-regularizers` and docs/regularizers.md.
-OPTION_MEANINGS: Mapping[str, str] = {
-    "abs": "absolute values of the similarities",
-    "signed": "similarities with their sign",
-    "normalize": "items scaled to length 1 first",
-    "raw": "items as they are",
-    "inverse": "X^T X, the Gram matrix of the columns, instead of X X^T",
-}
+# Labels
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A measure and what it is applied to.
+@measure(takes="labels", averaged=True)
+def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
+    r"""Cross-entropy of every patch against its own soft label, mean over images and patches.
 
-    Attributes:
-        function: takes one set of items, a pair of sets, or the gradient at the items.
-        takes: 'set' (one layer), 'pair' (two layers) or 'gradient' (of the label loss, at one layer).
-        levels: where it makes sense.
-        options: names from OPTIONS that `function` accepts.
-        defaults: the function's keyword arguments and their defaults.
+        R = 1/(B P) sum_bp CE_bp
+        CE_bp = -(1 - e) (w_p log q_own + (1 - w_p) log q_partner) - e mean_k log q_k
+
+    q is the softmax of the patch's K logits, e the label smoothing and w_p the share of patch p that shows the
+    image's own class. The second line is the cross-entropy with the dense label e/K + (1 - e) (w_p 1_own + (1 -
+    w_p) 1_partner), which is never built; nor are the log-probabilities, but for some patches at a time.
+
+    Args: patch_logits [B, P, K], any precision; computed in at least float32.
+    Returns: scalar. The papers' sum over patches is P times it.
+    Range: [0, inf); log K where all classes are equally likely.
+    Rewards: patches that say themselves which class they show.
+    Cost: O(P K); again in the backward pass. And the model's head on every patch. Keeps nothing but the input.
+    Source: [C22], mixing loss, after [G21].
+    Use: the recipe's term inside the label loss; it also lets the label reach the last block's patches.
     """
-
-    function: Callable[..., Tensor]
-    takes: Literal["set", "pair", "gradient"] = "set"
-    levels: tuple[str, ...] = ("patch", "attn", "weight")
-    options: tuple[str, ...] = field(init=False)
-    defaults: Mapping[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        accepted = inspect.signature(self.function).parameters
-        defaults = {name: p.default for name, p in accepted.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        object.__setattr__(self, "defaults", defaults)
-        object.__setattr__(
-            self, "options", tuple(o for o, (argument, _) in OPTIONS.items() if argument in accepted)
-        )
-
-
-MEASURES: Mapping[str, Measure] = {
-    "cosine": Measure(cosine),
-    "pairwise_cosine": Measure(pairwise_cosine),
-    "cosine_cross": Measure(cosine_cross, takes="pair", levels=("patch", "attn")),
-    "contrastive": Measure(contrastive, takes="pair", levels=("patch", "attn")),
-    "mhs": Measure(mhs),
-    "mgd": Measure(mgd),
-    "so": Measure(so),
-    "cno": Measure(cno),
-    "gradient_diversity": Measure(gradient_diversity, takes="gradient", levels=("patch",)),
-}
+    classes = torch.stack([labels.own, labels.partner], dim=1)[:, None]  # [B, 1, 2]
+    classes = classes.expand(-1, patch_logits.shape[1], -1).flatten(0, 1)  # [B * P, 2]
+    shares = torch.stack([labels.patch_weight, 1 - labels.patch_weight], dim=2).flatten(0, 1)  # [B * P, 2]
+    return CrossEntropy.apply(patch_logits.flatten(0, 1), classes, shares, labels.smoothing).mean()

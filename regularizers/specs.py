@@ -1,41 +1,41 @@
 """The language of `--reg` and `--measure`: "level.measure[:options][@layers]=coef".
 
-    patch.cosine@last=0.5        patch.contrastive@first:last=0.5      patch.mixing=1
-    attn.cosine@0=1e-4           weight.cno@all=5e-4                   patch.cosine:abs@0,6-11=0.1
+    patch.cosine@last=0.5        patch.contrastive:tau=0.1@first:last=0.5      patch.mixing=1
+    attn.cosine@0=1e-4           weight.cno@all=5e-4                           patch.cosine:abs@0,6-11=0.1
 
 A spec names a measure, a level (what the items are) and layers. The value of a term is the sum over its layers
 (for weights: over all matrices of its layers), each the mean over the images. Layers are 'first', 'last', 'all',
 a block's number, a range 'a-b', or several of these with commas; measures across layers take two of them with a
-colon. For patches 'first' is the input of block 0.
+colon. For patches 'first' is the input of block 0. Options are words or numbers ('tau=0.1'), with commas; the
+coefficient stands after the last '='.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from errors import UserError, did_you_mean
-from models.adapters import MATRICES
-from regularizers import attention, patch, weight
+from regularizers.level import Level
+from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES, OPTIONS
-
-LEVELS: Mapping[str, ModuleType] = {"patch": patch, "attn": attention, "weight": weight}
-MIXING = "patch.mixing"
+from regularizers.registry import Measure
 
 # The reference's five flags, and the specs they spell.
 REFERENCE_FLAGS: Mapping[str, str] = {
-    "mixing_coef": MIXING,
+    "mixing_coef": "patch.mixing",
     "emb_cos_within_coef": "patch.cosine@last",
     "emb_contrast_cross_coef": "patch.contrastive@first:last",
     "attn_cos_within_coef": "attn.cosine@0",
     "weight_mha_cond_orth_coef": "weight.cno@all",
 }
 
-_SPEC = re.compile(r"(?P<term>[^:@=]+)(?::(?P<options>[^@=]*))?(?:@(?P<layers>[^=]*))?(?:=(?P<coef>.*))?")
+_TERM = r"(?P<term>[^:@=]+)(?::(?P<options>[^@]*))?(?:@(?P<layers>[^=]*))?"
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,28 @@ class Spec:
 
     level: str
     measure: str
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # words, and numbers as in 'tau=0.1'
     layers: str
     coef: float
-    matrices: tuple[str, ...] = weight.DEFAULT_MATRICES  # weight level only
+    matrices: tuple[str, ...] = ()  # of weights, where they are not the level's default
 
     @property
     def name(self) -> str:
-        if f"{self.level}.{self.measure}" == MIXING:
-            return MIXING
-        chosen = self.matrices if self.matrices != weight.DEFAULT_MATRICES else ()
-        options = ":" + ",".join([*self.options, *chosen]) if self.options or chosen else ""
-        return f"{self.level}.{self.measure}{options}@{self.layers}"
+        chosen = [*self.options, *self.matrices]
+        options = ":" + ",".join(chosen) if chosen else ""
+        layers = "" if MEASURES[self.measure].takes == "labels" else f"@{self.layers}"
+        return f"{self.level}.{self.measure}{options}{layers}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the measure is called with: the level's own arguments, and what the options set."""
+        level = LEVELS[self.level]
+        return {**level.default_arguments.get(self.measure, {}), **dict(map(_argument, self.options))}
 
 
 def all_names() -> list[str]:
     """Every level.measure that exists."""
-    names = [f"{level}.{name}" for name, measure in MEASURES.items() for level in measure.levels]
-    return [*names, MIXING]
+    return [f"{level}.{name}" for name, measure in MEASURES.items() for level in measure.levels]
 
 
 def parse_spec(text: str, with_coef: bool = True) -> Spec:
@@ -71,50 +75,79 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
         UserError: malformed, or an unknown level, measure, option or layer.
     """
     form = "level.measure[:options][@layers]" + ("=coef" if with_coef else "")
-    match = _SPEC.fullmatch(text.strip())
-    if match is None or (match["coef"] is None) == with_coef:
+    match = re.fullmatch(_TERM + (r"=(?P<coef>.*)" if with_coef else ""), text.strip())
+    if match is None:
         raise UserError(f"malformed regularizer {text!r}: write {form}, e.g. {_example(with_coef)}")
     term = match["term"].strip()
     if term not in all_names():
         raise UserError(f"unknown regularizer {term!r}.{did_you_mean(term, all_names())} Known: {_summary()}")
-    coef = _number(match["coef"], text) if with_coef else 1.0
-    level, _, name = term.partition(".")
-    if not with_coef and (term == MIXING or MEASURES[name].takes == "gradient"):
+    coef = _coefficient(match["coef"], text) if with_coef else 1.0
+    level_name, _, name = term.partition(".")
+    level, measure = LEVELS[level_name], MEASURES[name]
+    if not with_coef and measure.takes in ("gradient", "labels"):
         raise UserError(f"{text!r} depends on the training labels: it can be trained on (--reg), not measured")
-    if term == MIXING:
-        if match["options"] is not None or match["layers"] not in (None, "last"):
-            raise UserError(f"{text!r}: {MIXING} takes no options and works on the last block's patches")
-        return Spec(level, name, (), "last", coef)
     words = match["options"].split(",") if match["options"] is not None else []
-    matrices = _chosen_matrices(level, words)
+    if measure.takes == "labels":
+        _check_labelled(term, measure, words, match["layers"], text)
+    matrices = tuple(matrix for matrix in level.matrices if matrix in words)
     options = _canonical_options(level, name, [word for word in words if word not in matrices], text)
-    takes = MEASURES[name].takes
-    layers = match["layers"] if match["layers"] is not None else LEVELS[level].DEFAULT_LAYERS[takes]
-    _check_layers(layers, takes, text)
+    layers = match["layers"] if match["layers"] is not None else level.default_layers[measure.takes]
+    _check_layers(layers, measure.takes, text)
     layers = re.sub(r"\d+", lambda number: str(int(number[0])), layers)  # 03 is 3
-    return Spec(level, name, options, layers, coef, matrices or weight.DEFAULT_MATRICES)
+    return Spec(level_name, name, options, layers, coef, () if matrices == level.default_matrices else matrices)
 
 
-def _chosen_matrices(level: str, words: Sequence[str]) -> tuple[str, ...]:
-    """The matrices among a weight term's options, in one order."""
-    return tuple(name for name in MATRICES if name in words) if level == "weight" else ()
+def _check_labelled(term: str, measure: Measure, words: Sequence[str], layers: str | None, spec: str) -> None:
+    """A term that takes labels has no layers to choose."""
+    if layers not in (None, "last") or (words and not measure.options):
+        options = "" if measure.options else "takes no options and "
+        raise UserError(f"{spec!r}: {term} {options}works on the last block's patches")
 
 
-def _canonical_options(level: str, name: str, words: Sequence[str], spec: str) -> tuple[str, ...]:
-    """The options that change something, in one order."""
-    measure = MEASURES[name]
-    defaults = {**measure.defaults, **LEVELS[level].DEFAULT_ARGUMENTS.get(name, {})}
+def _canonical_options(level: Level, name: str, words: Sequence[str], spec: str) -> tuple[str, ...]:
+    """The options that change something, in one order and each in one spelling."""
+    defaults = {**MEASURES[name].defaults, **level.default_arguments.get(name, {})}
     chosen: dict[str, str] = {}  # argument -> option
-    for option in words:
-        if option not in measure.options:
-            known = ", ".join(measure.options) or "none"
-            known += f"; its matrices: {', '.join(MATRICES)}" if level == "weight" else ""
-            raise UserError(f"{spec!r}: {name} has no option {option!r}; its options: {known}")
-        argument, _ = OPTIONS[option]
+    for word in words:
+        option = _checked(word, level, name, spec)
+        argument, _ = _argument(option)
+        if argument in chosen and "=" in option:
+            raise UserError(f"{spec!r}: {option.partition('=')[0]} is given twice")
         if chosen.setdefault(argument, option) != option:
             raise UserError(f"{spec!r}: {chosen[argument]} and {option} contradict each other")
-    changing = [option for argument, option in chosen.items() if defaults[argument] != OPTIONS[option][1]]
-    return tuple(sorted(changing, key=list(OPTIONS).index))
+    changing = [option for option in chosen.values() if _argument(option) not in defaults.items()]
+    return tuple(sorted(changing, key=lambda option: list(OPTIONS).index(option.partition("=")[0])))
+
+
+def _checked(word: str, level: Level, name: str, spec: str) -> str:
+    """An option of a measure in its one spelling."""
+    option, equals, number = word.partition("=")
+    if option not in MEASURES[name].options:
+        known = ", ".join(OPTIONS[each].written(each) for each in MEASURES[name].options) or "none"
+        known += f"; its matrices: {', '.join(level.matrices)}" if level.matrices else ""
+        raise UserError(f"{spec!r}: {name} has no option {option!r}; its options: {known}")
+    if OPTIONS[option].value is not None:
+        if equals:
+            raise UserError(f"{spec!r}: the option {option} takes no number")
+        return option
+    above = OPTIONS[option].above
+    try:
+        value = float(number)
+    except ValueError as error:
+        raise UserError(
+            f"{spec!r}: the option {option} takes a number, as in {option}=0.1, not {number!r}"
+        ) from error
+    if not (math.isfinite(value) and value > above):
+        limit = f" and greater than {above:g}" if math.isfinite(above) else ""
+        raise UserError(f"{spec!r}: {option} must be finite{limit}")
+    return f"{option}={value!r}"
+
+
+def _argument(option: str) -> tuple[str, bool | float]:
+    """The keyword argument that an option sets, and to what."""
+    name, _, number = option.partition("=")
+    value = OPTIONS[name].value
+    return OPTIONS[name].argument, float(number) if value is None else value
 
 
 def _example(with_coef: bool) -> str:
@@ -125,12 +158,12 @@ def _summary() -> str:
     """'patch.{cosine, ...}, attn.{...}, weight.{...}', for error messages."""
     parts = []
     for level in LEVELS:
-        names = [name.partition(".")[2] for name in all_names() if name.startswith(f"{level}.")]
+        names = [name for name, measure in MEASURES.items() if level in measure.levels]
         parts.append(f"{level}.{{{', '.join(names)}}}")
     return ", ".join(parts)
 
 
-def _number(text: str, spec: str) -> float:
+def _coefficient(text: str, spec: str) -> float:
     try:
         value = float(text)
     except ValueError as error:

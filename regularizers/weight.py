@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from regularizers.level import Level
 
-FIRST = 0  # '@first' is block 0
-DEFAULT_LAYERS = {"set": "all"}
-# The reference's power iteration for weights starts from uniform probes and divides without an epsilon.
-DEFAULT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"cno": {"distribution": "uniform", "eps": 0.0}}
-
-DEFAULT_MATRICES = ("q", "k", "v")
-
-Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def items(weights: Weights, layers: Iterable[int], matrices: Sequence[str] = DEFAULT_MATRICES) -> list[Tensor]:
-    """The matrices of the blocks, stacked by shape so that a measure runs once for all of them.
+def items(weights: Tensor, prefix_tokens: int) -> Tensor:
+    """Neurons of matrices that are alike.  [m, n, d] -> [m, n, d]"""
+    return weights
 
-    The order within a stack is block by block, and within a block that of `matrices`.
 
-    Returns: tensors [M, n, d], one per distinct shape; M matrices of n neurons.
-    """
-    stacks: dict[torch.Size, list[Tensor]] = {}
-    for layer in layers:
-        for some in weights(layer, matrices):  # [m, n, d]
-            stacks.setdefault(some.shape[1:], []).append(some)
-    return [torch.cat(stack) for stack in stacks.values()]
+WEIGHT = Level(
+    name="weight",
+    meaning="the neurons (rows) of a block's weight matrices",
+    source="weights",
+    items=items,
+    shape="neurons x width",
+    default_layers={"set": "all"},
+    # The reference's power iteration for weights starts from uniform probes and divides without an epsilon.
+    default_arguments={"cno": {"distribution": "uniform", "eps": 0.0}},
+    matrices={
+        "q": "queries",
+        "k": "keys",
+        "v": "values",
+        "proj": "the attention's output projection",
+        "fc1": "the MLP's first layer",
+        "fc2": "the MLP's second layer",
+    },
+    default_matrices=("q", "k", "v"),
+)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import DiverseViT, build_model
+from models import DiverseViT, Needs, build_model
 from regularizers import Diversity, parse_spec
 
 RECIPE = ("patch.mixing=1", "patch.cosine=0.5", "patch.contrastive=0.5", "attn.cosine=1e-4", "weight.cno=5e-4")
@@ -31,7 +31,7 @@ def tiny() -> Tiny:
         torch.manual_seed(seed)
         backbone = build_model(name, **{**TINY, **overrides})
         diversity = Diversity([parse_spec(spec) for spec in specs], depth=len(backbone.blocks))
-        return DiverseViT(backbone, diversity.needs), diversity
+        return DiverseViT(backbone, Needs(**diversity.needs)), diversity
 
     return build
 
