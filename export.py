@@ -26,7 +26,7 @@ from timm.layers import use_fused_attn
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from errors import BAD_ARGUMENT, UserError, did_you_mean
+from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
 from images.transforms import SMALL_INPUT
 from models import DiverseViT
 from state.trained import Trained
@@ -304,8 +304,8 @@ def _explained(backbone: nn.Module, form: str, besides: tuple[type[Exception], .
         cause: BaseException = error
         while cause.__cause__ is not None:  # exporters wrap what went wrong in advice to report it
             cause = cause.__cause__
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        shown = reason if len(reason) <= 300 else f"{reason[:300]} ..."
+        said = reason(cause)
+        shown = said if len(said) <= 300 else f"{said[:300]} ..."
         raise UserError(f"{type(backbone).__name__} cannot be exported to the format {form}: {shown}") from error
 
 

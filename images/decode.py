@@ -17,7 +17,7 @@ class ImageError(LocalError):
     """An image file that cannot be decoded; the message names it.
 
     A DataLoader worker's exception is rebuilt in the main process as `type(error)(traceback)`, a text that
-    ends in 'datasets.ImageError: message'. The constructor keeps the message alone, so it reads the same from
+    ends in 'images.decode.ImageError: message'. The constructor keeps the message alone, so it reads the same from
     a worker as from the main process.
     """
 

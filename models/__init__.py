@@ -8,7 +8,7 @@ import timm
 from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
-from errors import BAD_ARGUMENT, UserError, did_you_mean
+from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
 from models.adapters import Layout, find_layout
 from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
 from models.capture import Captured, DiverseViT, Needs
@@ -53,8 +53,7 @@ def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> 
         backbone = timm.create_model(name, pretrained=False, **overrides)
     except BAD_ARGUMENT as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} cannot be built with {shown}: {reason}") from error
+        raise UserError(f"{name} cannot be built with {shown}: {reason(error)}") from error
     if name.partition(".")[0] in REFERENCE_NAMES and getattr(backbone, "cls_token", None) is not None:
         reference_init(backbone)
     return backbone

@@ -645,7 +645,7 @@ def test_hugging_face_sets_that_cannot_be_used(hub, tmp_path):
     ):
         command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(name), half]
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
-        assert re.match(f"utils.UserError: .*{message}", run.stderr.splitlines()[-1]), run.stderr[-3000:]
+        assert re.match(f"errors.UserError: .*{message}", run.stderr.splitlines()[-1]), run.stderr[-3000:]
 
 
 @pytest.mark.skipif(has_hugging_face(), reason="Hugging Face's package is installed")
@@ -660,7 +660,7 @@ def test_hugging_face_sets_without_the_package():
 @pytest.mark.parametrize("name", ["tfds/mnist", "hfids/a/B"])
 def test_streams_are_refused(name):
     with pytest.raises(
-        UserError, match=rf"^--data-set {name} is a stream, and its images have no positions, which rep"
+        UserError, match=rf"^--data-set {name} is a stream, whose images cannot be indexed; repeated"
     ):
         build_dataset(True, make_args(data_set=name))
 
