@@ -20,6 +20,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node"}
+OF_DATA = {"train/", "val/", "wds/", "tfds/", "hfids/"}  # named like folders of the project
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -48,7 +49,7 @@ def lost(page: str) -> list[str]:
         path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
         if target.startswith("https://"):
             continue
-        inside = path.is_relative_to(ROOT) and path.exists()
+        inside = path.is_relative_to(ROOT) and (path.exists() or not file)
         if not inside or (anchor and anchor not in anchors(str(path.relative_to(ROOT)))):
             found.append(target)
     return found
@@ -88,7 +89,7 @@ def project_files(page: str) -> list[str]:
 def test_files_exist(page):
     for name in project_files(page):
         beside = (ROOT / page).parent / name
-        assert (ROOT / name).exists() or beside.exists() or name in ("train/", "val/"), name
+        assert (ROOT / name).exists() or beside.exists() or name in OF_DATA, name
 
 
 def known_flags() -> set[str]:
@@ -110,10 +111,12 @@ def test_specs_parse():
     everything = "\n".join(PAGES.values())
     terms = re.findall(r"--reg +((?:patch|attn|weight)\.[^\s`]+)", everything)
     measured = re.findall(r"--measure +((?:patch|attn|weight)\.[^\s`]+)", everything)
-    named = re.findall(r"`((?:patch|attn|weight)\.\w+[:@=][^\s`]+)`", everything)
+    named = re.findall(r"`((?:patch|attn|weight)\.\w+[:@=][^\s`]+(?<!=c))`", everything)  # `=c`: of an equation
     assert len(terms) >= 6 and len(measured) >= 2 and len(named) >= 8
-    for spec in [*terms, *measured, *named]:
-        parse_spec(spec, with_coef="=" in spec.rpartition("@")[2])
+    for spec in [*terms, *named]:
+        parse_spec(spec if "=" in spec.rpartition("@")[2] else f"{spec}=1")
+    for spec in measured:
+        parse_spec(spec, with_coef=False)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/differences.md"])
