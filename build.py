@@ -1,10 +1,11 @@
-"""From flags to objects: model, objective, label loss, Mixup, optimizer, schedule and EMA. No loop lives here."""
+"""From flags to objects: model, objective, mixing, optimizer, schedule and EMA. No loop lives here."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer
@@ -13,17 +14,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine import Finite, Precision
-from errors import BAD_ARGUMENT, UserError
-from losses import LabelLoss
-from mixing.mixup import Mixup
-from models import DiverseViT, Layout, build_model, find_layout
+from errors import BAD_ARGUMENT, UserError, reason
+from losses import LabelLoss, Objective
+from mixing import Mixing
+from mixing.mixup import mixup_from_flags
+from models import DiverseViT, Layout, Needs, build_model, find_layout
+from models.heads import OwnHead, PatchHead
 from models.sharding import check_optimizer, shard
 from models.weights import load_for_finetuning, load_weights, model_weights
 from options import config
 from regularizers import Diversity
 from state import checkpoint
 from state.run_state import RunState
-from utils import broadcast_object, print_main, rank, world_size
+from utils import broadcast_from_main, broadcast_object, print_main, rank, world_size
 
 
 def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
@@ -69,10 +72,32 @@ def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Dive
     layout: Layout = find_layout(backbone)
     depth, reached = layout.depth, layout.patches_reach_label
     diversity, measure = Diversity(args.terms, depth, reached), Diversity(args.measures, depth, reached)
-    blocks = diversity.needs.attention | measure.needs.attention
+    blocks = Needs(**diversity.needs).attention | Needs(**measure.needs).attention
     if any(tap.between == "channels" for block in blocks for tap in layout.map_taps(block)):
         print_main(f"note: the attention maps of {layout.name} are between the channels of a head, not its tokens")
     return diversity, measure
+
+
+def build_student(
+    args: argparse.Namespace,
+    backbone: nn.Module,
+    diversity: Diversity,
+    measure: Diversity,
+    num_classes: int,
+    device: torch.device,
+) -> DiverseViT:
+    """The backbone with hooks on what the terms need, tried on blank images, with equal weights in all processes.
+
+    Raises:
+        UserError: a term cannot be computed from what this model shows.
+    """
+    needs, measured = Needs(**diversity.needs), Needs(**measure.needs)
+    model = DiverseViT(backbone, needs, measured, find_scheme(diversity).head).to(device)
+    tried = model.check(args.input_size, num_classes, needs | measured)
+    diversity.check(tried)
+    measure.check(tried)
+    broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
+    return model
 
 
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
@@ -83,36 +108,55 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def build_label_loss(
+def build_objective(
     args: argparse.Namespace, diversity: Diversity, num_classes: int, device: torch.device
-) -> LabelLoss:
-    """Cross-entropy, with the mixing loss and a teacher if the flags ask for them."""
+) -> Objective:
+    """Cross-entropy, with a teacher if the flags ask for one, and the diversity terms."""
     teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
-    return LabelLoss(
-        diversity.mixing, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
-    )
+    label_loss = LabelLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return Objective(label_loss, diversity)
 
 
-def build_mixup(args: argparse.Namespace, backbone: nn.Module, diversity: Diversity) -> Mixup:
-    """Mixup and CutMix as the flags say; patches are labelled only where the mixing loss asks for it."""
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=tuple(args.cutmix_minmax) if args.cutmix_minmax else None,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        smoothing=args.smoothing,
-        patch_size=find_layout(backbone).patch_size if diversity.mixing else None,
-        seed=args.seed + rank(),
-    )
+class Scheme(NamedTuple):
+    """A way to mix images, and what reads the patches of the mixture.
+
+    Attributes:
+        mixing: makes a Mixing from the flags, the patches' size in pixels (None: label no patches) and a seed.
+        head: classifies the patches (models/heads.py).
+    """
+
+    mixing: Callable[[argparse.Namespace, tuple[int, int] | None, int], Mixing]
+    head: type[PatchHead]
+
+
+# The scheme whose labels each measure takes, of those that take labels.
+SCHEMES: Mapping[str, Scheme] = {"patch.mixing": Scheme(mixup_from_flags, OwnHead)}
+PLAIN = Scheme(mixup_from_flags, OwnHead)  # where no measure takes labels
+
+
+def find_scheme(diversity: Diversity) -> Scheme:
+    """How a run mixes images.
+
+    Raises:
+        UserError: two of its terms need different schemes.
+    """
+    schemes = {SCHEMES[name.partition(":")[0]]: name for name in diversity.labelled}
+    if len(schemes) > 1:
+        raise UserError(f"{' and '.join(schemes.values())} mix images in different ways: drop one of them")
+    return next(iter(schemes), PLAIN)
+
+
+def build_mixing(args: argparse.Namespace, backbone: nn.Module, diversity: Diversity) -> Mixing:
+    """Mixup and CutMix as the flags say; patches are labelled only where a term takes their labels."""
+    patch_size = find_layout(backbone).patch_size if diversity.labelled else None
+    return find_scheme(diversity).mixing(args, patch_size, args.seed + rank())
 
 
 def build_run(
     args: argparse.Namespace,
     model: DiverseViT,
     precision: Precision,
-    mixup: Mixup,
+    mixing: Mixing,
     replaced: Tensor | None = None,
 ) -> RunState:
     """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues.
@@ -135,8 +179,7 @@ def build_run(
         optimizer = create_optimizer(scaled, model.backbone)
         schedule, _ = create_scheduler(scaled, optimizer)  # stepped after each epoch, as the reference does
     except BAD_ARGUMENT as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--opt {args.opt} and --sched {args.sched} cannot be built: {reason}") from error
+        raise UserError(f"--opt {args.opt} and --sched {args.sched} cannot be built: {reason(error)}") from error
     if getattr(optimizer, "is_second_order", False) and any(
         getattr(m, "fused_attn", False) for m in model.modules()
     ):
@@ -144,9 +187,9 @@ def build_run(
             f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
             "set the environment variable TIMM_FUSED_ATTN=0"
         )
-    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixup)
+    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixing)
     run_state.samples_per_step = args.batch_size * args.grad_accum_steps
-    run_state.finite = Finite(args.nonfinite, args.nonfinite_patience)
+    run_state.running.finite = Finite(args.nonfinite, args.nonfinite_patience)
     if replaced is not None:
         run_state.replaced = replaced
     if args.resume == "auto":
@@ -178,7 +221,8 @@ def _path_of_newest(folder: Path) -> str | None:
 def describe_resumed(run_state: RunState, path: str) -> str:
     """What was found in a checkpoint, in words."""
     done = f"epoch {run_state.epoch + 1} is done" if run_state.epoch >= 0 else "the first epoch has begun"
-    inside = f", and {run_state.step} steps after it" if run_state.step else ""
+    step = run_state.running.step
+    inside = f", and {step} steps after it" if step else ""
     return f"resumed {path}: {done}{inside}, best top-1 {run_state.max_acc:.2f}%"
 
 

@@ -2,32 +2,35 @@
 
     loss = label loss (cross-entropy, mixing, distillation) + sum of coefficient * diversity term
 
-Nothing here knows which measures exist. No step waits for the device: numbers are read when they are printed. (Two
-options wait by their nature: float16's gradient scaler, and an EMA kept in host memory.)
+Nothing here knows which measures exist. No step blocks on the device: the check that a step is finite is read once
+its backward pass is queued, and numbers are read when they are printed. (Two options wait by their nature:
+float16's gradient scaler, and an EMA kept in host memory.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import TrainingDiverged, UserError
 from loggers.meters import Meters
 from loggers.progress import Progress
-from losses import LabelLoss
-from mixing.mixup import Mixup
+from losses import Objective
+from mixing import Mixing
 from models.capture import DiverseViT, Needs
-from models.sharding import in_step, is_sharded, weights_of
-from regularizers import Diversity, Term, total
-from regularizers.measures import full_precision
+from models.sharding import is_sharded, weights_of
+from regularizers.diversity import Diversity, Term, total
+from regularizers.primitives import full_precision
 from utils import Vote, all_reduce, print_main
 
 
@@ -37,6 +40,20 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def __len__(self) -> int: ...
+
+
+class Observer(Protocol):
+    """What watches a run: a saver, a log, a tracker."""
+
+    def after_step(self, step: int) -> None:
+        """A step of the running epoch is done; they are counted from 1."""
+
+    def after_epoch(self, record: Mapping[str, Any]) -> None:
+        """An epoch is trained and evaluated; `record` is its line of log.txt."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A step
 
 
 class Precision:
@@ -112,7 +129,7 @@ class Finite:
     The verdict is asked for before the backward pass and read after it, so that no host waits for its device's
     whole queue (see Vote). Gradients that overflow in float16 are the scaler's business, not an error.
 
-    The same exchange carries what each process wishes for: to save or to stop (see run_state.Saver).
+    The same exchange carries what each process wishes for: to save or to stop (see state.saver).
 
     Args:
         policy: 'skip' drops such a step on all processes, 'stop' ends the run at the first one.
@@ -121,7 +138,8 @@ class Finite:
     Attributes:
         in_a_row: steps dropped since the last good one.
         dropped: steps dropped in this epoch.
-        wish: the largest that any process gave to the last `ask`, once `verdict` is read.
+        own_wish: says what this process wishes for; larger numbers win.
+        wish: what any process wished for at the last `ask`, once `verdict` is read.
     """
 
     def __init__(self, policy: str = "skip", patience: int = 10) -> None:
@@ -129,15 +147,16 @@ class Finite:
         self.patience = patience
         self.in_a_row = 0
         self.dropped = 0
+        self.own_wish: Callable[[], int] = int  # nothing: 0
         self.wish = 0
         self._names: list[str] = []
         self._vote = Vote()
 
-    def ask(self, values: Mapping[str, Tensor], wish: int = 0) -> None:
+    def ask(self, values: Mapping[str, Tensor]) -> None:
         """Start to find out whether these values are finite everywhere, and what all wish for."""
         self._names = list(values)
         finite = torch.stack([value.detach() for value in values.values()]).isfinite().float()  # [names]
-        self._vote.ask(torch.cat([finite, finite.new_full((1,), -wish)]))
+        self._vote.ask(torch.cat([finite, finite.new_full((1,), -self.own_wish())]))
 
     def verdict(self, step: int) -> bool:
         """Whether they are; the same on all processes.
@@ -176,104 +195,6 @@ def unwrap(model: nn.Module) -> DiverseViT:
     return inner
 
 
-def train_one_epoch(
-    model: nn.Module,
-    label_loss: LabelLoss,
-    diversity: Diversity,
-    loader: Loader,
-    updater: Updater,
-    mixup: Mixup,
-    *,
-    meters: Meters | None = None,
-    finite: Finite | None = None,
-    first_step: int = 1,
-    wish: Callable[[], int] = lambda: 0,
-    after_step: Callable[[int, int], None] = lambda step, wish: None,
-    header: str = "",
-    epochs_after: int = 0,
-    print_freq: int = 10,
-    training_mode: bool = True,
-) -> dict[str, float]:
-    """Train over the loader once, or over what is left of it.
-
-    Args:
-        model: a DiverseViT, sharded or not, or DDP around one.
-        label_loss, diversity: the objective.
-        loader: batches of images [B, 3, S, S] and class indices [B], from step `first_step` on.
-        updater: optimiser, precision, clipping, EMA, and how many batches make a step.
-        mixup: mixes images and labels them.
-        meters: the epoch's means so far.
-        finite: what to do with a step that is not finite.
-        first_step: the step to begin with, counted from 1.
-        wish: what this process wishes for, asked once a step.
-        after_step: told the number of each step that is done, and the largest wish of any process.
-        header: what progress lines start with.
-        epochs_after: epochs still to come, for the ETA.
-        print_freq: steps between progress lines.
-        training_mode: False trains with dropout and drop path off (fine-tuning, as DeiT does).
-    Returns:
-        Mean over steps and processes of 'loss' and of every term by name; 'lr'; 'dropped', the steps that were not
-        finite.
-    Raises:
-        TrainingDiverged: steps were not finite, and `finite` says to stop; the message names the first term.
-    """
-    model.train(training_mode)
-    meters, finite = meters or Meters(), finite or Finite()
-    steps = len(loader) // updater.accumulate
-    batches = iter(loader)
-    progress = Progress(header, print_freq, epochs_after)
-    for step in progress.over(first_step, steps, meters):
-        updater.optimizer.zero_grad()
-        values: dict[str, Tensor] = {}
-        for left in reversed(range(updater.accumulate)):
-            with nullcontext() if left == 0 else no_sync(model):
-                terms = objective(model, label_loss, diversity, next(batches), mixup, updater)
-                of_batch = list(terms)
-                if left == 0:
-                    terms |= diversity.of_weights(weights_of(unwrap(model)))  # once a step, like clipping
-                loss = total(terms)
-                for name, value in [("loss", loss), *((name, term.value) for name, term in terms.items())]:
-                    values[name] = values[name] + value.detach() if name in values else value.detach()
-                if left == 0:
-                    finite.ask({name: values[name] for name in [*terms, "loss"]}, wish())
-                for part in apart(terms, of_batch) if is_sharded(model) else [loss]:
-                    updater.backward(part)
-        if finite.verdict(step):
-            updater.step(model)
-            meters.update(values)
-        after_step(step, finite.wish)
-    rate = max(group["lr"] for group in updater.optimizer.param_groups)
-    return meters.global_means() | {"lr": rate, "dropped": finite.dropped}
-
-
-def objective(
-    model: nn.Module,
-    label_loss: LabelLoss,
-    diversity: Diversity,
-    batch: tuple[Tensor, Tensor],
-    mixup: Mixup,
-    updater: Updater,
-) -> dict[str, Term]:
-    """The terms of one batch, all but those of the weights, as its share of the step."""
-    device = updater.precision.device
-    images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-    images, labels = mixup(images, targets)  # labels: image and per patch, compact
-    with updater.precision.autocast():
-        captured = model(images)  # logits, and what the objective asked for
-        teacher_logits = label_loss.ask_teacher(images)
-    # float32, outside autocast; and the label loss last: autograd goes backwards, and frees the logits of all
-    # patches before the gradients of the other terms, which have to wait for their layers, are there
-    if diversity.differentiates_twice:
-        terms = label_loss(captured, labels, teacher_logits)
-        terms |= diversity.of_batch(captured, total(terms))
-    else:
-        others = diversity.of_batch(captured)
-        terms = label_loss(captured, labels, teacher_logits) | others
-    if updater.accumulate == 1:
-        return terms
-    return {name: Term(term.value / updater.accumulate, term.weight) for name, term in terms.items()}
-
-
 def apart(terms: Mapping[str, Term], of_batch: Collection[str]) -> list[Tensor]:
     """The sum of the weight terms, if there are any, and of the others: shards differentiate one after the other.
 
@@ -290,6 +211,109 @@ def no_sync(model: nn.Module) -> AbstractContextManager[object]:
     Those of shards are reduced each time, since no process has room for all of them.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class Running:
+    """Where the running epoch stands; a checkpoint within an epoch holds it.
+
+    Attributes:
+        step: steps that are done.
+        meters: the means over them.
+        finite: what is to happen to a step that is not finite.
+    """
+
+    step: int = 0
+    meters: Meters = field(default_factory=Meters)
+    finite: Finite = field(default_factory=Finite)
+
+    def begin_epoch(self) -> None:
+        """Forget the steps of the epoch before."""
+        self.step, self.meters, self.finite.dropped = 0, Meters(), 0
+
+
+def train_one_epoch(
+    model: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    updater: Updater,
+    mixing: Mixing,
+    running: Running | None = None,
+    *,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+    training_mode: bool = True,
+) -> dict[str, float]:
+    """Train over the loader once, or over what is left of it.
+
+    Args:
+        model: a DiverseViT, sharded or not, or DDP around one.
+        objective: label loss and diversity terms.
+        loader: batches of images [B, 3, S, S] and class indices [B], from the first step that is not done.
+        updater: optimiser, precision, clipping, EMA, and how many batches make a step.
+        mixing: mixes images and labels them.
+        running: where the epoch stands; it is kept up to date.
+        observers: told of each step that is done.
+        progress: shows where the work stands.
+        training_mode: False trains with dropout and drop path off (fine-tuning, as DeiT does).
+    Returns:
+        Mean over steps and processes of 'loss' and of every term by name; 'lr'; 'dropped', the steps that were not
+        finite.
+    Raises:
+        TrainingDiverged: steps were not finite, and `running.finite` says to stop; the first term is named.
+    """
+    model.train(training_mode)
+    running, progress = running or Running(), progress or Progress("")
+    steps = len(loader) // updater.accumulate
+    batches = iter(loader)
+    for step in progress.over(running.step + 1, steps, running.meters):
+        updater.optimizer.zero_grad()
+        values: dict[str, Tensor] = {}
+        for left in reversed(range(updater.accumulate)):
+            with nullcontext() if left == 0 else no_sync(model):
+                terms = terms_of_batch(model, objective, next(batches), mixing, updater)
+                of_batch = list(terms)
+                if left == 0:
+                    terms |= objective.of_weights(weights_of(unwrap(model)))  # once a step, like clipping
+                loss = total(terms)
+                for name, value in [("loss", loss), *((name, term.value) for name, term in terms.items())]:
+                    values[name] = values[name] + value.detach() if name in values else value.detach()
+                if left == 0:
+                    running.finite.ask({name: values[name] for name in [*terms, "loss"]})
+                for part in apart(terms, of_batch) if is_sharded(model) else [loss]:
+                    updater.backward(part)
+        if running.finite.verdict(step):
+            updater.step(model)
+            running.meters.update(values)
+        running.step = step
+        for observer in observers:
+            observer.after_step(step)
+    rate = max(group["lr"] for group in updater.optimizer.param_groups)
+    return running.meters.global_means() | {"lr": rate, "dropped": running.finite.dropped}
+
+
+def terms_of_batch(
+    model: nn.Module, objective: Objective, batch: tuple[Tensor, Tensor], mixing: Mixing, updater: Updater
+) -> dict[str, Term]:
+    """The terms of one batch, all but those of the weights, as its share of the step."""
+    device = updater.precision.device
+    images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    images, labels = mixing(images, targets)  # labels: image and per patch, compact
+    with updater.precision.autocast():
+        captured = model(images, labels=labels)  # logits, and what the objective asked for
+        teacher_logits = objective.ask_teacher(images)
+    terms = objective(captured, labels, teacher_logits)  # float32, outside autocast
+    if updater.accumulate == 1:
+        return terms
+    return {name: Term(term.value / updater.accumulate, term.coef) for name, term in terms.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @torch.no_grad()
@@ -317,7 +341,7 @@ def evaluate(
     names = ["loss", "acc1", "acc5", *(measure.names if measure else [])]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts samples
     sums = sums if device.type == "mps" else sums.to(device)
-    needs = measure.needs if measure else Needs()
+    needs = Needs(**measure.needs) if measure else Needs()
     for batch, (images, targets) in enumerate(in_step(model, loader), start=1):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
@@ -343,3 +367,24 @@ def report(results: Mapping[str, float], samples: int, what: str = "network") ->
     """Print DeiT's two evaluation lines."""
     print_main(f"* Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}")
     print_main(f"Accuracy of the {what} on the {samples} test images: {results['acc1']:.1f}%")
+
+
+def in_step(model: nn.Module, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; of a sharded model then blank images without targets, until no process has a batch.
+
+    Every process takes part in every forward pass of a sharded model, also where it has fewer samples, or none.
+    """
+    if not isinstance(model, FSDPModule):
+        yield from loader
+        return
+    batches = iter(loader)
+    first = next(batches, None)
+    shape = first[0].shape[1:] if first is not None else (0, 0, 0)
+    sizes = torch.tensor([len(loader), *shape], device=next(model.parameters()).device)
+    most, *image = all_reduce(sizes, dist.ReduceOp.MAX).tolist()
+    if first is not None:
+        yield first
+    yield from batches
+    for _ in range(most - len(loader)):
+        yield torch.zeros(1, *image), torch.zeros(0, dtype=torch.long)
+    model.reshard()

@@ -1,4 +1,4 @@
-"""The label loss: cross-entropy as DeiT chooses it, the per-patch mixing loss, and DeiT's distillation."""
+"""The objective: what the labels and a teacher ask of a prediction, and the diversity terms."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from errors import UserError
-from regularizers.diversity import Term
-from regularizers.measures import full_precision
-from regularizers.patch import mixing
-from regularizers.specs import MIXING
+from models.capture import Needs
+from regularizers.diversity import Diversity, Term, total
+from regularizers.primitives import full_precision
 
 if TYPE_CHECKING:
-    from mixing.mixup import Labels
-    from models.capture import Captured
+    from mixing import Labels
+    from models.capture import Captured, Weights
 
 
 def cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
@@ -56,14 +55,13 @@ def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"]
 
 
 class LabelLoss:
-    r"""What the labels (and a teacher) ask of a prediction, as named terms.
+    r"""What the image's label, and a teacher, ask of a prediction, as named terms.
 
-        L_label = (1 - a) (CE_cls + c sum_p CE_p) / (1 + c P) + a L_distillation
+        L_label = (1 - a) CE + a L_distillation
 
-    c = 0 is plain cross-entropy, c = 1 the reference's mixing loss; a = 0 without a teacher.
+    a = 0 without a teacher.
 
     Args:
-        mixing: c.
         teacher: a model [B, 3, S, S] -> [B, K] in evaluation mode, or None.
         distillation_type: 'none', 'soft' or 'hard'.
         alpha: a, the distillation loss's share.
@@ -72,32 +70,75 @@ class LabelLoss:
 
     def __init__(
         self,
-        mixing: float = 0.0,
         teacher: nn.Module | None = None,
         distillation_type: str = "none",
         alpha: float = 0.5,
         tau: float = 1.0,
     ) -> None:
-        self.mixing = mixing
         self.teacher = teacher if distillation_type != "none" else None
         self.kind: Literal["soft", "hard"] = "hard" if distillation_type == "hard" else "soft"
         self.alpha = alpha if self.teacher is not None else 0.0
         self.tau = tau
-        self._terms: Callable[..., dict[str, Term]] = self._compute
+
+    def __call__(self, captured: Captured, labels: Labels, teacher_logits: Tensor | None = None) -> dict[str, Term]:
+        """The terms 'ce' and, with a teacher, 'distillation'."""
+        terms = {"ce": Term(cross_entropy(captured.logits, labels), 1 - self.alpha)}
+        if teacher_logits is not None:
+            assert captured.dist_logits is not None
+            value = distillation(captured.dist_logits, teacher_logits, self.kind, self.tau)
+            terms["distillation"] = Term(value, self.alpha)
+        return terms
+
+
+class Objective:
+    r"""All that a step minimises, as named terms.
+
+        L = (1 - a) (CE + sum_t c_t sum_i R_ti) / (1 + sum_t c_t n_t) + a L_distillation + sum_k c_k R_k
+
+    t runs over the terms that take labels and whose n_t items are averaged with the image itself (patch.mixing, the
+    reference's mixing loss at c = 1), k over all others. Without terms this is DeiT's loss.
+
+    Args:
+        label_loss: cross-entropy and distillation.
+        diversity: the regularizers.
+    """
+
+    def __init__(self, label_loss: LabelLoss | None = None, diversity: Diversity | None = None) -> None:
+        self.label_loss = label_loss or LabelLoss()
+        self.diversity = diversity or Diversity([], depth=0)
+        self._label_terms: Callable[..., dict[str, Term]] = self._of_labels
+
+    @property
+    def needs(self) -> Needs:
+        """What a forward pass has to capture."""
+        return Needs(**self.diversity.needs)
 
     def compile(self, backend: str) -> None:
-        """Compile the terms, in one graph, and the teacher; in place."""
-        self._terms = torch.compile(self._compute, backend=backend, fullgraph=True)
-        if self.teacher is not None:
-            self.teacher.compile(backend=backend)
+        """Compile in place, each as a graph: label terms, terms of a batch, terms of the weights, and the teacher.
+
+        Raises:
+            UserError: a term that differentiates twice.
+        """
+        if self.diversity.differentiates_twice:
+            raise UserError(
+                "patch.gradient_diversity differentiates twice, which compiled models cannot: drop --torchcompile"
+            )
+        self._label_terms = torch.compile(self._of_labels, backend=backend, fullgraph=True)
+        self.diversity.compile(backend)
+        if self.label_loss.teacher is not None:
+            self.label_loss.teacher.compile(backend=backend)
 
     @torch.no_grad()
     def ask_teacher(self, images: Tensor) -> Tensor | None:
         """The teacher's logits [B, K], or None without a teacher. Call it under autocast."""
-        return self.teacher(images) if self.teacher is not None else None
+        teacher = self.label_loss.teacher
+        return teacher(images) if teacher is not None else None
 
     def __call__(self, captured: Captured, labels: Labels, teacher_logits: Tensor | None = None) -> dict[str, Term]:
-        """The terms 'ce', 'patch.mixing' (mean over patches) and 'distillation', those that are on.
+        """The terms of a batch, in at least float32: those of the labels, then patches and heads.
+
+        The label terms are computed last. Autograd goes backwards, and frees the logits of all patches before the
+        gradients of the other terms, which wait for their layers, are there.
 
         Raises:
             UserError: distillation with a student that has no distillation token.
@@ -107,30 +148,23 @@ class LabelLoss:
                 "distillation needs a student with a distillation token: choose a distilled model, "
                 "e.g. --model deit_small_distilled_patch16_224"
             )
-        return self._terms(captured.logits, captured.patch_logits, captured.dist_logits, labels, teacher_logits)
+        if self.diversity.differentiates_twice:
+            terms = self._label_terms(captured, labels, teacher_logits)
+            return terms | self.diversity.of_batch(captured, total(terms))
+        others = self.diversity.of_batch(captured)
+        return self._label_terms(captured, labels, teacher_logits) | others
 
-    def _compute(
-        self,
-        logits: Tensor,
-        patch_logits: Tensor | None,
-        dist_logits: Tensor | None,
-        labels: Labels,
-        teacher_logits: Tensor | None,
-    ) -> dict[str, Term]:
-        share = 1 - self.alpha
-        ce = cross_entropy(logits, labels)
-        if self.mixing > 0:
-            assert patch_logits is not None
-            count = patch_logits.shape[1]  # P
-            norm = 1 + self.mixing * count
-            terms = {
-                "ce": Term(ce, share / norm),
-                MIXING: Term(mixing(patch_logits, labels), share * self.mixing * count / norm),
-            }
-        else:
-            terms = {"ce": Term(ce, share)}
-        if teacher_logits is not None:
-            assert dist_logits is not None
-            value = distillation(dist_logits, teacher_logits, self.kind, self.tau)
-            terms["distillation"] = Term(value, self.alpha)
-        return terms
+    def of_weights(self, weights: Weights) -> dict[str, Term]:
+        """The terms of the weights, which do not depend on a batch."""
+        return self.diversity.of_weights(weights)
+
+    def _of_labels(self, captured: Captured, labels: Labels, teacher_logits: Tensor | None) -> dict[str, Term]:
+        ce, *distilled = self.label_loss(captured, labels, teacher_logits).items()
+        others = self.diversity.of_labels(captured, labels)
+        averaged = [name for name in others if name in self.diversity.averaged]
+        norm = 1 + sum(others[name].coef for name in averaged)
+        share = 1 - self.label_loss.alpha
+        for name in averaged:
+            others[name] = Term(others[name].value, share * others[name].coef / norm)
+        name, term = ce
+        return {name: Term(term.value, term.coef / norm), **others, **dict(distilled)}

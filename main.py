@@ -18,29 +18,31 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from build import (
     build_backbone,
     build_diversity,
-    build_label_loss,
-    build_mixup,
+    build_mixing,
+    build_objective,
     build_run,
+    build_student,
     build_teacher,
     global_batch,
     scaled_lr,
 )
-from datasets import build_dataset
-from engine import Loader, Precision, Updater, evaluate, report, train_one_epoch
+from datasets import LabelledImages, build_dataset
+from engine import Loader, Observer, Precision, Updater, evaluate, report, train_one_epoch
 from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine
 from loaders import build_eval_loader, build_train_loader
-from loggers.progress import clock
-from losses import LabelLoss
+from loggers.progress import Progress, clock
+from loggers.text import LOG, TextLog, read_lines, set_aside
+from losses import Objective
 from models import DiverseViT, check_name
 from models.sharding import is_sharded, shard
 from models.weights import load_weights, model_weights
@@ -51,7 +53,6 @@ from state.run_state import RunState
 from state.saver import Saver
 from utils import (
     Signals,
-    broadcast_from_main,
     broadcast_object,
     find_launch,
     init_distributed,
@@ -62,7 +63,7 @@ from utils import (
     seed_everything,
     world_size,
 )
-from warmup import compile_model, compile_objective, warm_up
+from warmup import Batches, compile_model, warm_up
 from workers import name_dead_workers
 
 
@@ -102,6 +103,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Build everything, then train, or evaluate and stop."""
     check_name(args.model)
+    precision = start(args)
+    device = precision.device
+    val_set, num_classes = build_dataset(False, args)
+    if args.teacher_eval:
+        teacher = DiverseViT(build_teacher(args, num_classes, device))
+        val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
+        report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
+        return
+    backbone = build_backbone(args, num_classes)
+    diversity, measure = build_diversity(args, backbone)
+    model = build_student(args, backbone, diversity, measure, num_classes, device)
+    if args.eval:
+        if args.fsdp:
+            shard(model, device)
+        if args.torchcompile:
+            compile_model(args.torchcompile, model)
+        val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
+        evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
+        return
+    objective = build_objective(args, diversity, num_classes, device)
+    with Signals() as signals:
+        train(args, model, objective, measure, val_set, precision, signals)
+
+
+def start(args: argparse.Namespace) -> Precision:
+    """Join the other processes, take a device, and seed everything."""
     launch = find_launch(args.world_size)
     if args.fsdp and launch.world_size == 1:
         raise UserError("--fsdp shares the model out among processes, and this is one: start several, or drop it")
@@ -113,100 +140,91 @@ def run(args: argparse.Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
-
-    val_set, num_classes = build_dataset(False, args)
-    if args.teacher_eval:
-        teacher = DiverseViT(build_teacher(args, num_classes, device))
-        val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
-        report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
-        return
-    backbone = build_backbone(args, num_classes)
-    diversity, measure = build_diversity(args, backbone)
-    model = DiverseViT(backbone, diversity.needs, measure.needs).to(device)
-    tried = model.check(args.input_size, num_classes, diversity.needs | measure.needs)
-    diversity.check(tried)
-    measure.check(tried)
-    broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
-    if args.eval:
-        if args.fsdp:
-            shard(model, device)
-        if args.torchcompile:
-            compile_model(args.torchcompile, model)
-        val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
-        evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
-        return
-    label_loss = build_label_loss(args, diversity, num_classes, device)
-    with Signals() as signals:
-        run_training(args, model, label_loss, diversity, measure, val_set, precision, signals)
-
-
-def run_training(
-    args: argparse.Namespace,
-    model: DiverseViT,
-    label_loss: LabelLoss,
-    diversity: Diversity,
-    measure: Diversity,
-    val_set: Any,
-    precision: Precision,
-    signals: Signals,
-) -> None:
-    """Build what only training needs, and bind one epoch's training and testing for `train`."""
-    train_set, _ = build_dataset(True, args)
-    mixup = build_mixup(args, model.backbone, diversity)
-    train_loader = build_train_loader(args, train_set, world_size(), rank(), precision.device)
-    samples: Any = train_loader.loader.dataset  # torch's types know neither a SeededDataset
-    sampler: Any = train_loader.loader.sampler  # nor its ResumableSampler
-    run_state = build_run(args, model, precision, mixup, samples.replaced)
-    val_loader = build_eval_loader(args, val_set, world_size(), rank(), precision.device)
-    if args.torchcompile:
-        compile_model(args.torchcompile, model)
-        compile_objective(args.torchcompile, label_loss, diversity)
-    print_plan(args, model, precision, len(train_set), run_state)
-
-    def prepare(wrapped: nn.Module, updater: Updater) -> None:
-        if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
-            sizes = args.input_size, args.batch_size, val_loader.batch_sizes
-            parts = wrapped, label_loss, diversity, measure, updater, mixup
-            spent = warm_up(*parts, *sizes, training_mode=not args.finetune)
-            if args.torchcompile:
-                print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
-
-    def train_epoch(wrapped: nn.Module, updater: Updater, saver: Saver) -> dict[str, float]:
-        epoch, done = run_state.epoch + 1, run_state.step
-        sampler.set_epoch(epoch, start=run_state.samples)
-        trained = train_one_epoch(
-            wrapped,
-            label_loss,
-            diversity,
-            train_loader,
-            updater,
-            mixup,
-            meters=run_state.meters,
-            finite=run_state.finite,
-            first_step=done + 1,
-            wish=saver.wish,
-            after_step=saver.after_step,
-            header=f"Epoch {epoch + 1}/{args.epochs}",
-            epochs_after=args.epochs - epoch - 1,
-            print_freq=args.print_freq,
-            training_mode=not args.finetune,  # DeiT fine-tunes in evaluation mode
-        )
-        return trained | ({"bad_images": run_state.count_bad_images()} if args.skip_bad_images else {})
-
-    every_process_has = len(val_set) // world_size() // int(val_loader.loader.batch_size or 1)  # batches
-
-    def test(network: DiverseViT, saver: Saver) -> dict[str, float]:
-        def after_batch(batch: int) -> None:
-            if batch <= every_process_has:
-                saver.after_batch()
-
-        return evaluate(network, val_loader, precision, measure if network is model else None, after_batch)
-
-    train(args, run_state, precision, prepare, train_epoch, test, len(val_set), signals)
+    return precision
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Running
+# Training
+
+
+def train(
+    args: argparse.Namespace,
+    model: DiverseViT,
+    objective: Objective,
+    measure: Diversity,
+    val_set: LabelledImages,
+    precision: Precision,
+    signals: Signals,
+) -> None:
+    """Build what only training needs; then the epochs: train, evaluate the model and its EMA, log, save."""
+    device = precision.device
+    train_set, _ = build_dataset(True, args)
+    mixing = build_mixing(args, model.backbone, objective.diversity)
+    train_loader = build_train_loader(args, train_set, world_size(), rank(), device)
+    val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
+    run_state = build_run(args, model, precision, mixing, train_loader.replaced)
+    if args.torchcompile:
+        compile_model(args.torchcompile, model)
+        objective.compile(args.torchcompile)
+    print_plan(args, model, precision, len(train_set), run_state)
+    if run_state.epoch + 1 >= args.epochs:
+        print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
+        return
+    output = make_output_dir(args, run_state) if args.output_dir else None
+    updater = Updater(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps)
+    wrapped = distribute(model, device)
+    training_mode = not args.finetune  # DeiT fine-tunes in evaluation mode
+    if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
+        batches = Batches(args.input_size, args.batch_size, val_loader.batch_sizes)
+        spent = warm_up(wrapped, objective, measure, updater, mixing, batches, training_mode)
+        if args.torchcompile:
+            print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
+    saver = build_saver(args, run_state, output, signals, len(val_set) // world_size() // val_loader.batch_size)
+    observers: list[Observer] = [TextLog(output / LOG, run_state.log), saver] if output else [saver]
+    run_state.restore_streams()
+
+    began = time.perf_counter()
+    for epoch in range(run_state.epoch + 1, args.epochs):
+        train_loader.set_epoch(epoch, start=run_state.samples)
+        trained = train_one_epoch(
+            *(wrapped, objective, train_loader, updater, mixing, run_state.running),
+            observers=observers,
+            progress=Progress(f"Epoch {epoch + 1}/{args.epochs}", args.print_freq, args.epochs - epoch - 1),
+            training_mode=training_mode,
+        )
+        if args.skip_bad_images:
+            trained["bad_images"] = run_state.count_bad_images()
+        tested = evaluate(model, val_loader, precision, measure, saver.after_batch)
+        report(tested, len(val_set))
+        averaged = evaluate_ema(run_state.ema, val_loader, precision, saver.after_batch)
+        record = run_state.finish_epoch(trained, tested, averaged)
+        print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
+        for observer in observers:
+            observer.after_epoch(record)
+    print_main(f"Training time {clock(time.perf_counter() - began)}")
+
+
+def build_saver(
+    args: argparse.Namespace, run_state: RunState, output: Path | None, signals: Signals, eval_batches: int
+) -> Saver:
+    """Saves as often as the flags say."""
+    often = args.save_interval_steps, args.save_interval_minutes
+    return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches)
+
+
+def evaluate_ema(
+    ema: ModelEmaV3 | None, loader: Loader, precision: Precision, after_batch: Callable[[int], None]
+) -> dict[str, float]:
+    """Evaluate the moving average, if there is one."""
+    if ema is None:
+        return {}
+    averaged = evaluate(on_device(ema.module, precision.device), loader, precision, after_batch=after_batch)
+    print_main(f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}")
+    return averaged
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts
 
 
 def evaluate_checkpoint(
@@ -247,45 +265,6 @@ def print_plan(
     )
 
 
-def train(
-    args: argparse.Namespace,
-    run_state: RunState,
-    precision: Precision,
-    prepare: Callable[[nn.Module, Updater], None],
-    train_epoch: Callable[[nn.Module, Updater, Saver], dict[str, float]],
-    test: Callable[[DiverseViT, Saver], dict[str, float]],
-    samples: int,
-    signals: Signals,
-) -> None:
-    """Prepare, and then the epochs: train, test the raw model and its EMA, log, save."""
-    if run_state.epoch + 1 >= args.epochs:
-        print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
-        return
-    output = make_output_dir(args, run_state) if args.output_dir else None
-    model, ema = run_state.model, run_state.ema
-    updater = Updater(run_state.optimizer, precision, args.clip_grad, ema, args.grad_accum_steps)
-    wrapped = distribute(model, precision.device)
-    prepare(wrapped, updater)
-    start = time.perf_counter()
-    saver = Saver(
-        run_state, output, signals, args.checkpoint_hist, args.save_interval_steps, args.save_interval_minutes
-    )
-    run_state.restore_streams()
-    while run_state.epoch + 1 < args.epochs:
-        trained = train_epoch(wrapped, updater, saver)
-        tested = test(model, saver)
-        report(tested, samples)
-        averaged = test(on_device(ema.module, precision.device), saver) if ema is not None else {}
-        if averaged:
-            print_main(
-                f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}"
-            )
-        best = run_state.finish_epoch(trained, tested, averaged)
-        print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
-        saver.after_epoch(best)
-    print_main(f"Training time {clock(time.perf_counter() - start)}")
-
-
 def distribute(model: DiverseViT, device: torch.device) -> nn.Module:
     """DDP around the model, if there are several processes, each with the whole of it."""
     if world_size() == 1 or is_sharded(model):
@@ -310,7 +289,10 @@ def make_output_dir(args: argparse.Namespace, run_state: RunState) -> Path:
             )  # the best, and one being written
             checkpoint.check_space(output, more * run_state.nbytes())
             config.write_args(args, output / "args.yaml")
-            run_state.adopt_log(output / "log.txt")
+            if not run_state.resumed:
+                set_aside(output / LOG)
+            elif not run_state.log:  # of a file that holds no log
+                run_state.log += read_lines(output / LOG, run_state.epoch)
         except OSError as error:
             raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
 

@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from engine import Updater, evaluate, objective, unwrap
+from engine import Updater, evaluate, terms_of_batch, unwrap
 from errors import UserError, did_you_mean
-from losses import LabelLoss
-from mixing.mixup import Mixup
+from losses import Objective
+from mixing import Mixing
 from models import DiverseViT
 from regularizers import Diversity, total
 from utils import set_streams, streams
+
+
+class Batches(NamedTuple):
+    """The shapes of a run's batches.
+
+    Attributes:
+        image_size: S, in pixels.
+        train: images in a batch of training.
+        test: images in the batches of evaluation, each size once.
+    """
+
+    image_size: int
+    train: int
+    test: Sequence[int]
 
 
 def compile_model(backend: str, model: DiverseViT) -> None:
@@ -36,30 +51,13 @@ def compile_model(backend: str, model: DiverseViT) -> None:
     model.compile(backend=backend, fullgraph=True)
 
 
-def compile_objective(backend: str, label_loss: LabelLoss, diversity: Diversity) -> None:
-    """Compile the terms of the loss, in place.
-
-    Raises:
-        UserError: a term that differentiates twice.
-    """
-    if diversity.differentiates_twice:
-        raise UserError(
-            "patch.gradient_diversity differentiates twice, which compiled models cannot: drop --torchcompile"
-        )
-    label_loss.compile(backend)
-    diversity.compile(backend)
-
-
 def warm_up(
     model: nn.Module,
-    label_loss: LabelLoss,
-    diversity: Diversity,
+    objective: Objective,
     measure: Diversity,
     updater: Updater,
-    mixup: Mixup,
-    image_size: int,
-    train_batch: int,
-    test_batches: Sequence[int],
+    mixing: Mixing,
+    batches: Batches,
     training_mode: bool = True,
 ) -> float:
     """Go through all that a run will call, with blank images, and leave no trace; seconds that it took.
@@ -69,33 +67,32 @@ def warm_up(
     from their first pass. Weights do not move; buffers, gradients and random streams are put back.
 
     DDP arranges its buckets anew after its first backward pass, and the arrangement decides in which order three
-    processes or more add up a gradient. After this a run that is continued adds as the one that was not stopped.
+    processes or more add up a gradient. After this, a resumed run adds them in the order of the uninterrupted one.
 
     Args:
         model: as it will be trained: DDP around a DiverseViT splits a compiled graph, to send gradients early.
         measure: the terms that evaluation measures.
-        train_batch: images in a batch of training.
-        test_batches: images in the batches of evaluation, each size once.
+        batches: the shapes of what comes.
         training_mode: False trains with dropout and drop path off.
     """
     start = time.perf_counter()
     device = updater.precision.device
-    before = streams(device, mixup.random)
+    before = streams(device, mixing.random)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def blank(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.zeros(size, 3, image_size, image_size, device=device)
-        return images, torch.zeros(size, dtype=torch.long, device=device)
+    def blank(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.zeros(count, 3, batches.image_size, batches.image_size, device=device)
+        return images, torch.zeros(count, dtype=torch.long, device=device)
 
     model.train(training_mode)
     for _ in range(2):
-        terms = objective(model, label_loss, diversity, blank(train_batch), mixup, updater)
-        terms |= diversity.of_weights(unwrap(model).weights)
+        terms = terms_of_batch(model, objective, blank(batches.train), mixing, updater)
+        terms |= objective.of_weights(unwrap(model).weights)
         updater.backward(total(terms))
         updater.optimizer.zero_grad()
-    evaluate(unwrap(model), [blank(size) for size in test_batches], updater.precision, measure)
+    evaluate(unwrap(model), [blank(count) for count in batches.test], updater.precision, measure)
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
-    set_streams(before, device, mixup.random)
+    set_streams(before, device, mixing.random)
     return time.perf_counter() - start

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import build
 from engine import Precision, Updater, train_one_epoch
 from errors import UserError
+from loggers.progress import Progress
 from models import DiverseViT
 from options import config
 from utils import seed_everything
-from warmup import compile_model, compile_objective
+from warmup import compile_model
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 1000
@@ -60,24 +61,24 @@ class Recipe:
         self.args = args = config.resolve(["--config", str(ROOT / "configs" / name), *flags])
         seed_everything(args.seed)
         backbone = build.build_backbone(args, CLASSES)
-        self.diversity, _ = build.build_diversity(args, backbone)
-        self.model = DiverseViT(backbone, self.diversity.needs).to(device)
+        diversity, _ = build.build_diversity(args, backbone)
+        self.objective = build.build_objective(args, diversity, CLASSES, device)
+        self.model = DiverseViT(backbone, self.objective.needs).to(device)
         self.precision = Precision(device, args.amp_dtype)
-        self.mixup = build.build_mixup(args, backbone, self.diversity)
-        run_state = build.build_run(args, self.model, self.precision, self.mixup)
-        self.label_loss = build.build_label_loss(args, self.diversity, CLASSES, device)
+        self.mixing = build.build_mixing(args, backbone, diversity)
+        run_state = build.build_run(args, self.model, self.precision, self.mixing)
         self.wrapped: torch.nn.Module = self.model
         self.updater = Updater(run_state.optimizer, self.precision, args.clip_grad, run_state.ema)
         if args.torchcompile:
             compile_model(args.torchcompile, self.model)
-            compile_objective(args.torchcompile, self.label_loss, self.diversity)
+            self.objective.compile(args.torchcompile)
 
     def train(self, batches: Batches) -> None:
         """Through the real loop; the device is done when this returns, since the means are read."""
         with contextlib.redirect_stdout(io.StringIO()):
             train_one_epoch(
-                *(self.wrapped, self.label_loss, self.diversity, batches, self.updater, self.mixup),
-                print_freq=10**9,
+                *(self.wrapped, self.objective, batches, self.updater, self.mixing),
+                progress=Progress("", interval=10**9),
             )
 
 

@@ -40,7 +40,7 @@ from common import (
     timed,
     write,
 )
-from textbook import TEXTBOOK, TextbookLabelLoss
+from textbook import TEXTBOOK
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -106,10 +106,9 @@ class Timm:
 
 def textbook(recipe: Recipe) -> Recipe:
     """The same terms as the equations stand."""
-    for term in recipe.diversity.terms:
+    for term in recipe.objective.diversity.terms:
         ours: Any = term.function
         term.function = partial(TEXTBOOK[term.spec.measure], **ours.keywords)
-    recipe.label_loss = TextbookLabelLoss(recipe.label_loss.mixing)
     return recipe
 
 

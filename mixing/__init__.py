@@ -1,1 +1,51 @@
-"""How images and their labels are mixed."""
+"""How images and their labels are mixed.
+
+A scheme is a `Mixing`: one file here, a line in build.SCHEMES, and, where its loss reads something else than the
+model's own head, a class in models/heads.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+class Labels(Protocol):
+    """The labels of a mixed batch, as the cross-entropy of the images takes them.
+
+    A scheme's own labels have more besides, for the measures that take labels.
+
+    Attributes:
+        own: [B], the class of each image before it was mixed.
+        smoothing: label smoothing e.
+        mixed: whether images of this run are mixed at all.
+    """
+
+    @property
+    def own(self) -> Tensor: ...
+
+    @property
+    def smoothing(self) -> float: ...
+
+    @property
+    def mixed(self) -> bool: ...
+
+    def dense(self, num_classes: int, dtype: torch.dtype = ...) -> Tensor:
+        """The images' labels as probabilities.  [B, K]"""
+
+
+class Mixing(Protocol):
+    """Mixes batches.
+
+    Attributes:
+        random: where all its random numbers come from; a checkpoint keeps its state.
+    """
+
+    random: np.random.RandomState
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        """Images [B, 3, S, S] and class indices [B] -> mixed images [B, 3, S, S] and their labels."""

@@ -9,6 +9,7 @@ per-patch labels. The random draws come in the reference's order from a generato
 
 from __future__ import annotations
 
+import argparse
 from typing import NamedTuple
 
 import numpy as np
@@ -226,6 +227,21 @@ class Mixup:
         covered = (rows[:, :, None] * columns[:, None, :]).flatten(1) / (ph * pw)  # [1 or B, P]
         unboxed = torch.tensor([[1.0 if mix.box else mix.weight] for mix in mixes], dtype=torch.float64)
         return unboxed - covered  # of which one is 1 or the other 0
+
+
+def mixup_from_flags(args: argparse.Namespace, patch_size: tuple[int, int] | None, seed: int) -> Mixup:
+    """Mixup and CutMix as the flags say."""
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=(args.cutmix_minmax[0], args.cutmix_minmax[1]) if args.cutmix_minmax else None,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        patch_size=patch_size,
+        seed=seed,
+    )
 
 
 def _to_device(numbers: Tensor, device: torch.device) -> Tensor:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -24,13 +23,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from errors import BAD_ARGUMENT, UserError
+from errors import BAD_ARGUMENT, UserError, reason
 from models import DiverseViT, find_layout
-from utils import all_reduce, world_size
+from utils import world_size
 
 if TYPE_CHECKING:
-    from engine import Loader
-    from regularizers.weight import Weights
+    from models.capture import Weights
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -79,27 +77,6 @@ def weights_of(model: DiverseViT) -> Weights:
 def _gather(parameter: Tensor) -> Tensor:
     assert isinstance(parameter, DTensor)
     return parameter.full_tensor(grad_placements=[Partial("avg")])
-
-
-def in_step(model: nn.Module, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches; of a sharded model then blank images without targets, until no process has a batch.
-
-    Every process takes part in every forward pass of a sharded model, also where it has fewer samples, or none.
-    """
-    if not isinstance(model, FSDPModule):
-        yield from loader
-        return
-    batches = iter(loader)
-    first = next(batches, None)
-    shape = first[0].shape[1:] if first is not None else (0, 0, 0)
-    sizes = torch.tensor([len(loader), *shape], device=next(model.parameters()).device)
-    most, *image = all_reduce(sizes, dist.ReduceOp.MAX).tolist()
-    if first is not None:
-        yield first
-    yield from batches
-    for _ in range(most - len(loader)):
-        yield torch.zeros(1, *image), torch.zeros(0, dtype=torch.long)
-    model.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,8 +138,8 @@ def check_optimizer(name: str, build: Callable[[nn.Module], Optimizer], device: 
         try:
             agree = _steps_agree(build, device)
         except BAD_ARGUMENT as error:
-            reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
-            raise UserError(f"--opt {name} does not work with --fsdp ({reason}): {advice}") from error
+            first = reason(error).partition(". ")[0]
+            raise UserError(f"--opt {name} does not work with --fsdp ({first}): {advice}") from error
     if not agree:
         raise UserError(f"--opt {name} takes other steps with --fsdp than without it: {advice}")
 

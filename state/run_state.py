@@ -1,4 +1,4 @@
-"""Everything of a run that a checkpoint holds, and the way back: a resumed run is the run that would have been."""
+"""What a checkpoint holds of a run, and the way back: a resumed run gives the uninterrupted run's results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from engine import Finite
+from engine import Running
 from errors import BAD_ARGUMENT, TrainingDiverged, UserError
-from loggers.meters import Meters
+from mixing import Mixing
 from mixing.mixup import Mixup
 from models.capture import DiverseViT
 from models.sharding import optimizer_state, whole
@@ -39,11 +38,11 @@ class RunState:
         model: the unwrapped model.
         optimizer, lr_scheduler, scaler, ema: as trained.
         args: the resolved flags, plain data.
-        mixup: draws from a stream of its own.
+        mixing: draws from a stream of its own.
         epoch: the last finished epoch, -1 before the first.
-        step: steps that are done of the epoch after it.
+        running: where the epoch after it stands.
         max_acc: the best top-1 so far, the last epoch's included.
-        meters, finite: the running epoch's means, and its steps that were not finite.
+        is_best: whether the last epoch was the best so far.
         log: the lines of log.txt.
         samples_per_step: of this process.
         replaced: bool [samples of an epoch], those of this process that stand in for an image that cannot be read.
@@ -56,12 +55,11 @@ class RunState:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     args: dict[str, Any]
-    mixup: Mixup = field(default_factory=Mixup)
+    mixing: Mixing = field(default_factory=Mixup)
     epoch: int = -1
-    step: int = 0
+    running: Running = field(default_factory=Running)
     max_acc: float = 0.0
-    meters: Meters = field(default_factory=Meters)
-    finite: Finite = field(default_factory=Finite)
+    is_best: bool = False
     log: list[str] = field(default_factory=list)
     samples_per_step: int = 0
     replaced: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
@@ -71,9 +69,9 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint's content, on the main process. All processes must ask for it together."""
         own = {
-            "streams": streams(self.device, self.mixup.random),
-            "meters": self.meters.state_dict(),
-            "finite": self.finite.state_dict(),
+            "streams": streams(self.device, self.mixing.random),
+            "meters": self.running.meters.state_dict(),
+            "finite": self.running.finite.state_dict(),
             "replaced": self.replaced[: self.samples].nonzero()[:, 0],
         }
         state = {
@@ -81,7 +79,7 @@ class RunState:
             "optimizer": whole(self.optimizer.state_dict(), is_main()),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": self.epoch,
-            "step": self.step,
+            "step": self.running.step,
             "scaler": self.scaler.state_dict(),
             "args": self.args,
             "max_acc": self.max_acc,
@@ -95,12 +93,13 @@ class RunState:
     @property
     def place(self) -> str:
         """How far the run is, in words."""
-        return f"epoch {self.epoch + 2}, step {self.step}" if self.step else f"epoch {self.epoch + 1}"
+        step = self.running.step
+        return f"epoch {self.epoch + 2}, step {step}" if step else f"epoch {self.epoch + 1}"
 
     @property
     def samples(self) -> int:
         """Those of this process that the running epoch's steps took."""
-        return self.step * self.samples_per_step
+        return self.running.step * self.samples_per_step
 
     def count_bad_images(self) -> int:
         """How often all processes have replaced an image that cannot be read, in the running epoch."""
@@ -132,7 +131,7 @@ class RunState:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
-            self.epoch, self.step = int(state["epoch"]), int(state.get("step", 0))
+            self.epoch, self.running.step = int(state["epoch"]), int(state.get("step", 0))
             self.max_acc = float(state.get("max_acc", 0.0))
             self.log = [str(line) for line in state.get("log", [])]
             self.resumed = True
@@ -155,11 +154,11 @@ class RunState:
         elif len(processes) == world_size():
             own = processes[rank()]
             self._streams = own["streams"]
-            self.meters.load_state_dict(own["meters"])
-            self.finite.load_state_dict(own["finite"])
+            self.running.meters.load_state_dict(own["meters"])
+            self.running.finite.load_state_dict(own["finite"])
             if len(self.replaced):  # --skip-bad-images is still on
                 self.replaced[own["replaced"]] = True
-        elif self.step:
+        elif self.running.step:
             raise UserError(
                 f"{path} was written in the middle of an epoch by {len(processes)} processes, not {world_size()}: "
                 "resume with as many, or from a checkpoint of a whole epoch"
@@ -170,18 +169,8 @@ class RunState:
     def restore_streams(self) -> None:
         """Put the random streams back to where the checkpoint left them."""
         if self._streams is not None:
-            set_streams(self._streams, self.device, self.mixup.random)
+            set_streams(self._streams, self.device, self.mixing.random)
             self._streams = None
-
-    def adopt_log(self, path: Path) -> None:
-        """Set the log of an earlier run aside; but go on with it if this run continues a file without a log."""
-        if not path.exists():
-            return
-        if not self.resumed:
-            path.replace(path.with_name("log.old.txt"))
-        elif not self.log:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.log = [line for line in lines if json.loads(line)["epoch"] <= self.epoch]
 
     def check_weights(self) -> None:
         """Raise TrainingDiverged if a weight is not finite: a gradient was not, although the loss was."""
@@ -200,21 +189,27 @@ class RunState:
 
     def finish_epoch(
         self, trained: Mapping[str, float], tested: Mapping[str, float], averaged: Mapping[str, float]
-    ) -> bool:
-        """Step the schedule and add the epoch to the log; whether it is the best so far."""
-        self.epoch, self.step = self.epoch + 1, 0
-        self.meters, self.finite.dropped = Meters(), 0
+    ) -> dict[str, Any]:
+        """Step the schedule and add the epoch to the log.
+
+        Args:
+            trained, tested, averaged: what training, the model's evaluation and that of its EMA gave; averaged is
+                empty without an EMA.
+        Returns: the epoch's line of log.txt.
+        """
+        self.epoch += 1
+        self.running.begin_epoch()
         self.replaced.zero_()
         self.lr_scheduler.step(self.epoch, tested["acc1"])
-        best = tested["acc1"] > self.max_acc
+        self.is_best = tested["acc1"] > self.max_acc
         self.max_acc = max(self.max_acc, tested["acc1"])
-        line: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
-        line |= {f"test_{name}": value for name, value in tested.items()}
-        line |= {f"ema_test_{name}": value for name, value in averaged.items()}
+        record: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
+        record |= {f"test_{name}": value for name, value in tested.items()}
+        record |= {f"ema_test_{name}": value for name, value in averaged.items()}
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        line |= {"max_acc": self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
-        self.log.append(json.dumps(line))
-        return best
+        record |= {"max_acc": self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
+        self.log.append(json.dumps(record))
+        return record
 
     def _compare_args(self, saved: Any, step: int, path: str) -> None:
         """Refuse what cannot change; say which other flags the checkpoint's state overrules."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Saver:
         keep: how many of the latest checkpoints stay.
         steps: steps between checkpoints within an epoch; 0: none.
         minutes: minutes between checkpoints; 0: none.
+        eval_batches: batches of an evaluation that every process has; only after these can it be stopped.
     """
 
     SAVE, STOP = 1, 2
@@ -39,6 +41,7 @@ class Saver:
         keep: int = 1,
         steps: int = 0,
         minutes: float = 0.0,
+        eval_batches: int = 0,
     ) -> None:
         self.run_state = run_state
         self.folder = folder
@@ -46,6 +49,8 @@ class Saver:
         self.keep = keep
         self.steps = steps
         self.minutes = minutes
+        self.eval_batches = eval_batches
+        run_state.running.finite.own_wish = self.wish
         self._last = time.monotonic()
         self._vote = Vote()
 
@@ -54,39 +59,39 @@ class Saver:
         late = self.minutes > 0 and is_main() and time.monotonic() - self._last >= 60 * self.minutes
         return self.STOP if self.signals.received else self.SAVE if late else 0
 
-    def after_step(self, step: int, wish: int) -> None:
+    def after_step(self, step: int) -> None:
         """Do what any process wished for, after a training step.
 
         Raises:
             Interrupted: a signal asked the run to stop; it is saved.
         """
-        self.run_state.step = step
+        wish = self.run_state.running.finite.wish
         if wish or (self.steps and step % self.steps == 0):
             self.save()
         if wish == self.STOP:
             self._stop()
 
-    def after_batch(self) -> None:
+    def after_batch(self, batch: int) -> None:
         """Stop for a signal during the evaluation, one batch after it came; the epoch's steps are all done.
-
-        All processes must call this equally often.
 
         Raises:
             Interrupted: as in `after_step`.
         """
+        if batch > self.eval_batches:
+            return
         wish = self._agreed()
         self._ask()
         if wish == self.STOP:
             self.save()
             self._stop()
 
-    def after_epoch(self, best: bool) -> None:
+    def after_epoch(self, record: Mapping[str, Any]) -> None:
         """Save the state of a finished epoch, as the best one too if it is.
 
         Raises:
             Interrupted: as in `after_step`.
         """
-        self.save(best)
+        self.save(self.run_state.is_best)
         self._ask()
         if self._agreed() == self.STOP:
             self._stop()
@@ -117,7 +122,6 @@ class Saver:
         if best:
             checkpoint.save(state, self.folder / "checkpoint_best.pth")
         checkpoint.save(state, self.folder / "checkpoint.pth", keep=self.keep)
-        checkpoint.write_text("".join(f"{line}\n" for line in self.run_state.log), self.folder / "log.txt")
 
     def _stop(self) -> None:
         where = f"stopped by a signal after {self.run_state.place}"

@@ -17,11 +17,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import build
-from engine import Finite, Precision, Updater, evaluate, train_one_epoch, unwrap
+from engine import Finite, Precision, Running, Updater, evaluate, train_one_epoch, unwrap
 from errors import TrainingDiverged
-from losses import LabelLoss
+from losses import Objective
 from mixing.mixup import Mixup
-from models import DiverseViT, build_model
+from models import DiverseViT, Needs, build_model
 from regularizers import Diversity, parse_spec
 from utils import find_launch, init_distributed
 from warmup import compile_model
@@ -29,6 +29,11 @@ from warmup import compile_model
 CPU = Precision(torch.device("cpu"))
 TWICE = "patch.gradient_diversity=1e-2"  # differentiates twice, at a tensor of which static_graph hands out a copy
 EMA_DECAY = 0.75
+
+
+def plain() -> Mixup:
+    """Images as they are, with labels for their patches."""
+    return Mixup(0, 0, patch_size=(8, 8))
 
 
 def gradients(
@@ -40,7 +45,7 @@ def gradients(
     torch.manual_seed(100 + rank)
     batch = random_batch(seed=rank)
     updater = Updater(optimizer, CPU, ema=ema)
-    train_one_epoch(model, LabelLoss(diversity.mixing), diversity, [(batch[0].double(), batch[1])], updater, mixup)
+    train_one_epoch(model, Objective(diversity=diversity), [(batch[0].double(), batch[1])], updater, mixup)
     return {name: p.grad.clone() for name, p in unwrap(model).backbone.named_parameters()}
 
 
@@ -73,7 +78,7 @@ def check_accumulation(model: DiverseViT, diversity: Diversity, rank: int) -> No
     for network in (wrapped, copy.deepcopy(model)):
         torch.manual_seed(rank)  # CNO's probes
         updater = Updater(torch.optim.SGD(network.parameters(), lr=0.0), CPU, accumulate=2)
-        train_one_epoch(network, LabelLoss(0), diversity, batches, updater, Mixup(0, 0))
+        train_one_epoch(network, Objective(diversity=diversity), batches, updater, plain())
         found.append({name: p.grad.clone() for name, p in unwrap(network).backbone.named_parameters()})
     together, alone = found
     for name, grad in alone.items():
@@ -86,6 +91,7 @@ def check_faults(wrapped: torch.nn.Module, model: DiverseViT, diversity: Diversi
     """A NaN in one term of one process drops the step in both; a process without samples still evaluates."""
     batches = [(random_batch(seed=10 * step + rank)[0].double(), random_batch()[1]) for step in range(3)]
     start = copy.deepcopy(model.backbone.state_dict())
+    objective = Objective(diversity=diversity)
     broken, whole = diversity.terms[1], diversity.terms[1].of_batch
 
     def train(steps: list[int], planted: int | None, finite: Finite) -> dict[str, torch.Tensor]:
@@ -101,7 +107,7 @@ def check_faults(wrapped: torch.nn.Module, model: DiverseViT, diversity: Diversi
 
         broken.of_batch = of_batch
         chosen = [batches[step] for step in steps]
-        train_one_epoch(wrapped, LabelLoss(0), diversity, chosen, updater, Mixup(0, 0), finite=finite)
+        train_one_epoch(wrapped, objective, chosen, updater, plain(), Running(finite=finite))
         return {**copy.deepcopy(model.backbone.state_dict()), **dict(ema.module.named_parameters(prefix="ema"))}
 
     watch = Finite(patience=2)
@@ -126,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(launch.rank)  # processes start apart, as in main.py; DDP makes them equal
     specs = RECIPE if args.static_graph or args.torchcompile else (*RECIPE, TWICE)
     diversity, together_terms = (Diversity([parse_spec(spec) for spec in specs], depth=3) for _ in range(2))
-    model = DiverseViT(build_model("deit_tiny_patch16_224", **TINY), diversity.needs).double()
+    model = DiverseViT(build_model("deit_tiny_patch16_224", **TINY), Needs(**diversity.needs)).double()
     if args.grad_checkpointing:
         build.use_grad_checkpointing(model.backbone)
     if args.torchcompile:

@@ -15,15 +15,15 @@ from conftest import RECIPE, TINY, random_batch
 from families import FAMILIES, build
 
 from build import use_grad_checkpointing
-from engine import Precision, Updater, objective
+from engine import Precision, Updater, terms_of_batch
 from errors import UserError
-from losses import LabelLoss
+from losses import LabelLoss, Objective
 from mixing.mixup import Mixup
-from models import DiverseViT, build_model, find_layout
+from models import DiverseViT, Needs, build_model, find_layout
 from regularizers import MEASURES, Diversity, Term, parse_spec, total
 from regularizers.specs import all_names
 from utils import set_streams, streams
-from warmup import compile_model, compile_objective, warm_up
+from warmup import Batches, compile_model, warm_up
 
 SPECS = ("patch.cosine@first,all=0.5", "weight.so:v=1e-3")
 STEPS = 3
@@ -64,7 +64,7 @@ def compare(name: str, backend: str = "aot_eager", checkpointing: bool = False) 
     specs += ["patch.mixing=1"] if family.classifies else []
     backbone = build(name)
     diversity = Diversity([parse_spec(spec) for spec in specs], find_layout(backbone).depth)
-    eager = DiverseViT(backbone, diversity.needs)
+    eager = DiverseViT(backbone, Needs(**diversity.needs))
     compiled = copy.deepcopy(eager)
     if checkpointing:
         use_grad_checkpointing(compiled.backbone)
@@ -107,7 +107,7 @@ def test_what_cannot_be_compiled_is_refused():
         compile_model("inductr", DiverseViT(backbone))
     twice = Diversity([parse_spec("patch.gradient_diversity=1")], 3, patches_reach_label=True)
     with pytest.raises(UserError, match="differentiates twice, which compiled models cannot"):
-        compile_objective("inductor", LabelLoss(), twice)
+        Objective(diversity=twice).compile("inductor")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,17 +173,17 @@ def test_a_compiled_label_loss(tiny, mixing, kind, distilled):
     if distilled != "none":
         model.backbone.set_distilled_training(True)
     mixup = Mixup(0.8 * (kind == "mixup"), 0, smoothing=0.1 * (kind != "plain"), patch_size=(8, 8))
-    label_loss = LabelLoss(diversity.mixing, teacher, distilled)
+    objective = Objective(LabelLoss(teacher, distilled), diversity)
     images, targets = random_batch(pixels=32)
     images, labels = mixup(images.double(), targets)
 
     def compute() -> list[torch.Tensor | None]:
         captured = model(images)
-        terms = label_loss(captured, labels, label_loss.ask_teacher(images))
+        terms = objective(captured, labels, objective.ask_teacher(images))
         wanted = [captured.logits, captured.patch_logits, captured.dist_logits]
         return differentiated(terms, [logits for logits in wanted if logits is not None])
 
-    compare_compiled(compute, lambda: label_loss.compile("aot_eager"), count=1 + (distilled != "none"))
+    compare_compiled(compute, lambda: objective.compile("aot_eager"), count=1 + (distilled != "none"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,15 +195,14 @@ def test_warming_up_leaves_no_trace_and_nothing_to_compile(tiny):
     norm = torch.nn.BatchNorm1d(24)  # whose statistics a pass would move
     model.backbone.norm_pre = torch.nn.Sequential(Transposed(), norm, Transposed())
     measure = Diversity([parse_spec("attn.pairwise_cosine@all=1")], 3)
-    model = DiverseViT(model.backbone, diversity.needs, measure.needs)
+    model = DiverseViT(model.backbone, Needs(**diversity.needs), Needs(**measure.needs))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     updater, mixup = Updater(optimizer, CPU), Mixup(prob=0.6, patch_size=(8, 8))
-    label_loss = LabelLoss(diversity.mixing)
+    objective = Objective(diversity=diversity)
     compile_model("aot_eager", model)
-    compile_objective("aot_eager", label_loss, diversity)
-    parts = model, label_loss, diversity, measure, updater, mixup
+    objective.compile("aot_eager")
     before = copy.deepcopy(model.state_dict()), draws(mixup)
-    seconds = warm_up(*parts, image_size=32, train_batch=4, test_batches=[6, 5])
+    seconds = warm_up(model, objective, measure, updater, mixup, Batches(32, 4, [6, 5]))
     torch.testing.assert_close((model.state_dict(), draws(mixup)), before, rtol=0, atol=0)
     assert not optimizer.state
     assert seconds > 0 and all(p.grad is None for p in model.parameters())
@@ -212,21 +211,21 @@ def test_warming_up_leaves_no_trace_and_nothing_to_compile(tiny):
     assert made == 5  # training and evaluation of the model, label loss, terms of the batch, terms of the weights
     for seed in range(6):  # mixed by Mixup, by CutMix and not at all
         model.train()
-        terms = objective(model, label_loss, diversity, random_batch(4, seed=seed), mixup, updater)
-        (total(terms) + total(diversity.of_weights(model.weights))).backward()
+        terms = terms_of_batch(model, objective, random_batch(4, seed=seed), mixup, updater)
+        (total(terms) + total(objective.of_weights(model.weights))).backward()
     model.eval()
     with torch.no_grad():
         for size in (6, 5, 6):
-            model(random_batch(size)[0], needs=measure.needs)
+            model(random_batch(size)[0], needs=Needs(**measure.needs))
     assert graphs() == made
     assert norm.running_mean.any()  # these passes did move the statistics
 
 
 def draws(mixup: Mixup) -> tuple[float, ...]:
     """What the random streams would give next; they stay where they are."""
-    state = streams(CPU.device, mixup)
+    state = streams(CPU.device, mixup.random)
     found = random.random(), np.random.rand(), torch.rand(()).item(), mixup.random.rand()
-    set_streams(state, CPU.device, mixup)
+    set_streams(state, CPU.device, mixup.random)
     return found
 
 

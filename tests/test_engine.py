@@ -17,11 +17,13 @@ from torch import nn
 
 import build
 import main
-from engine import Finite, Precision, Updater, evaluate, train_one_epoch
+from datasets import build_dataset
+from engine import Finite, Precision, Running, Updater, evaluate, train_one_epoch
 from errors import TrainingDiverged, UserError
-from losses import LabelLoss
+from loggers.progress import Progress
+from losses import Objective
 from mixing.mixup import Mixup
-from models import DiverseViT
+from models import DiverseViT, Needs
 from options import config
 from regularizers import Diversity, parse_spec
 from state.run_state import RunState
@@ -38,6 +40,13 @@ def adamw(model: DiverseViT, lr: float = 1e-3) -> torch.optim.Optimizer:
     return create_optimizer_v2(model.backbone, opt="adamw", lr=lr, weight_decay=0.05)
 
 
+class Watcher:
+    """Notes the steps that it is told of."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.after_step = seen.append
+
+
 def no_mixing(smoothing: float = 0.0) -> Mixup:
     return Mixup(0, 0, smoothing=smoothing)
 
@@ -51,7 +60,7 @@ def test_empty_objective_is_plain_deit(tiny, kind):
     """Bit for bit what an ordinary loop over the stock timm model gives, dropout and drop path on."""
     model, diversity = tiny(drop_path_rate=0.3, pos_drop_rate=0.1)
     stock = copy.deepcopy(model.backbone)
-    assert isinstance(model.backbone, type(stock)) and not diversity.needs
+    assert isinstance(model.backbone, type(stock)) and not Needs(**diversity.needs)
     mixup = (
         Mixup(0.8, 0, smoothing=0.1, seed=7) if kind == "mixup" else no_mixing(0.1 if kind == "smoothing" else 0)
     )
@@ -62,7 +71,7 @@ def test_empty_objective_is_plain_deit(tiny, kind):
     }[kind]
     updater = Updater(adamw(model), CPU, ema=ModelEmaV3(model, decay=0.9))
     torch.manual_seed(11)
-    means = train_one_epoch(model, LabelLoss(), diversity, batches(), updater, mixup)
+    means = train_one_epoch(model, Objective(diversity=diversity), batches(), updater, mixup)
     assert set(means) == {"loss", "ce", "lr", "dropped"} and means["loss"] == means["ce"]
 
     optimizer = create_optimizer_v2(stock, opt="adamw", lr=1e-3, weight_decay=0.05)
@@ -93,9 +102,7 @@ def test_empty_objective_is_plain_deit(tiny, kind):
 def test_means_are_named_terms(tiny):
     model, diversity = tiny(*RECIPE)
     mixup = Mixup(patch_size=(8, 8))
-    means = train_one_epoch(
-        model, LabelLoss(diversity.mixing), diversity, batches(), Updater(adamw(model), CPU), mixup
-    )
+    means = train_one_epoch(model, Objective(diversity=diversity), batches(), Updater(adamw(model), CPU), mixup)
     coefs = {spec.name: spec.coef for spec in map(parse_spec, RECIPE)}
     label = (means["ce"] + 16 * means["patch.mixing"]) / 17
     rest = sum(coefs[name] * means[name] for name in coefs if name != "patch.mixing")
@@ -109,7 +116,9 @@ def test_fine_tuning_mode_switches_dropout_off(tiny):
     model.backbone.blocks[2].register_forward_hook(lambda module, args, out: seen.append(module.training))
     for mode in (True, False):
         updater = Updater(adamw(model), CPU)
-        means = train_one_epoch(model, LabelLoss(), diversity, batches(1), updater, no_mixing(), training_mode=mode)
+        means = train_one_epoch(
+            model, Objective(diversity=diversity), batches(1), updater, no_mixing(), training_mode=mode
+        )
         assert "patch.cosine@last" in means  # captured in evaluation mode too
     assert seen == [True, False]
 
@@ -127,7 +136,7 @@ def test_clip_grad_bounds_the_step(tiny):
 
     for clip in (None, 0.01):
         updater = Updater(Spy(model.parameters(), lr=0.0), CPU, clip_grad=clip)
-        train_one_epoch(model, LabelLoss(), diversity, batches(1), updater, no_mixing())
+        train_one_epoch(model, Objective(diversity=diversity), batches(1), updater, no_mixing())
     assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
@@ -142,25 +151,35 @@ def test_diverged_loss_names_the_first_term(tiny):
     diversity.terms[1].function = breaks_later
     updater = Updater(adamw(model), CPU)
     with pytest.raises(TrainingDiverged, match=r"3 step\(s\) in a row up to step 4; .* to break was attn.cosine@0"):
-        train_one_epoch(model, LabelLoss(), diversity, batches(9), updater, no_mixing(), finite=Finite(patience=3))
+        train_one_epoch(
+            model,
+            Objective(diversity=diversity),
+            batches(9),
+            updater,
+            no_mixing(),
+            Running(finite=Finite(patience=3)),
+        )
     calls.clear()
     with pytest.raises(TrainingDiverged, match=r"1 step\(s\) in a row up to step 2"):
-        train_one_epoch(model, LabelLoss(), diversity, batches(9), updater, no_mixing(), finite=Finite("stop"))
+        train_one_epoch(
+            model, Objective(diversity=diversity), batches(9), updater, no_mixing(), Running(finite=Finite("stop"))
+        )
 
 
+@pytest.mark.parametrize("split", [2, 4])
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_four_batches_of_32_are_one_of_128(tiny, clip):
+def test_several_batches_are_one_of_128(tiny, clip, split):
     """Gradient, clipping, EMA and means; with terms of every kind, of which those of weights count once."""
     specs = [*RECIPE, "patch.gradient_diversity=0.1", "patch.mgd=1e-3", "weight.so=1e-4"]
     images, targets = random_batch(128)
     found = []
-    for split in (1, 4):
+    for count in (1, split):
         model, diversity = tiny(*specs)
-        updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, clip, ModelEmaV3(model, 0.5), split)
-        parts = list(zip(images.chunk(split), targets.chunk(split), strict=True))
+        updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, clip, ModelEmaV3(model, 0.5), count)
+        parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))
         torch.manual_seed(5)  # CNO's probes
         means = train_one_epoch(
-            *(model, LabelLoss(diversity.mixing), diversity, parts, updater),
+            *(model, Objective(diversity=diversity), parts, updater),
             Mixup(0, 0, smoothing=0.1, patch_size=(8, 8)),
         )
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -177,10 +196,10 @@ def test_batches_that_make_no_whole_step_are_left_out(tiny):
     seen = []
     updater = Updater(torch.optim.SGD(model.parameters(), 0.1), CPU, accumulate=3)
     train_one_epoch(
-        *(model, LabelLoss(), diversity, batches(8), updater, no_mixing()),
-        after_step=lambda *step: seen.append(step),
+        *(model, Objective(diversity=diversity), batches(8), updater, no_mixing()),
+        observers=[Watcher(seen)],
     )
-    assert seen == [(1, 0), (2, 0)]
+    assert seen == [1, 2]
 
 
 def test_no_step_waits_for_the_device(tiny, monkeypatch):
@@ -202,7 +221,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch):
     for steps in (6, 12):
         reads.clear()
         train_one_epoch(
-            model, LabelLoss(diversity.mixing), diversity, batches(steps), updater, mixup, print_freq=100
+            model, Objective(diversity=diversity), batches(steps), updater, mixup, progress=Progress("", 100)
         )
         counts.append(len(reads))
     assert counts[0] == counts[1]  # only the end of the epoch reads
@@ -217,12 +236,11 @@ def test_diversity_runs_in_float32_outside_autocast(tiny, dtype):
     with precision.autocast():
         captured = model(images)
     assert captured.attention[0].dtype == captured.logits.dtype == getattr(torch, dtype)
-    terms = LabelLoss(diversity.mixing)(captured, labels) | diversity(captured, model.weights)
+    objective = Objective(diversity=diversity)
+    terms = objective(captured, labels) | objective.of_weights(model.weights)
     assert {term.value.dtype for term in terms.values()} == {torch.float32}
     updater = Updater(adamw(model), precision)
-    means = train_one_epoch(
-        model, LabelLoss(diversity.mixing), diversity, batches(), updater, Mixup(patch_size=(8, 8))
-    )
+    means = train_one_epoch(model, Objective(diversity=diversity), batches(), updater, Mixup(patch_size=(8, 8)))
     assert math.isfinite(means["loss"])
 
 
@@ -236,7 +254,7 @@ def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
         block.attn.fused_attn = False
     optimizer = build.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing()).optimizer
     with pytest.warns(UserWarning, match="create_graph=True"):
-        train_one_epoch(model, LabelLoss(), diversity, batches(2), Updater(optimizer, CPU), no_mixing())
+        train_one_epoch(model, Objective(diversity=diversity), batches(2), Updater(optimizer, CPU), no_mixing())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,9 +283,9 @@ def test_recipe_trains_on_a_gpu(tiny, dtype):
     updater = Updater(adamw(model), Precision(device, dtype), clip_grad=5.0, ema=ModelEmaV3(model))
     data = batches(1) * 30
     mixup = Mixup(0, 0, patch_size=(8, 8))
-    first = train_one_epoch(model, LabelLoss(1.0), diversity, data[:1], updater, mixup)
-    train_one_epoch(model, LabelLoss(1.0), diversity, data, updater, mixup)
-    last = train_one_epoch(model, LabelLoss(1.0), diversity, data[:1], updater, mixup)
+    first = train_one_epoch(model, Objective(diversity=diversity), data[:1], updater, mixup)
+    train_one_epoch(model, Objective(diversity=diversity), data, updater, mixup)
+    last = train_one_epoch(model, Objective(diversity=diversity), data[:1], updater, mixup)
     assert last["loss"] < first["loss"]
 
 
@@ -280,7 +298,7 @@ def test_gpu_step_equals_cpu_step_in_float32(tiny):
         model.to(name)
         updater = Updater(adamw(model), Precision(torch.device(name), "float32"))
         mixup = Mixup(patch_size=(8, 8))
-        losses.append(train_one_epoch(model, LabelLoss(1.0), diversity, batches(), updater, mixup)["loss"])
+        losses.append(train_one_epoch(model, Objective(diversity=diversity), batches(), updater, mixup)["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -291,7 +309,7 @@ def test_gpu_step_equals_cpu_step_in_float32(tiny):
 def test_evaluation_counts_every_sample_once(tiny):
     model, _ = tiny()
     measure = Diversity([parse_spec("patch.pairwise_cosine@last=1"), parse_spec("weight.cno=1")], depth=3)
-    model = DiverseViT(model.backbone, measured=measure.needs)
+    model = DiverseViT(model.backbone, measured=Needs(**measure.needs))
     data = [random_batch(size, seed=size) for size in (5, 5, 3, 1)]
     state = torch.get_rng_state()
     results = evaluate(model, data, CPU, measure)
@@ -300,7 +318,7 @@ def test_evaluation_counts_every_sample_once(tiny):
     images, targets = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
     with torch.no_grad():
         logits = model.backbone(images)
-        shown = model(images, needs=measure.needs)
+        shown = model(images, needs=Needs(**measure.needs))
     assert results["acc1"] == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
     assert results["acc5"] == 100.0  # five classes
     assert results["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -309,6 +327,19 @@ def test_evaluation_counts_every_sample_once(tiny):
     expected = (gram.sum((1, 2)) - 16).mean() / (16 * 15)
     assert results["patch.pairwise_cosine@last"] == pytest.approx(expected.item(), rel=1e-5)
     assert results["weight.cno@all"] > 0
+
+
+@pytest.mark.parametrize("classes", [3, 5, 6, 30])
+def test_top_1_and_top_5(tiny, classes):
+    """Against ranks counted one by one; with at most five classes every image is among the first five."""
+    model, _ = tiny(num_classes=classes)
+    images, targets = random_batch(40, classes=classes)
+    results = evaluate(model, [(images[:25], targets[:25]), (images[25:], targets[25:])], CPU)
+    with torch.no_grad():
+        logits = model.backbone.eval()(images).tolist()
+    ranks = [sum(other > row[label] for other in row) for row, label in zip(logits, targets.tolist(), strict=True)]
+    assert results["acc1"] == pytest.approx(100 * sum(rank < 1 for rank in ranks) / 40)
+    assert results["acc5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 40)
 
 
 def test_evaluation_of_a_distilled_student_averages_its_heads(tiny):
@@ -331,27 +362,24 @@ def run_args(*argv: str):
     return config.resolve(["--data-set", "DIGITS", "--device", "cpu", *argv])
 
 
-def rates(*argv: str, world: int = 1, monkeypatch=None) -> list[float]:
+def rates(*argv: str) -> list[float]:
     """The learning rate of every epoch, through main's own schedule and loop."""
-    args = run_args(*argv)
-    model = DiverseViT(nn.Linear(2, 2))
-    run_state = build.build_run(args, model, CPU, no_mixing())
+    args = run_args("--input-size", "16", "--num_workers", "0", *argv)
     seen = []
 
-    def train_epoch(wrapped, updater, saver):
+    def train_one_epoch(wrapped, objective, loader, updater, *others, **options):
         seen.append(updater.optimizer.param_groups[0]["lr"])
         return {"loss": 0.0}
 
-    main.train(
-        args,
-        run_state,
-        CPU,
-        lambda wrapped, updater: None,
-        train_epoch,
-        lambda network, saver: {"acc1": 0.0, "acc5": 0.0, "loss": 0.0},
-        1,
-        Signals(),
-    )
+    def evaluate(*given, **options):
+        return {"acc1": 0.0, "acc5": 0.0, "loss": 0.0}
+
+    val_set, _ = build_dataset(False, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "train_one_epoch", train_one_epoch)
+        patch.setattr(main, "evaluate", evaluate)
+        model = DiverseViT(nn.Linear(2, 2))
+        main.train(args, model, Objective(), Diversity([], 0), val_set, CPU, Signals())
     return seen
 
 

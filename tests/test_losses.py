@@ -17,11 +17,11 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from errors import UserError
-from losses import LabelLoss, cross_entropy, distillation
+from losses import LabelLoss, Objective, cross_entropy, distillation
 from mixing.mixup import Labels, Mixup
 from models import Captured
-from regularizers import measures, total
-from regularizers.patch import mixing
+from regularizers import Diversity, parse_spec, primitives, total
+from regularizers.measures import mixing
 
 BATCH, PATCHES, CLASSES = 4, 6, 5
 
@@ -140,7 +140,7 @@ def test_mixing_of_a_mixed_batch() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 24, 100])
 def test_mixing_in_chunks_twice_differentiable(monkeypatch, rows: int) -> None:
     """Of 24 patches some at a time; gradient diversity differentiates this term twice."""
-    monkeypatch.setattr(measures, "MAX_ELEMENTS", rows * CLASSES)
+    monkeypatch.setattr(primitives, "MAX_ELEMENTS", rows * CLASSES)
     labels, patch_logits = make_labels(), draw(BATCH, PATCHES, CLASSES)
     expected = sum(dense_patch_losses(patch_logits, labels)) / PATCHES
     torch.testing.assert_close(mixing(patch_logits, labels), expected, rtol=1e-10, atol=0)
@@ -176,7 +176,12 @@ def test_mixing_with_large_logits_is_finite() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# LabelLoss
+# The objective's label terms
+
+
+def objective(c: float, label_loss: LabelLoss | None = None) -> Objective:
+    """With the mixing loss at coefficient c."""
+    return Objective(label_loss, Diversity([parse_spec(f"patch.mixing={c}")], depth=2))
 
 
 @pytest.mark.parametrize("c", [0.0, 0.25, 1.0, 3.0])
@@ -185,7 +190,7 @@ def test_label_loss(c: float, mixed: bool) -> None:
     """(CE_cls + c sum_p CE_p) / (1 + c P): plain cross-entropy at c = 0, the reference's mean at c = 1."""
     labels = make_labels(mixed=mixed)
     logits, patch_logits = draw(BATCH, CLASSES), draw(BATCH, PATCHES, CLASSES, seed=1)
-    terms = LabelLoss(c)(captured(logits, patch_logits), labels)
+    terms = objective(c)(captured(logits, patch_logits), labels)
     image = dense_image_loss(logits, labels)
     each = dense_patch_losses(patch_logits, labels)
     torch.testing.assert_close(terms["ce"].value, image)  # terms are logged undivided
@@ -195,7 +200,7 @@ def test_label_loss(c: float, mixed: bool) -> None:
     expected = expected / (1 + c * PATCHES)
     torch.testing.assert_close(total(terms), expected, rtol=1e-12, atol=0)
     if c == 0:
-        assert list(terms) == ["ce"] and terms["ce"].weight == 1
+        assert list(terms) == ["ce"] and terms["ce"].coef == 1
         torch.testing.assert_close(total(terms), cross_entropy(logits, labels), rtol=0, atol=0)
     else:
         assert list(terms) == ["ce", "patch.mixing"]
@@ -212,7 +217,7 @@ def test_shares_of_the_label_loss_sum_to_one() -> None:
     """One unit of loss, however it is divided: a uniform prediction always costs log K."""
     labels, zeros = make_labels(), torch.zeros(BATCH, PATCHES, CLASSES, dtype=torch.float64)
     for c in (0.0, 0.5, 1.0):
-        value = total(LabelLoss(c)(captured(zeros[:, 0], zeros), labels))
+        value = total(objective(c)(captured(zeros[:, 0], zeros), labels))
         assert value.item() == pytest.approx(math.log(CLASSES), rel=1e-12)
 
 
@@ -267,7 +272,7 @@ class Teacher(nn.Module):
 def test_label_loss_with_a_teacher(kind: str, a: float, c: float) -> None:
     """(1 - a) L_label + a L_distillation, of the distillation token; the teacher learns nothing."""
     teacher, labels = Teacher(), make_labels()
-    loss = LabelLoss(c, teacher, kind, alpha=a, tau=2.0)
+    loss = objective(c, LabelLoss(teacher, kind, alpha=a, tau=2.0))
     student = [draw(BATCH, CLASSES, seed=1), draw(BATCH, CLASSES, seed=2)]
     patch_logits = draw(BATCH, PATCHES, CLASSES, seed=3) if c else None
     seen = captured(student[0], patch_logits, student[1])
@@ -275,7 +280,7 @@ def test_label_loss_with_a_teacher(kind: str, a: float, c: float) -> None:
     answer = loss.ask_teacher(draw(BATCH, 3, 4, 4, seed=4).detach())
     assert answer is not None and not answer.requires_grad and teacher.calls == [False]
     terms = loss(seen, labels, answer)
-    label = total(LabelLoss(c)(seen, labels)).item()
+    label = total(objective(c)(seen, labels)).item()
     formula = {
         "soft": reference.soft_distillation(student[1], answer, 2.0),
         "hard": reference.hard_distillation(student[1], answer),
@@ -293,13 +298,13 @@ def test_label_loss_with_a_teacher(kind: str, a: float, c: float) -> None:
 @pytest.mark.parametrize("arguments", [{}, {"teacher": Teacher()}, {"distillation_type": "soft"}], ids=str)
 def test_no_distillation_without_a_teacher_and_a_type(arguments: dict[str, Any]) -> None:
     """The whole weight stays with the labels."""
-    loss, labels = LabelLoss(alpha=0.5, **arguments), make_labels()
+    loss, labels = Objective(LabelLoss(alpha=0.5, **arguments)), make_labels()
     assert loss.ask_teacher(torch.zeros(BATCH, 3, 4, 4, dtype=torch.float64)) is None
     terms = loss(captured(), labels, None)
-    assert list(terms) == ["ce"] and terms["ce"].weight == 1
+    assert list(terms) == ["ce"] and terms["ce"].coef == 1
 
 
 def test_a_student_without_distillation_token_is_refused() -> None:
-    loss = LabelLoss(teacher=Teacher(), distillation_type="hard")
+    loss = Objective(LabelLoss(teacher=Teacher(), distillation_type="hard"))
     with pytest.raises(UserError, match=r"needs a student with a distillation token: .* --model deit_"):
         loss(captured(), make_labels(), draw(BATCH, CLASSES))

@@ -21,11 +21,12 @@ import engine
 import main
 from engine import Finite, Precision, Updater, train_one_epoch
 from errors import Interrupted, TrainingDiverged, UserError
-from losses import LabelLoss
+from loggers.text import read_lines, set_aside
+from losses import Objective
 from mixing.mixup import Mixup
 from options import config
 from state import checkpoint
-from state import run_state as run_state_module
+from state import saver as saver_module
 from state.run_state import RunState
 from state.saver import Saver
 from utils import Signals, set_streams, streams
@@ -71,7 +72,7 @@ def test_streams_go_on_where_they_were():
     mixup.random.standard_normal()
     np.random.standard_normal()  # leaves half a pair behind, which is part of the state
     random.gauss(0, 1)
-    state = streams(CPU.device, mixup)
+    state = streams(CPU.device, mixup.random)
 
     def draws(source: Mixup) -> list[float]:
         numbers = [random.gauss(0, 1), np.random.standard_normal(), torch.rand(()).item(), torch.randn(()).item()]
@@ -79,7 +80,7 @@ def test_streams_go_on_where_they_were():
 
     expected = draws(mixup)
     assert draws(mixup) != expected
-    set_streams(state, CPU.device, other)
+    set_streams(state, CPU.device, other.random)
     assert draws(other) == expected
 
 
@@ -89,12 +90,12 @@ def test_streams_go_on_where_they_were():
 
 def test_minutes_between_checkpoints(make_run, tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run_state_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saver_module.time, "monotonic", lambda: now[0])
     saver = Saver(make_run(), tmp_path, Signals(), minutes=2.0)
     saved = []
     for step in range(1, 8):
         now[0] += 50.0
-        saver.after_step(step, saver.wish())
+        end_step(saver, step)
         if (tmp_path / "checkpoint.pth").exists():
             saved.append(step)
             (tmp_path / "checkpoint.pth").unlink()
@@ -105,10 +106,19 @@ def test_steps_between_checkpoints(make_run, tmp_path):
     run = make_run()
     saver = Saver(run, tmp_path, Signals(), keep=3, steps=2)
     for step in range(1, 8):
-        saver.after_step(step, 0)
+        end_step(saver, step)
     names = ["checkpoint.pth", "checkpoint.1.pth", "checkpoint.2.pth"]
     assert [checkpoint.load(str(tmp_path / name))["step"] for name in names] == [6, 4, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "log.txt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def end_step(saver: Saver, step: int) -> None:
+    """What the loop does at the end of a step."""
+    running = saver.run_state.running
+    running.finite.ask({"loss": torch.tensor(1.0)})
+    assert running.finite.verdict(step)
+    running.step = step
+    saver.after_step(step)
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
@@ -116,12 +126,12 @@ def test_a_signal_stops_after_the_step(make_run, tmp_path, name):
     before = signal.getsignal(name)
     with Signals() as signals:
         saver = Saver(make_run(), tmp_path, signals)
-        saver.after_step(1, saver.wish())
+        end_step(saver, 1)
         os.kill(os.getpid(), name)
         with pytest.raises(Interrupted, match=r"after epoch 1, step 2, and saved: continue with --resume auto"):
-            saver.after_step(2, saver.wish())
+            end_step(saver, 2)
         with pytest.raises(Interrupted, match=r"after epoch 1, step 2; nothing is saved without --output_dir"):
-            Saver(saver.run_state, None, signals).after_step(2, Saver.STOP)
+            end_step(Saver(saver.run_state, None, signals), 2)
     assert checkpoint.load(str(tmp_path / "checkpoint.pth"))["step"] == 2
     assert signal.getsignal(name) == before
 
@@ -161,8 +171,7 @@ def test_weights_that_are_not_finite_are_never_saved(make_run, tmp_path):
         TrainingDiverged, match=r"head.weight is no longer finite after epoch 1, step 1: a gradient"
     ):
         train_one_epoch(
-            *(run.model, LabelLoss(), engine.Diversity([], 0), [random_batch()], updater, Mixup(0, 0)),
-            after_step=saver.after_step,
+            *(run.model, Objective(), [random_batch()], updater, Mixup(0, 0), run.running), observers=[saver]
         )
     handle.remove()
     kept = checkpoint.load(str(tmp_path / "checkpoint.pth"))
@@ -174,7 +183,7 @@ def test_weights_that_are_not_finite_are_never_saved(make_run, tmp_path):
 
 
 def saved_in_the_middle(run: RunState, processes: int = 1) -> dict:
-    run.step = 3
+    run.running.step = 3
     state = run.state_dict()
     state["processes"] = state["processes"] * processes
     return state
@@ -214,20 +223,20 @@ def test_flags_that_say_which_images_come_next(make_run, flag, value, capsys):
 
 def test_a_step_that_was_dropped_is_remembered(make_run):
     run, other = make_run(), make_run()
-    run.finite.ask({"ce": torch.tensor(float("nan"))})
-    assert not run.finite.verdict(1)
-    run.step = 1
+    run.running.finite.ask({"ce": torch.tensor(float("nan"))})
+    assert not run.running.finite.verdict(1)
+    run.running.step = 1
     other.load_state_dict(run.state_dict(), "x.pth")
-    assert (other.finite.in_a_row, other.finite.dropped) == (1, 1)
+    assert (other.running.finite.in_a_row, other.running.finite.dropped) == (1, 1)
     other.finish_epoch({"loss": 1.0}, {"acc1": 1.0}, {})
-    assert (other.finite.in_a_row, other.finite.dropped) == (1, 0)
+    assert (other.running.finite.in_a_row, other.running.finite.dropped) == (1, 0)
 
 
 def test_replaced_images_are_remembered_while_the_flag_is_on(make_run):
     run, skipping, strict = make_run(), make_run("--skip-bad-images"), make_run()
     run.replaced = torch.tensor([False, True, False, True])
     skipping.replaced = torch.zeros(4, dtype=torch.bool)
-    run.step, run.samples_per_step = 1, 3  # the last sample was read ahead
+    run.running.step, run.samples_per_step = 1, 3  # the last sample was read ahead
     state = run.state_dict()
     skipping.load_state_dict(state, "x.pth")
     assert skipping.replaced.tolist() == [False, True, False, False]
@@ -245,9 +254,9 @@ def test_a_file_without_a_log_goes_on_with_the_folders(make_run, tmp_path):
     (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
     other = make_run()
     other.load_state_dict(state, "x.pth")
-    other.adopt_log(tmp_path / "log.txt")
-    assert other.log == lines[:2] and not (tmp_path / "log.old.txt").exists()
-    make_run().adopt_log(tmp_path / "log.txt")
+    assert not other.log and other.resumed
+    assert read_lines(tmp_path / "log.txt", other.epoch) == lines[:2]
+    set_aside(tmp_path / "log.txt")
     assert (tmp_path / "log.old.txt").read_text().splitlines() == lines and not (tmp_path / "log.txt").exists()
 
 
@@ -296,7 +305,7 @@ def test_bad_images_are_counted_exactly_across_a_stop(images_with_faults, tmp_pa
     argv.insert(0, "--skip-bad-images")
     assert main.main([*argv, str(tmp_path / "whole")]) == 0
     wish = Saver.wish
-    monkeypatch.setattr(Saver, "wish", lambda self: Saver.STOP if self.run_state.step == 4 else wish(self))
+    monkeypatch.setattr(Saver, "wish", lambda self: Saver.STOP if self.run_state.running.step == 4 else wish(self))
     assert main.main([*argv, str(tmp_path / "stopped")]) == 75
     monkeypatch.undo()
     assert main.main([*argv, str(tmp_path / "stopped")]) == 0

@@ -1,0 +1,59 @@
+"""log.txt: one JSON object per epoch, in DeiT's keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from utils import broadcast_object, write_atomically
+
+LOG = "log.txt"
+
+
+class TextLog:
+    """Writes log.txt after each epoch, before the checkpoint that holds the same lines.
+
+    A run that is killed between the two trains the epoch again when it is resumed, and writes the same line.
+
+    Args:
+        path: the file.
+        lines: of all epochs, the newest included; the run adds to them.
+    """
+
+    def __init__(self, path: Path, lines: Sequence[str]) -> None:
+        self.path = path
+        self.lines = lines
+
+    def after_step(self, step: int) -> None:
+        """Nothing: the log has a line per epoch."""
+
+    def after_epoch(self, record: Mapping[str, Any]) -> None:
+        """Write all lines. All processes take part.
+
+        Raises:
+            UserError: the main process cannot write.
+        """
+        broadcast_object(self._write)
+
+    def _write(self) -> None:
+        content = "".join(f"{line}\n" for line in self.lines).encode()
+        try:
+            write_atomically(self.path, lambda file: file.write(content))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {self.path}: {reason}; the old one is still there") from error
+
+
+def set_aside(path: Path) -> None:
+    """Keep the log of an earlier run in the same folder as log.old.txt."""
+    if path.exists():
+        path.replace(path.with_name("log.old.txt"))
+
+
+def read_lines(path: Path, last_epoch: int) -> list[str]:
+    """The lines of a log up to an epoch; none if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in lines if json.loads(line)["epoch"] <= last_epoch]

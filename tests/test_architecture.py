@@ -1,0 +1,146 @@
+"""Arrows run one way: which module may import which, read from the code of all of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("options", "images", "loggers", "mixing", "models", "regularizers", "state")
+# From the ground up. A module may import what stands on lower floors, and its neighbours on its own.
+FLOORS = (
+    ("errors",),
+    ("utils", "options.parser", "options"),
+    ("regularizers", "loggers"),
+    ("options.flags",),
+    ("images", "mixing", "models", "samplers", "workers"),
+    ("options.config", "losses", "datasets"),
+    ("loaders", "engine"),
+    ("state",),
+    ("build", "warmup", "export"),
+    ("main",),
+    ("hubconf",),
+)
+# What each may know of the project, where that is less than what stands below it.
+KNOWS = {
+    "errors": (),
+    "options.parser": ("errors",),
+    "options.flags": ("errors", "options.parser", "regularizers.catalogue"),
+    "utils": ("errors",),
+    "regularizers": ("errors", "utils", "regularizers"),  # tensors, not models
+    "images": ("errors", "utils", "options.flags", "images"),  # no batches
+    "loggers": ("errors", "utils", "loggers"),
+    "mixing": ("errors", "options.flags", "mixing"),
+    "models": ("errors", "utils", "models"),  # timm, not losses
+}
+# For a type alone, regularizers name what a model shows and how labels are mixed; without an import at run time.
+NAMES_TYPES_OF = {"regularizers": ("models.capture", "mixing")}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    found = [*root.glob("*.py"), *(path for package in PACKAGES for path in (root / package).glob("*.py"))]
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in found
+    }
+
+
+def imports(path: Path, known: dict[str, Path], types: bool) -> Iterator[str]:
+    """The project's modules that one imports, anywhere in it: at run time, or for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if (id(node) in guarded) != types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            submodules = [name for name in inside if name in known]
+            yield from submodules
+            if node.module in known and len(submodules) < len(inside):
+                yield node.module
+
+
+def longest(name: str, entries: dict[str, object]) -> str | None:
+    """The most exact entry for a module: its own, or that of its package."""
+    return next((entry for entry in (name, name.partition(".")[0]) if entry in entries), None)
+
+
+def is_inside(name: str, places: tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(place + ".") for place in places)
+
+
+def broken_arrows(root: Path) -> list[str]:
+    """Everything about the imports of a tree that is not as it should be."""
+    known, wrong = modules(root), []
+    floors = {entry: number for number, floor in enumerate(FLOORS) for entry in floor}
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        own = longest(name, floors)
+        if own is None:
+            wrong.append(f"{name} stands on no floor: add it to FLOORS")
+            continue
+        graph[name] = set(imports(path, known, types=False)) - {name}
+        for types in (False, True):
+            exceptions = NAMES_TYPES_OF.get(own, ()) if types else ()
+            allowed = KNOWS.get(longest(name, dict(KNOWS)) or "")
+            for target in sorted(set(imports(path, known, types)) - {name}):
+                if is_inside(target, exceptions):
+                    continue
+                if floors[longest(target, floors) or "main"] > floors[own]:
+                    wrong.append(f"{name} imports {target}, which stands above it")
+                elif allowed is not None and not is_inside(target, allowed):
+                    wrong.append(f"{name} imports {target}, of which it should know nothing")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        wrong.append(f"a circle: {' -> '.join(error.args[1])}")
+    return wrong
+
+
+def test_arrows_run_one_way() -> None:
+    assert broken_arrows(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "message"),
+    [
+        (
+            "regularizers/measures.py",
+            "from models.capture import Needs",
+            "regularizers.measures imports models.capture",
+        ),
+        ("regularizers/diversity.py", "import losses", "regularizers.diversity imports losses, which stands above"),
+        ("models/capture.py", "from regularizers import Term", "models.capture imports regularizers, of which"),
+        ("models/sharding.py", "from engine import Loader", "models.sharding imports engine, which stands above"),
+        ("images/decode.py", "from loaders import Batch", "images.decode imports loaders, which stands above"),
+        ("images/decode.py", "from samplers import Draw", "images.decode imports samplers, of which"),
+        ("loggers/text.py", "from state import checkpoint", "loggers.text imports state.checkpoint, which stands"),
+        ("utils.py", "def late():\n    import engine", "utils imports engine, which stands above it"),
+        ("errors.py", "import utils", "a circle: "),
+        ("mixing/mixup.py", "from models import Layout", "mixing.mixup imports models"),
+        ("extra.py", "import errors", "extra stands on no floor"),
+        (
+            "engine.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from state.run_state import RunState",
+            "engine imports state.run_state, which stands above it",
+        ),
+    ],
+)
+def test_a_broken_arrow_is_seen(tmp_path: Path, module: str, line: str, message: str) -> None:
+    copytree(ROOT, tmp_path, ignore=ignore_patterns(".*", "tests", "experiment", "__pycache__"), dirs_exist_ok=True)
+    with open(tmp_path / module, "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    assert any(message in wrong for wrong in broken_arrows(tmp_path)), broken_arrows(tmp_path)
