@@ -100,15 +100,15 @@ def pairwise_cosine(x: Rows) -> Number:
     return sum(abs(dot(u[i], u[j])) for i in range(n) for j in range(n) if i != j) / max(n * (n - 1), 1)
 
 
-def contrastive(x: Rows, y: Rows) -> Number:
-    """-1/n sum_i log( e^{s_ii} / (e^{s_ii} + e^{m_i}) ),  m_i = mean_{j != i} s_ij; no others: 0"""
+def contrastive(x: Rows, y: Rows, tau: float = 1.0) -> Number:
+    """-1/n sum_i log( e^{s_ii / t} / (e^{s_ii / t} + e^{m_i / t}) ),  m_i = mean_{j != i} s_ij; no others: 0"""
     u, v, n = units(x), units(y), len(x)
     if n == 1:
         return 0.0
     value: Number = 0.0
     for i in range(n):
-        own = exp(dot(u[i], v[i]))
-        others = exp(sum(dot(u[i], v[j]) for j in range(n) if j != i) / (n - 1))
+        own = exp(dot(u[i], v[i]) / tau)
+        others = exp(sum(dot(u[i], v[j]) for j in range(n) if j != i) / (n - 1) / tau)
         value -= log(own / (own + others)) / n
     return value
 
