@@ -11,11 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from errors import UserError
-from losses import LabelLoss
+from losses import Objective
 from mixing.mixup import Mixup
 from models import Captured, DiverseViT, Needs
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
-from regularizers.specs import MIXING, all_names, resolve_layers
+from regularizers.levels import LEVELS
+from regularizers.measures import OPTIONS
+from regularizers.specs import all_names, resolve_layers
 
 BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass
 SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v in even and in odd blocks
@@ -23,6 +25,19 @@ SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v 
 
 def diversity(*texts: str, depth: int = DEPTH, pooled: bool = False) -> Diversity:
     return Diversity([parse_spec(text) for text in texts], depth, pooled)
+
+
+def takes(term: str) -> str:
+    """What the measure of 'level.measure' takes."""
+    return MEASURES[term.partition(".")[2]].takes
+
+
+MEASURABLE = [term for term in all_names() if takes(term) in ("set", "pair")]
+
+
+def written(term: str, option: str) -> str:
+    """A term with one of its options; a number is 0.5 more than the least that is allowed, or than 0."""
+    return f"{term}:{OPTIONS[option].written(option, max(OPTIONS[option].above, 0.0) + 0.5)}"
 
 
 def qkv(*blocks: int) -> frozenset[tuple[int, str]]:
@@ -62,6 +77,13 @@ def qkv(*blocks: int) -> frozenset[tuple[int, str]]:
         ),
         ("patch.cno:raw,inverse=1", Spec("patch", "cno", ("raw", "inverse"), "last", 1.0), None),
         ("patch.cosine_cross@0-1:2,last=1", Spec("patch", "cosine_cross", (), "0-1:2,last", 1.0), None),
+        (
+            "patch.contrastive:tau=0.1@first:last=0.5",
+            Spec("patch", "contrastive", ("tau=0.1",), "first:last", 0.5),
+            "patch.contrastive:tau=0.1@first:last",
+        ),
+        ("attn.contrastive:tau=2=1e-3", Spec("attn", "contrastive", ("tau=2.0",), "first:last", 1e-3), None),
+        ("weight.so:fc1,q=1", Spec("weight", "so", (), "all", 1.0, ("q", "fc1")), "weight.so:q,fc1@all"),
     ],
 )
 def test_parse(text: str, spec: Spec, name: str | None) -> None:
@@ -70,23 +92,28 @@ def test_parse(text: str, spec: Spec, name: str | None) -> None:
         assert parse_spec(text).name == name
 
 
-@pytest.mark.parametrize("term", [term for term in all_names() if term != MIXING])
+@pytest.mark.parametrize("term", all_names())
 def test_defaults_per_level(term: str) -> None:
-    level, _, measure = term.partition(".")
-    one_layer = {"patch": "last", "attn": "0", "weight": "all"}[level]
+    level, _, _ = term.partition(".")
     spec = parse_spec(f"{term}=1")
-    assert spec.layers == ("first:last" if MEASURES[measure].takes == "pair" else one_layer)
-    assert spec.name == f"{term}@{spec.layers}"
+    assert spec.layers == LEVELS[level].default_layers[takes(term)]
+    assert spec.name == (term if takes(term) == "labels" else f"{term}@{spec.layers}")
 
 
 @pytest.mark.parametrize(
-    "term",
+    ("level", "layers"),
     [
-        f"{level}.{name}:{option}"
-        for name, measure in MEASURES.items()
-        for level in measure.levels
-        for option in measure.options
+        ("patch", {"set": "last", "pair": "first:last", "gradient": "last", "labels": "last"}),
+        ("attn", {"set": "0", "pair": "first:last"}),
+        ("weight", {"set": "all"}),
     ],
+)
+def test_default_layers(level: str, layers: dict[str, str]) -> None:
+    assert LEVELS[level].default_layers == layers
+
+
+@pytest.mark.parametrize(
+    "term", [written(term, option) for term in MEASURABLE for option in MEASURES[term.partition(".")[2]].options]
 )
 def test_name_parses_to_the_same_term(term: str) -> None:
     spec = parse_spec(f"{term}=0.125")
@@ -106,6 +133,10 @@ def test_name_parses_to_the_same_term(term: str) -> None:
         ("weight.cno:v,q,k", "weight.cno@all"),  # the default
         ("weight.cno:fc2,k,inverse,fc2", "weight.cno:inverse,k,fc2@all"),
         ("weight.so:proj@0", "weight.so:proj@0"),
+        ("patch.contrastive:tau=.1", "patch.contrastive:tau=0.1@first:last"),
+        ("patch.contrastive:tau=1e-1@first:last", "patch.contrastive:tau=0.1@first:last"),
+        ("patch.contrastive:tau=1", "patch.contrastive@first:last"),  # the default
+        ("attn.contrastive:tau=1.0@0:1", "attn.contrastive@0:1"),
     ],
 )
 def test_equal_terms_have_equal_names(text: str, name: str) -> None:
@@ -117,6 +148,12 @@ def test_a_term_given_twice_is_refused() -> None:
         diversity("patch.cosine=1", "patch.cosine:signed@last=2")
     with pytest.raises(UserError, match=r"patch.cosine@last and patch.cosine@1 are the same term, given twice"):
         diversity("patch.cosine@last=1", "patch.cosine@1=1", depth=2)
+    with pytest.raises(UserError, match=r"patch.mixing is given twice: keep one"):
+        diversity("patch.mixing=1", "patch.mixing@last=2")
+    with pytest.raises(UserError, match=r"patch.contrastive:tau=0.1@first:last is given twice"):
+        diversity("patch.contrastive:tau=0.1=1", "patch.contrastive:tau=.1@first:last=2")
+    different = ("patch.contrastive:tau=0.1=1", "patch.contrastive:tau=0.2=1", "patch.contrastive=1", "weight.so=1")
+    assert len(diversity(*different, "weight.so:q=1").names) == 5
 
 
 @pytest.mark.parametrize("text", ["patch.mixing", "patch.gradient_diversity"])
@@ -139,7 +176,8 @@ def test_reference_flags_parse(flag: str, text: str) -> None:
 def test_reference_flags_are_the_recipe() -> None:
     recipe = diversity(*(f"{text}=1" for text in REFERENCE_FLAGS.values()), depth=12)
     assert len(REFERENCE_FLAGS) == 5
-    assert recipe.needs == Needs(frozenset({-1, 11}), frozenset({0}), qkv(*range(12)), True)
+    assert Needs(**recipe.needs) == Needs(frozenset({-1, 11}), frozenset({0}), qkv(*range(12)), True)
+    assert recipe.labelled == ["patch.mixing"] and recipe.averaged == {"patch.mixing"}
     assert recipe.names == [
         "patch.cosine@last",
         "patch.contrastive@first:last",
@@ -195,6 +233,24 @@ def test_reference_flags_are_the_recipe() -> None:
         ("patch.gradient_diversity@0:1=1", "this measure takes one side"),
         ("patch.mixing:abs=1", "patch.mixing takes no options and works on the last block's patches"),
         ("patch.mixing@0=1", "patch.mixing takes no options and works on the last block's patches"),
+        ("patch.contrastive:tau=0.1", "contrastive:tau=0.1': the option tau takes a number, as in tau=0.1, not ''"),
+        ("patch.contrastive:tau=1", "the option tau takes a number"),  # 1 is the coefficient
+        ("patch.contrastive:tau@0:1=1", "the option tau takes a number"),
+        ("patch.contrastive:tau=x=1", "the option tau takes a number, as in tau=0.1, not 'x'"),
+        ("patch.contrastive:tau==1", "the option tau takes a number, as in tau=0.1, not ''"),
+        ("patch.contrastive:tau=0=1", "tau must be finite and greater than 0"),
+        ("patch.contrastive:tau=-0.1=1", "tau must be finite and greater than 0"),
+        ("patch.contrastive:tau=inf=1", "tau must be finite and greater than 0"),
+        ("patch.contrastive:tau=nan@0:1=1", "tau must be finite and greater than 0"),
+        ("patch.contrastive:tau=0.1,tau=0.2=1", "tau is given twice"),
+        ("patch.contrastive:tau=0.1,tau=.1=1", "tau is given twice"),
+        ("patch.contrastive:tua=0.1=1", "contrastive has no option 'tua'; its options: tau=X"),
+        ("patch.contrastive:tau=0.1=x", "'x' is not a number"),
+        ("patch.contrastive:tau=0.1@0:1=-1", "the coefficient must be finite and not negative"),
+        ("patch.cosine:tau=0.1=1", "cosine has no option 'tau'; its options: abs, signed"),
+        ("patch.cosine:abs=1@0=1", "the option abs takes no number"),
+        ("patch.cosine:abs=@0=1", "the option abs takes no number"),
+        ("patch.mixing:tau=0.1=1", "patch.mixing takes no options and works on the last block's patches"),
     ],
 )
 def test_what_is_refused(text: str, message: str) -> None:
@@ -208,6 +264,12 @@ def test_without_coefficient() -> None:
     )
     with pytest.raises(UserError, match=r"write level.measure\[:options\]\[@layers\], e.g. patch.cosine@last$"):
         parse_spec("patch.cosine=1", with_coef=False)
+    with pytest.raises(UserError, match=r"malformed regularizer 'patch.contrastive@0:1=1': write"):
+        parse_spec("patch.contrastive@0:1=1", with_coef=False)
+    for text in ("patch.contrastive:tau=0.1@0:1", "patch.contrastive:tau=0.1"):
+        assert parse_spec(text, with_coef=False).options == ("tau=0.1",)
+    with pytest.raises(UserError, match="the option abs takes no number"):
+        parse_spec("patch.cosine:abs=1", with_coef=False)
 
 
 @pytest.mark.parametrize("text", ["patch.cosin=1", "patch.cosine:x=1", "patch.cosine=x", "patch.cosine@x=1"])
@@ -280,8 +342,21 @@ def test_layers_that_the_model_does_not_have(text: str, message: str) -> None:
     ],
 )
 def test_needs(texts: list[str], needs: Needs) -> None:
-    assert diversity(*texts).needs == needs
+    assert Needs(**diversity(*texts).needs) == needs
     assert bool(diversity(*texts).needs) == bool(needs != Needs())
+
+
+def test_label_terms_have_their_coefficient_times_the_number_of_their_items() -> None:
+    """What is averaged with the image counts its patches; `losses.py` divides by their sum."""
+    logits = torch.randn(2, 6, 3)
+    captured = Captured(torch.zeros(2, 3), None, logits, {}, {}, {})
+    _, labels = Mixup(patch_size=(8, 8), seed=2)(torch.zeros(2, 3, 16, 24), torch.tensor([0, 2]))
+    terms = diversity("patch.mixing=0.25", "patch.cosine=1").of_labels(captured, labels)
+    assert list(terms) == ["patch.mixing"] and terms["patch.mixing"].coef == 0.25 * 6
+    assert torch.equal(terms["patch.mixing"].value, MEASURES["mixing"].function(logits, labels))
+    counted = diversity("patch.mixing=0.25")
+    counted.terms[0].averaged = False
+    assert counted.of_labels(captured, labels)["patch.mixing"].coef == 0.25 and counted.averaged == frozenset()
 
 
 def test_needs_are_united() -> None:
@@ -336,7 +411,7 @@ def no_weights(block: int, kinds: Sequence[str]) -> list[Tensor]:
 def value_of(text: str, captured: Captured | None = None) -> Tensor:
     """The value of the only term of a spec."""
     terms = diversity(f"{text}=0.25")(captured or forward_pass(), weights)
-    assert [term.weight for term in terms.values()] == [0.25]
+    assert [term.coef for term in terms.values()] == [0.25]
     (term,) = terms.values()
     return term.value
 
@@ -379,6 +454,7 @@ PAIR_TERMS: list[tuple[str, Callable[[reference.Rows, reference.Rows], float]]] 
     ("cosine_cross", reference.cosine_cross),
     ("cosine_cross:abs", lambda x, y: reference.cosine_cross(x, y, absolute=True)),
     ("contrastive", reference.contrastive),
+    ("contrastive:tau=0.25", lambda x, y: reference.contrastive(x, y, tau=0.25)),
 ]
 
 
@@ -490,9 +566,9 @@ def test_terms_are_named_in_order_and_weighted() -> None:
     captured = forward_pass()
     terms = objective(captured, weights)
     assert list(terms) == objective.names == ["patch.cosine:abs@last", "attn.mhs@0", "weight.so@0"]
-    assert [term.weight for term in terms.values()] == [0.5, 2.0, 0.125]
-    assert objective.mixing == 1.0
-    expected = sum(term.weight * term.value.item() for term in terms.values())
+    assert [term.coef for term in terms.values()] == [0.5, 2.0, 0.125]
+    assert objective.labelled == ["patch.mixing"]
+    expected = sum(term.coef * term.value.item() for term in terms.values())
     assert total(terms).item() == pytest.approx(expected)
     total(terms).backward()
     assert captured.tokens[DEPTH - 1].grad is not None and WEIGHTS[0][0].grad is not None
@@ -512,10 +588,10 @@ def test_total_is_the_weighted_sum() -> None:
 def test_empty_objective(texts: list[str]) -> None:
     """Plain DeiT: nothing is asked for, nothing is computed."""
     empty = diversity(*texts, depth=0)
-    assert empty.needs == Needs() and not empty.needs
-    assert empty.mixing == 0 and empty.names == []
+    assert Needs(**empty.needs) == Needs() and not empty.needs
+    assert empty.labelled == [] and empty.names == [] and empty.terms == []
     bare = Captured(torch.zeros(2, 3), None, None, {}, {}, {})
-    assert empty(bare, no_weights) == {}
+    assert empty(bare, no_weights) == empty.of_labels(bare, None) == {}
 
 
 @pytest.mark.parametrize(("text", "which"), [("q", "q"), ("k,v", "kv"), ("v,q", "qv")])
@@ -563,7 +639,7 @@ def test_weights_are_not_read_without_a_weight_term(text: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("term", [term for term in all_names() if term != MIXING and "gradient" not in term])
+@pytest.mark.parametrize("term", MEASURABLE)
 def test_half_precision_captures_give_float32_terms(term: str, dtype: torch.dtype) -> None:
     captured = forward_pass(dtype)
     weights = {block: tuple(w.detach().to(dtype) for w in matrices) for block, matrices in WEIGHTS.items()}
@@ -575,12 +651,12 @@ def test_half_precision_captures_give_float32_terms(term: str, dtype: torch.dtyp
 # With a real model
 
 
-def tiny_vit(needs: Needs, dtype: torch.dtype = torch.float32, **options: object) -> DiverseViT:
+def tiny_vit(objective: Diversity, dtype: torch.dtype = torch.float32, **options: object) -> DiverseViT:
     torch.manual_seed(0)
     backbone = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, **options
     )
-    return DiverseViT(backbone.to(dtype), needs)
+    return DiverseViT(backbone.to(dtype), Needs(**objective.needs))
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -590,11 +666,10 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def step(model: DiverseViT, objective: Diversity, dtype: torch.dtype = torch.float32) -> dict[str, Term]:
-    """All terms of one training step, in the engine's order."""
+    """All terms of one training step."""
     images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch(dtype))
-    captured = model(images)
-    terms = LabelLoss(objective.mixing)(captured, labels)
-    return {**terms, **objective(captured, model.weights, total(terms))}
+    whole = Objective(diversity=objective)
+    return whole(model(images), labels) | whole.of_weights(model.weights)
 
 
 EVERYTHING = [f"{term}=0.1" for term in all_names()]
@@ -603,7 +678,7 @@ EVERYTHING = [f"{term}=0.1" for term in all_names()]
 def test_every_term_on_a_real_model() -> None:
     """Finite values, and a finite gradient at every parameter."""
     objective = diversity(*EVERYTHING, depth=2)
-    model = tiny_vit(objective.needs)
+    model = tiny_vit(objective)
     terms = step(model, objective)
     assert len(terms) == len(EVERYTHING) + 1  # and 'ce'
     assert all(term.value.shape == () and term.value.isfinite() for term in terms.values())
@@ -614,13 +689,13 @@ def test_every_term_on_a_real_model() -> None:
 
 def test_autocast_leaves_terms_in_float32() -> None:
     objective = diversity(*EVERYTHING, depth=2)
-    model = tiny_vit(objective.needs)
+    model = tiny_vit(objective)
     images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         captured = model(images)
     assert captured.patch_logits is not None and captured.patch_logits.dtype == torch.bfloat16  # autocast was on
-    terms = LabelLoss(objective.mixing)(captured, labels)
-    terms |= objective(captured, model.weights, total(terms))
+    whole = Objective(diversity=objective)
+    terms = whole(captured, labels) | whole.of_weights(model.weights)
     assert {name: term.value.dtype for name, term in terms.items()} == dict.fromkeys(terms, torch.float32)
     assert all(term.value.isfinite() for term in terms.values())
     total(terms).backward()
@@ -649,10 +724,11 @@ MIXED = ["patch.gradient_diversity=1", "patch.mixing=1"]
 def test_gradient_diversity_is_the_loops(texts: list[str], options: dict[str, object]) -> None:
     """The gradient of the label loss, patch by patch, at the last block's output."""
     objective = diversity(*texts, depth=2, pooled=True)
-    model = tiny_vit(objective.needs, torch.float64, **options)
+    model = tiny_vit(objective, torch.float64, **options)
     images, labels = Mixup(patch_size=(8, 8), seed=2)(*batch(torch.float64))
     captured = model(images)
-    label_terms = LabelLoss(objective.mixing)(captured, labels)
+    label_terms = Objective(diversity=diversity(*texts[1:]))(captured, labels)
+    assert list(label_terms) == ["ce", *objective.labelled]
     (term,) = objective(captured, model.weights, total(label_terms)).values()
     (gradient,) = torch.autograd.grad(total(label_terms), captured.tokens[1], retain_graph=True)
     assert gradient.shape[1] - captured.prefix_tokens[1] == 16
@@ -663,7 +739,7 @@ def test_gradient_diversity_is_the_loops(texts: list[str], options: dict[str, ob
 def test_gradient_diversity_trains_by_a_double_backward() -> None:
     """Finite parameter gradients, and the slope along them is what finite differences say."""
     objective = diversity(*MIXED, depth=2)
-    model = tiny_vit(objective.needs, torch.float64)
+    model = tiny_vit(objective, torch.float64)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def value() -> Tensor:
@@ -698,16 +774,15 @@ def test_gradient_diversity_accumulates_and_is_scaled_like_any_term(scale: float
 
     def backward(model: DiverseViT, images: Tensor, scale: float = scale) -> None:
         images, labels = Mixup(patch_size=(8, 8), seed=2)(images, torch.tensor([0, 1]))
-        captured = model(images)
-        terms = LabelLoss(objective.mixing)(captured, labels)
-        (total(terms | objective(captured, model.weights, total(terms))) * scale / 2).backward()
+        terms = Objective(diversity=objective)(model(images), labels)
+        (total(terms) * scale / 2).backward()
 
     objective = diversity(*MIXED, depth=2)
     images = batch(torch.float64)[0]
-    together = tiny_vit(objective.needs, torch.float64)
+    together = tiny_vit(objective, torch.float64)
     backward(together, images[:2])
     backward(together, images[2:])
-    apart = [tiny_vit(objective.needs, torch.float64) for _ in range(2)]
+    apart = [tiny_vit(objective, torch.float64) for _ in range(2)]
     backward(apart[0], images[:2])
     backward(apart[1], images[2:])
     if scale != 1:
@@ -715,7 +790,7 @@ def test_gradient_diversity_accumulates_and_is_scaled_like_any_term(scale: float
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 parameter.grad /= scale
-    unscaled = tiny_vit(objective.needs, torch.float64)
+    unscaled = tiny_vit(objective, torch.float64)
     backward(unscaled, images[:2], scale=1.0)
     for both, first, second, plain in zip(*(m.parameters() for m in (together, *apart, unscaled)), strict=True):
         assert (
