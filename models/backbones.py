@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import register_model
+from timm.models import is_model, register_model
 from torch import nn
 
 from errors import UserError
@@ -41,7 +41,8 @@ def _register(name: str, base: str, overrides: dict[str, Any]) -> None:
 
 
 for _name, (_base, _overrides) in VARIANTS.items():
-    _register(_name, _base, _overrides)
+    if not is_model(_name):  # torch.hub may have loaded another copy of this file
+        _register(_name, _base, _overrides)
 
 
 def reference_init(backbone: nn.Module) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
 
 import hubconf
-from errors import UserError
 from models.backbones import REFERENCE_NAMES
 
 ROOT = Path(hubconf.__file__).parent
@@ -35,30 +37,107 @@ import ast, sys
 from pathlib import Path
 import hubconf
 root = Path(hubconf.__file__).parent
-own = {path.stem for path in root.iterdir()}
 for module in list(sys.modules.values()):
-    path = Path(getattr(module, "__file__", None) or "/")
-    if path.suffix != ".py" or module.__name__.partition(".")[0] not in own or root not in path.parents:
+    if module is not hubconf and not module.__name__.startswith(hubconf._PREFIX):
         continue
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        print(*({name.partition(".")[0] for name in names} - own - sys.stdlib_module_names), sep="\\n")
+        others = {name.partition(".")[0] for name in names if hubconf._file_of(name) is None}
+        print(*(others - sys.stdlib_module_names), sep="\\n")
+"""
+
+# A program with modules of its own by the names of ours, which it imports before or after its call of torch.hub.
+PROGRAM = """
+import importlib, pickle, sys
+import torch
+root, when, *names = sys.argv[1:]
+
+def check():
+    for name in names:
+        assert importlib.import_module(name).OWNER == "the program", name
+    assert importlib.import_module("models.capture").OWNER == "the program"
+
+if when == "before":
+    check()
+path, modules = list(sys.path), dict(sys.modules)
+for name in ("deit_tiny_patch16_224", "deit_tiny_patch16_224_diverse"):
+    model = torch.hub.load(root, name, source="local", img_size=32, patch_size=8)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+assert sys.path == path
+assert all(sys.modules[name] is module for name, module in modules.items())
+ours = {name for name in sys.modules if name.partition(".")[0] in names}
+assert ours == (ours & set(modules)), ours
+check()
 """
 
 
 def test_hub_loads_from_another_process(tmp_path: Path) -> None:
     """The project's folder need not be the working directory; constructor arguments are passed on."""
     command = [sys.executable, "-c", LOAD, str(ROOT)]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert run.returncode == 0, run.stderr
     loaded = json.loads(run.stdout.splitlines()[-1])
     assert (loaded["depth"], loaded["classes"], loaded["patches"]) == (24, [1, 7], 16)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_program_keeps_modules_of_its_own_with_our_names(tmp_path: Path, when: str) -> None:
+    """They lie first on its path; ours are not seen by it, and its are not seen by us."""
+    files = {path.stem for path in ROOT.glob("*.py")} - {"hubconf"}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {"utils", "errors", "datasets", "main"} <= files and {"models", "options", "state"} <= folders
+    for name in files | {f"{folder}/{file}" for folder in folders for file in ("__init__", "capture")}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("OWNER = 'the program'\n")
+    (tmp_path / "config.py").write_text("OWNER = 'the program'\n")
+    command = [sys.executable, "-c", PROGRAM, str(ROOT), when, "config", *files, *folders]
+    # -c puts the working directory first; the other way is a path of the environment
+    place = tmp_path if when == "before" else tmp_path / "models"
+    env = {**os.environ, "PYTHONPATH": "" if when == "before" else str(tmp_path)}
+    run = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_module_works_under_its_private_name() -> None:
+    """Also what an entry point does not load yet; and objects of ours can be copied to other processes."""
+    capture = hubconf._load("models.capture")
+    assert hubconf._load("models").capture is capture and capture is not sys.modules.get("models.capture")
+    for name in ("main", "export", "state.trained", "regularizers", "warmup"):
+        assert hubconf._load(name).__name__ == hubconf._PREFIX + name
+    model = capture.DiverseViT(hubconf.deit_tiny_patch16_224(img_size=32, patch_size=8))
+    copy = pickle.loads(pickle.dumps(model))
+    assert type(copy) is capture.DiverseViT
+    with pytest.raises(ModuleNotFoundError, match=r"no module models.of_another in "):
+        hubconf._load("models.of_another")
+
+
+def test_a_module_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second call meets the error again, and not half a module."""
+    monkeypatch.setattr(hubconf, "_ROOT", tmp_path)
+    monkeypatch.setattr(hubconf, "_PREFIX", "_of_this_test_")
+    (tmp_path / "first.py").write_text(
+        "import second as again\nimport package.part\nVALUE = package.part.VALUE + again.VALUE"
+    )
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "part.py").write_text("VALUE = 1")
+    (tmp_path / "second.py").write_text("from package import part\nfrom package import missing")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="cannot import name 'missing' from '_of_this_test_package'"):
+            hubconf._load("first")
+    assert not {"_of_this_test_first", "_of_this_test_second"} & set(sys.modules)
+    (tmp_path / "second.py").write_text("from package import part\nVALUE = part.VALUE + 1")
+    assert hubconf._load("first").VALUE == 3
+    for name in [name for name in sys.modules if name.startswith("_of_this_test_")]:
+        del sys.modules[name]
+
+
 def test_dependencies_are_what_the_entry_points_import() -> None:
     """torch.hub checks them before it imports hubconf.py, so that a missing one is named."""
-    run = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert set(run.stdout.split()) == set(hubconf.dependencies)
 
@@ -75,5 +154,5 @@ def test_entry_points_are_the_reference_names() -> None:
 
 def test_unpublished_weights_are_refused() -> None:
     """A diversified model must not silently hold plain DeiT's weights."""
-    with pytest.raises(UserError, match="no weights of deit_small_patch16_224_diverse"):
+    with pytest.raises(hubconf._errors.UserError, match="no weights of deit_small_patch16_224_diverse"):
         hubconf.deit_small_patch16_224_diverse(pretrained=True)
