@@ -1,17 +1,20 @@
-"""The command line: every flag, in groups, each in both spellings (--batch-size, --batch_size).
+"""Every flag of main.py, in one table: type, default, help text, limits. --help, YAML files and mypy read it.
 
-The flags are DeiT's, plus the reference's five coefficients and a few of timm's names.
+The flags are DeiT's, plus the reference's five coefficients and a few of timm's names. Nothing is imported here
+that takes time, so that a mistyped flag is answered before torch is there.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from timm.utils.misc import ParseKwargs
-
-from errors import UserError, did_you_mean
-from regularizers import catalogue
+from errors import UserError, is_first_on_machine
+from options.parser import Formatter, KeyValues, Parser, flag, switch
+from options.yaml_file import read_config
 
 
 class Names(tuple[str, ...]):
@@ -27,334 +30,266 @@ MIXUP_MODES = ("batch", "pair", "elem")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
 
+# Limits of numbers. Those of the augmentation's and of Mixup's are checked where they are used.
+LARGEST = sys.float_info.max
+FROM_0, FROM_1, ABOVE_0 = (0, LARGEST), (1, LARGEST), (1e-9, LARGEST)
+SHARE = (0, 1)
+SEEDS = (0, 2**31)
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors: one line, with the nearest flags."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        hint = did_you_mean(unknown[0].partition("=")[0], known) if unknown else ""
-        raise UserError(f"{message}.{hint} --help lists every flag")
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows one spelling of each flag, and its default."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=40, width=112)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = isinstance(action.const, bool) or action.default in (None, "", [], {})
-        return action.help if says_nothing else super()._get_help_string(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        spellings = list(action.option_strings)
-        action.option_strings = [s for i, s in enumerate(spellings) if dashed(s) not in map(dashed, spellings[:i])]
-        try:
-            return super()._format_action_invocation(action)
-        finally:
-            action.option_strings = spellings
+DIVERSITY = "diversity (all off by default: plain DeiT)"
+AS_REG = "the reference's spelling of --reg "
 
 
-def dashed(option: str) -> str:
-    return option.replace("_", "-")
+@dataclass(frozen=True)
+class Args:
+    """The flags' values. A flag with `group` opens a group of --help."""
+
+    mixing_coef: float = flag(
+        0, AS_REG + "patch.mixing=C: classify every patch token as well", "--mixing_coef", group=DIVERSITY
+    )
+    emb_cos_within_coef: float = flag(0, AS_REG + "patch.cosine@last=C", "--emb_cos_within_coef")
+    emb_contrast_cross_coef: float = flag(0, AS_REG + "patch.contrastive@first:last=C", "--emb_contrast_cross_coef")
+    attn_cos_within_coef: float = flag(0, AS_REG + "attn.cosine@0=C", "--attn_cos_within_coef")
+    weight_mha_cond_orth_coef: float = flag(0, AS_REG + "weight.cno@all=C", "--weight_mha_cond_orth_coef")
+    reg: list[str] = flag(
+        [],
+        "add a diversity term (repeatable); 0 switches off a term of the config file",
+        action="append",
+        metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]=COEF",
+    )
+    measure: list[str] = flag(
+        [],
+        "measure redundancy on the evaluation set after each epoch, without training on it (repeatable)",
+        action="append",
+        metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]",
+    )
+
+    model: str = flag(
+        "deit_base_patch16_224", "any timm model; _diverse and layer24 names of the reference", group="model"
+    )
+    model_kwargs: dict[str, Any] = flag(
+        {},
+        "arguments of the model's constructor, e.g. patch_size=4 depth=6",
+        nargs="*",
+        action=KeyValues,
+        metavar="KEY=VALUE",
+    )
+    input_size: int = flag(224, "image size in pixels", limits=FROM_1)
+    drop: float = flag(0.0, "dropout after the position embedding and in the blocks' projections", limits=SHARE)
+    drop_path: float = flag(0.1, "stochastic depth rate of the last block", limits=SHARE)
+    model_ema: bool = switch(True, on="keep a moving average of the weights (the default)", off="keep none")
+    model_ema_decay: float = flag(0.99996, "decay of the moving average, per step", limits=SHARE)
+    model_ema_force_cpu: bool = switch(False, on="keep the average in host memory")
+    amp_dtype: str = flag(
+        "auto",
+        "autocast's dtype; auto: on CUDA bfloat16 where it has it, else float16; elsewhere float32",
+        choices=["auto", *AMP_DTYPES],
+    )
+    torchcompile: str = flag(
+        "",
+        "compile the forward pass and the loss before the first step (inductor if no backend is named)",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+    )
+    grad_checkpointing: bool = switch(
+        False, on="recompute the blocks in the backward pass: less memory, about a third more time"
+    )
+
+    data_path: str | None = flag(
+        None, "folder of the data set (DIGITS needs none; hfds/: a cache, if given)", group="data"
+    )
+    data_set: str = flag(
+        "IMNET",
+        "IMNET: folders train (or train_new) and val; tar: the same in train.tar and val.tar; wds/FOLDER: "
+        "WebDataset's shards; CIFAR (CIFAR-100), INAT, INAT19, DIGITS; hfds/NAME: a Hugging Face data set of that "
+        "name, or in that folder",
+        choices=DATA_SETS,
+        metavar="NAME",
+    )
+    inat_category: str = flag("name", "which label of iNaturalist", choices=list(INAT_CATEGORIES))
+    batch_size: int = flag(128, "images per process; evaluation takes 1.5 times as many", limits=FROM_1)
+    num_workers: int | None = flag(
+        None,
+        "loader processes per process; by default ten, but not more than its share of the cores",
+        "--num_workers",
+        limits=FROM_0,
+    )
+    pin_mem: bool = switch(True, on="pin host memory for faster transfer to CUDA (the default)", off="do not pin")
+    repeated_aug: bool = switch(
+        True,
+        on="three differently augmented copies of each image (the default)",
+        off="each image once an epoch",
+    )
+    group_repeats: bool = switch(
+        False,
+        on="keep the copies of an image in one process, where it is decoded once; the global batch stays the same",
+    )
+    fast_resize: bool = switch(
+        False,
+        on="crop and resize with torch instead of Pillow: faster, with other bytes (of 255 a crop's differ by 0.04 "
+        "on average and up to 7, those of an image resized for evaluation by 0.004 and up to 1)",
+    )
+    skip_bad_images: bool = switch(
+        False,
+        on="train on the next image where one cannot be decoded; in evaluation, whose accuracy that would change, "
+        "it is always an error",
+    )
+
+    color_jitter: float = flag(0.4, "colour jitter; timm applies it only where --aa is off", group="augmentation")
+    aa: str = flag("rand-m9-mstd0.5-inc1", "RandAugment or AutoAugment policy; none: off")
+    smoothing: float = flag(0.1, "label smoothing")
+    train_interpolation: str = flag("bicubic", "random, bilinear or bicubic")
+    reprob: float = flag(0.25, "probability of random erasing")
+    remode: str = flag("pixel", "what is put into the erased box: const, rand or pixel")
+    recount: int = flag(1, "number of erased boxes")
+    resplit: bool = switch(False, on="erase nothing in the first half of each batch")
+
+    mixup: float = flag(0.8, "Mixup's Beta parameter; 0: no Mixup", group="Mixup and CutMix")
+    cutmix: float = flag(1.0, "CutMix's Beta parameter; 0: no CutMix")
+    cutmix_minmax: list[float] | None = flag(None, "range of the box's sides; overrides --cutmix", nargs="+")
+    mixup_prob: float = flag(1.0, "probability of mixing at all")
+    mixup_switch_prob: float = flag(0.5, "probability of CutMix where both are on")
+    mixup_mode: str = flag(
+        "batch", "draw for each batch, each pair of partners, or each image", choices=list(MIXUP_MODES)
+    )
+
+    opt: str = flag("adamw", "any optimizer that timm knows", group="optimizer")
+    opt_eps: float = flag(1e-8, "epsilon", limits=FROM_0)
+    opt_betas: list[float] | None = flag(None, "betas; the optimizer's own by default", nargs="+")
+    grad_accum_steps: int = flag(
+        1, "batches whose gradients make one step; the global batch grows by it", limits=FROM_1
+    )
+    nonfinite: str = flag(
+        "skip",
+        "a step that is not finite on any process: skip drops it on all, stop ends the run",
+        choices=["skip", "stop"],
+    )
+    nonfinite_patience: int = flag(10, "that many dropped steps in a row end the run", limits=FROM_1)
+    clip_grad: float | None = flag(None, "largest norm of the whole gradient; none by default", limits=ABOVE_0)
+    momentum: float = flag(0.9, "momentum of SGD and its kin", limits=SHARE)
+    weight_decay: float = flag(0.05, "weight decay; none on biases, norms and embeddings", limits=FROM_0)
+
+    epochs: int = flag(300, "epochs to train", group="schedule", limits=FROM_1)
+    start_epoch: int = flag(0, "first epoch; --resume sets it", "--start_epoch", limits=FROM_0)
+    lr: float = flag(5e-4, "learning rate for a global batch of 512 images", limits=FROM_0)
+    scale_lr_flag: bool = switch(
+        True,
+        off={
+            "--scale_lr_flag": "take --lr as it is, whatever the batch",
+            "--unscale-lr": "the same as --scale_lr_flag, by a clearer name",
+        },
+    )
+    sched: str = flag("cosine", "timm's schedule", choices=list(SCHEDULES))
+    warmup_epochs: int = flag(5, "epochs of linear warm-up", limits=FROM_0)
+    warmup_lr: float = flag(1e-6, "rate the warm-up starts from", limits=FROM_0)
+    min_lr: float = flag(1e-5, "rate the schedule ends with", limits=FROM_0)
+    decay_epochs: float = flag(30, "epochs between decays (step)", limits=ABOVE_0)
+    decay_rate: float = flag(
+        0.1,
+        "factor of a decay (step, plateau), power (poly)",
+        "--decay-rate",
+        "--dr",
+        metavar="DECAY_RATE",
+        limits=ABOVE_0,
+    )
+    cooldown_epochs: int = flag(
+        10, "part of the schedule after its end; never trained, as in the reference", limits=FROM_0
+    )
+    patience_epochs: int = flag(10, "epochs without a better top-1 before a decay (plateau)", limits=FROM_0)
+    lr_noise: list[float] | None = flag(
+        None, "noise on the rate from, and up to, these shares of the epochs", nargs="+"
+    )
+    lr_noise_pct: float = flag(0.67, "largest relative noise", limits=ABOVE_0)
+    lr_noise_std: float = flag(1.0, "deviation of the noise", limits=FROM_0)
+
+    teacher_model: str = flag("regnety_160", "any timm model", group="distillation and fine-tuning")
+    teacher_path: str = flag("", "the teacher's checkpoint: a file or an https address")
+    distillation_type: str = flag("none", "how the teacher is followed", choices=["none", "soft", "hard"])
+    distillation_alpha: float = flag(0.5, "share of the distillation loss", limits=SHARE)
+    distillation_tau: float = flag(1.0, "temperature of soft distillation", limits=ABOVE_0)
+    teacher_eval: bool = switch(False, on={"--teacher_eval": "evaluate the teacher and stop"})
+    finetune: str = flag("", "start from this checkpoint's weights: a file or an https address")
+
+    config: str = flag("", "flags by name, and regularizers", "-c", "--config", group="run", metavar="FILE.yaml")
+    output_dir: str = flag("", "where checkpoints and logs go; none are written by default", "--output_dir")
+    device: str = flag("auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
+    deterministic: bool = switch(
+        False, on="use deterministic algorithms only: equal runs are equal bit for bit, on CUDA more slowly"
+    )
+    seed: int = flag(0, "of initialisation, data order, augmentation and mixing", limits=SEEDS)
+    resume: str = flag(
+        "",
+        "continue from this checkpoint: a file, an https address, or auto: the newest in --output_dir, if any",
+    )
+    save_interval_steps: int = flag(0, "steps between checkpoints within an epoch; 0: only after it", limits=FROM_0)
+    save_interval_minutes: float = flag(0.0, "minutes between checkpoints; 0: only after each epoch", limits=FROM_0)
+    checkpoint_hist: int = flag(2, "checkpoints to keep: checkpoint.pth, then checkpoint.1.pth, ...", limits=FROM_1)
+    eval: bool = switch(False, on="evaluate (--resume FILE) and stop")
+    print_freq: int = flag(10, "steps between progress lines", limits=FROM_1)
+
+    dist_eval: bool = switch(
+        False,
+        group="processes (torchrun's and SLURM's variables are read by themselves)",
+        on="share the evaluation among the processes, exactly",
+    )
+    fsdp: bool = switch(
+        False, on="keep parameters, gradients, optimizer and EMA in shards over all processes (FSDP2)"
+    )
+    world_size: int = flag(
+        1, "number of processes, where the launcher sets RANK but no WORLD_SIZE", "--world_size", limits=FROM_1
+    )
+    dist_url: str = flag("env://", "rendezvous address", "--dist_url")
+    dist_timeout: float = flag(1800.0, "seconds that processes wait for one that may have died", limits=FROM_1)
 
 
-class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE pairs, added to those given before, with an error for a word that is none."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        for word in values:
-            if "=" not in word:
-                raise argparse.ArgumentError(self, f"{word!r} is not KEY=VALUE")
-        before = getattr(namespace, self.dest, None) or {}
-        super().__call__(parser, namespace, values, option_string)
-        setattr(namespace, self.dest, {**before, **getattr(namespace, self.dest)})
+# ------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 class _ListRegularizers(argparse.Action):
     """Prints the catalogue of regularizers and exits, like --help."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from regularizers import catalogue
+
         print(catalogue.as_text())
         parser.exit()
 
 
-class _Group:
-    """Adds flags to one group of the help, each in both spellings."""
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self._group = parser.add_argument_group(title)
-
-    def flag(self, *names: str, help: str, **options: Any) -> None:
-        both = [spelling for name in names for spelling in _spellings(name)]
-        options.setdefault("dest", names[0].lstrip("-").replace("-", "_"))
-        self._group.add_argument(*both, help=help, **options)
-
-    def value(self, name: str, type: Any, default: Any, help: str, **options: Any) -> None:
-        if "choices" not in options:
-            options["metavar"] = {float: "X", int: "N", str: "TEXT"}[type]
-        self.flag(name, type=type, default=default, help=help, **options)
-
-    def switch(self, name: str, dest: str, sets: bool, default: bool, help: str) -> None:
-        action = "store_true" if sets else "store_false"
-        self.flag(name, dest=dest, action=action, default=default, help=help)
-
-
-def _spellings(name: str) -> list[str]:
-    if not name.startswith("--"):
-        return [name]
-    stem = name[2:]
-    return list(dict.fromkeys([name, "--" + stem.replace("_", "-"), "--" + stem.replace("-", "_")]))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The flags
-
-
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Parser:
     """The parser of main.py's command line."""
     parser = Parser(
         prog="main.py",
         usage="main.py --data-path FOLDER [--config FILE.yaml] [FLAGS]",
         description="Train and evaluate vision transformers, diverse at the patch, attention and weight level.",
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
-    for add in (
-        _add_diversity,
-        _add_model,
-        _add_data,
-        _add_augmentation,
-        _add_mixup,
-        _add_optimizer,
-        _add_schedule,
-        _add_distillation,
-        _add_run,
-        _add_processes,
-    ):
-        add(parser)
-    return parser
-
-
-def _add_diversity(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "diversity (all off by default: plain DeiT)")
-    spellings = "the reference's spelling of --reg "
-    group.value("--mixing_coef", float, 0, spellings + "patch.mixing=C: classify every patch token as well")
-    group.value("--emb_cos_within_coef", float, 0, spellings + "patch.cosine@last=C")
-    group.value("--emb_contrast_cross_coef", float, 0, spellings + "patch.contrastive@first:last=C")
-    group.value("--attn_cos_within_coef", float, 0, spellings + "attn.cosine@0=C")
-    group.value("--weight_mha_cond_orth_coef", float, 0, spellings + "weight.cno@all=C")
-    group.flag(
-        "--reg",
-        action="append",
-        default=[],
-        metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]=COEF",
-        help="add a diversity term (repeatable); 0 switches off a term of the config file",
-    )
-    group.flag(
-        "--measure",
-        action="append",
-        default=[],
-        metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]",
-        help="measure redundancy on the evaluation set after each epoch, without training on it (repeatable)",
-    )
-    group.flag(
-        "--list-regularizers",
+    groups = parser.add_table(Args)
+    groups[DIVERSITY].add_argument(
+        *("--list-regularizers", "--list_regularizers"),
         action=_ListRegularizers,
         nargs=0,
         dest="help",  # has no value and is no key of a config file, like --help
         default=argparse.SUPPRESS,
         help="list every LEVEL.MEASURE with its equation, layers, cost and source, and exit",
     )
+    return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "model")
-    group.value(
-        "--model", str, "deit_base_patch16_224", "any timm model; _diverse and layer24 names of the reference"
-    )
-    group.flag(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of the model's constructor, e.g. patch_size=4 depth=6",
-    )
-    group.value("--input-size", int, 224, "image size in pixels")
-    group.value("--drop", float, 0.0, "dropout after the position embedding and in the blocks' projections")
-    group.value("--drop-path", float, 0.1, "stochastic depth rate of the last block")
-    group.switch("--model-ema", "model_ema", True, True, "keep a moving average of the weights (the default)")
-    group.switch("--no-model-ema", "model_ema", False, True, "keep none")
-    group.value("--model-ema-decay", float, 0.99996, "decay of the moving average, per step")
-    group.switch("--model-ema-force-cpu", "model_ema_force_cpu", True, False, "keep the average in host memory")
-    dtypes = "autocast's dtype; auto: on CUDA bfloat16 where it has it, else float16; elsewhere float32"
-    group.value("--amp-dtype", str, "auto", dtypes, choices=["auto", *AMP_DTYPES])
-    group.flag(
-        "--torchcompile",
-        nargs="?",
-        type=str,
-        const="inductor",
-        default="",
-        metavar="BACKEND",
-        help="compile the forward pass and the loss before the first step (inductor if no backend is named)",
-    )
-    recompute = "recompute the blocks in the backward pass: less memory, about a third more time"
-    group.switch("--grad-checkpointing", "grad_checkpointing", True, False, recompute)
+def answer_at_once(argv: Sequence[str] | None = None) -> None:
+    """Answer --help, --list-regularizers and what is mistyped, before anything is imported that takes time.
 
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "data")
-    group.value("--data-path", str, None, "folder of the data set (DIGITS needs none; hfds/: a cache, if given)")
-    group.flag(
-        "--data-set",
-        type=str,
-        default="IMNET",
-        choices=DATA_SETS,
-        metavar="NAME",
-        help="IMNET: folders train (or train_new) and val; tar: the same in train.tar and val.tar; wds/FOLDER: "
-        "WebDataset's shards; CIFAR (CIFAR-100), INAT, INAT19, DIGITS; hfds/NAME: a Hugging Face data set of that "
-        "name, or in that folder",
-    )
-    group.value("--inat-category", str, "name", "which label of iNaturalist", choices=list(INAT_CATEGORIES))
-    group.value("--batch-size", int, 128, "images per process; evaluation takes 1.5 times as many")
-    workers = "loader processes per process; by default ten, but not more than its share of the cores"
-    group.value("--num_workers", int, None, workers)
-    group.switch("--pin-mem", "pin_mem", True, True, "pin host memory for faster transfer to CUDA (the default)")
-    group.switch("--no-pin-mem", "pin_mem", False, True, "do not pin")
-    group.switch(
-        "--repeated-aug",
-        "repeated_aug",
-        True,
-        True,
-        "three differently augmented copies of each image (the default)",
-    )
-    group.switch("--no-repeated-aug", "repeated_aug", False, True, "each image once an epoch")
-    group.switch(
-        "--group-repeats",
-        "group_repeats",
-        True,
-        False,
-        "keep the copies of an image in one process, where it is decoded once; the global batch stays the same",
-    )
-    fast = (
-        "crop and resize with torch instead of Pillow: faster, with other bytes (of 255 a crop's differ by 0.04 on "
-    )
-    fast += "average and up to 7, those of an image resized for evaluation by 0.004 and up to 1)"
-    group.switch("--fast-resize", "fast_resize", True, False, fast)
-    skip = "train on the next image where one cannot be decoded; in evaluation, whose accuracy that would change, "
-    group.switch("--skip-bad-images", "skip_bad_images", True, False, skip + "it is always an error")
-
-
-def _add_augmentation(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "augmentation")
-    group.value("--color-jitter", float, 0.4, "colour jitter; timm applies it only where --aa is off")
-    group.value("--aa", str, "rand-m9-mstd0.5-inc1", "RandAugment or AutoAugment policy; none: off")
-    group.value("--smoothing", float, 0.1, "label smoothing")
-    group.value("--train-interpolation", str, "bicubic", "random, bilinear or bicubic")
-    group.value("--reprob", float, 0.25, "probability of random erasing")
-    group.value("--remode", str, "pixel", "what is put into the erased box: const, rand or pixel")
-    group.value("--recount", int, 1, "number of erased boxes")
-    group.switch("--resplit", "resplit", True, False, "erase nothing in the first half of each batch")
-
-
-def _add_mixup(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "Mixup and CutMix")
-    group.value("--mixup", float, 0.8, "Mixup's Beta parameter; 0: no Mixup")
-    group.value("--cutmix", float, 1.0, "CutMix's Beta parameter; 0: no CutMix")
-    group.value("--cutmix-minmax", float, None, "range of the box's sides; overrides --cutmix", nargs="+")
-    group.value("--mixup-prob", float, 1.0, "probability of mixing at all")
-    group.value("--mixup-switch-prob", float, 0.5, "probability of CutMix where both are on")
-    modes = "draw for each batch, each pair of partners, or each image"
-    group.value("--mixup-mode", str, "batch", modes, choices=list(MIXUP_MODES))
-
-
-def _add_optimizer(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "optimizer")
-    group.value("--opt", str, "adamw", "any optimizer that timm knows")
-    group.value("--opt-eps", float, 1e-8, "epsilon")
-    group.value("--opt-betas", float, None, "betas; the optimizer's own by default", nargs="+")
-    group.value("--grad-accum-steps", int, 1, "batches whose gradients make one step; the global batch grows by it")
-    skip = "a step that is not finite on any process: skip drops it on all, stop ends the run"
-    group.value("--nonfinite", str, "skip", skip, choices=["skip", "stop"])
-    group.value("--nonfinite-patience", int, 10, "that many dropped steps in a row end the run")
-    group.value("--clip-grad", float, None, "largest norm of the whole gradient; none by default")
-    group.value("--momentum", float, 0.9, "momentum of SGD and its kin")
-    group.value("--weight-decay", float, 0.05, "weight decay; none on biases, norms and embeddings")
-
-
-def _add_schedule(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "schedule")
-    group.value("--epochs", int, 300, "epochs to train")
-    group.value("--start_epoch", int, 0, "first epoch; --resume sets it")
-    group.value("--lr", float, 5e-4, "learning rate for a global batch of 512 images")
-    group.switch("--scale_lr_flag", "scale_lr_flag", False, True, "take --lr as it is, whatever the batch")
-    group.switch("--unscale-lr", "scale_lr_flag", False, True, "the same as --scale_lr_flag, by a clearer name")
-    group.value("--sched", str, "cosine", "timm's schedule", choices=list(SCHEDULES))
-    group.value("--warmup-epochs", int, 5, "epochs of linear warm-up")
-    group.value("--warmup-lr", float, 1e-6, "rate the warm-up starts from")
-    group.value("--min-lr", float, 1e-5, "rate the schedule ends with")
-    group.value("--decay-epochs", float, 30, "epochs between decays (step)")
-    group.flag(
-        "--decay-rate",
-        "--dr",
-        type=float,
-        default=0.1,
-        help="factor of a decay (step, plateau), power (poly)",
-    )
-    group.value(
-        "--cooldown-epochs", int, 10, "part of the schedule after its end; never trained, as in the reference"
-    )
-    group.value("--patience-epochs", int, 10, "epochs without a better top-1 before a decay (plateau)")
-    group.value(
-        "--lr-noise", float, None, "noise on the rate from, and up to, these shares of the epochs", nargs="+"
-    )
-    group.value("--lr-noise-pct", float, 0.67, "largest relative noise")
-    group.value("--lr-noise-std", float, 1.0, "deviation of the noise")
-
-
-def _add_distillation(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "distillation and fine-tuning")
-    group.value("--teacher-model", str, "regnety_160", "any timm model")
-    group.value("--teacher-path", str, "", "the teacher's checkpoint: a file or an https address")
-    group.value("--distillation-type", str, "none", "how the teacher is followed", choices=["none", "soft", "hard"])
-    group.value("--distillation-alpha", float, 0.5, "share of the distillation loss")
-    group.value("--distillation-tau", float, 1.0, "temperature of soft distillation")
-    group.switch("--teacher_eval", "teacher_eval", True, False, "evaluate the teacher and stop")
-    group.value("--finetune", str, "", "start from this checkpoint's weights: a file or an https address")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "run")
-    group.flag(
-        "-c",
-        "--config",
-        dest="config",
-        default="",
-        metavar="FILE.yaml",
-        help="flags by name, and regularizers",
-    )
-    group.value("--output_dir", str, "", "where checkpoints and logs go; none are written by default")
-    group.value("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
-    exact = "use deterministic algorithms only: equal runs are equal bit for bit, on CUDA more slowly"
-    group.switch("--deterministic", "deterministic", True, False, exact)
-    group.value("--seed", int, 0, "of initialisation, data order, augmentation and mixing")
-    newest = "continue from this checkpoint: a file, an https address, or auto: the newest in --output_dir, if any"
-    group.value("--resume", str, "", newest)
-    group.value("--save-interval-steps", int, 0, "steps between checkpoints within an epoch; 0: only after it")
-    group.value("--save-interval-minutes", float, 0.0, "minutes between checkpoints; 0: only after each epoch")
-    group.value("--checkpoint-hist", int, 2, "checkpoints to keep: checkpoint.pth, then checkpoint.1.pth, ...")
-    group.switch("--eval", "eval", True, False, "evaluate (--resume FILE) and stop")
-    group.value("--print-freq", int, 10, "steps between progress lines")
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    group = _Group(parser, "processes (torchrun's and SLURM's variables are read by themselves)")
-    group.switch("--dist-eval", "dist_eval", True, False, "share the evaluation among the processes, exactly")
-    shards = "keep parameters, gradients, optimizer and EMA in shards over all processes (FSDP2)"
-    group.switch("--fsdp", "fsdp", True, False, shards)
-    group.value("--world_size", int, 1, "number of processes, where the launcher sets RANK but no WORLD_SIZE")
-    group.value("--dist_url", str, "env://", "rendezvous address")
-    group.value("--dist-timeout", float, 1800.0, "seconds that processes wait for one that may have died")
+    Raises:
+        SystemExit: it was one of them, and is answered.
+    """
+    parser = get_args_parser()
+    try:
+        file = parser.given(argv).get("config")
+        if file:
+            read_config(file, parser)
+    except UserError as error:
+        if is_first_on_machine():
+            print(f"main.py: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
