@@ -240,7 +240,7 @@ def terms(model: DiverseViT, diversity: Diversity, images: Tensor) -> dict[str, 
 def training_model(name: str) -> tuple[Family, DiverseViT, Diversity]:
     family, backbone = FAMILIES[name], build(name)
     diversity = Diversity([parse_spec(f"{spec}=1") for spec in specs(family, name)], depth=family.depth)
-    model = DiverseViT(backbone, diversity.needs | Needs(patch_logits=family.classifies))
+    model = DiverseViT(backbone, Needs(**diversity.needs) | Needs(patch_logits=family.classifies))
     return family, model.train(), diversity
 
 

@@ -21,10 +21,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from engine import Precision, Updater, train_one_epoch
-from losses import LabelLoss
+from losses import Objective
 from mixing.mixup import Mix, Mixup
-from models import DiverseViT
-from regularizers import Diversity, attention, measures, parse_spec, patch, weight
+from models import DiverseViT, Needs
+from regularizers import Diversity, measures, parse_spec
+from regularizers.levels import LEVELS
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 RTOL = 1e-9
@@ -73,9 +74,9 @@ def heads(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def level_measure(level: Any, name: str, **options: Any) -> Callable[..., Tensor]:
+def level_measure(level: str, name: str, **options: Any) -> Callable[..., Tensor]:
     """A measure with its level's defaults, as the objective uses it."""
-    return partial(measures.MEASURES[name].function, **{**level.DEFAULT_ARGUMENTS.get(name, {}), **options})
+    return partial(measures.MEASURES[name].function, **{**LEVELS[level].default_arguments.get(name, {}), **options})
 
 
 PAIRS = {
@@ -88,11 +89,11 @@ PAIRS = {
 SETS = {"mhs": ("mhs", {}), "mgd": ("mgd", {}), "so": ("so", {}), "cno": ("cno", {})}
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
-    **{f"patch_{f}": (level_measure(patch, n, **o), without_prefix) for f, (n, o) in PAIRS.items()},
-    **{f"patch_{f}": (level_measure(patch, n, **o), as_it_is) for f, (n, o) in SETS.items()},
-    **{f"attn_{f}": (level_measure(attention, n, **o), heads) for f, (n, o) in {**PAIRS, **SETS}.items()},
-    **{f"weight_{f}": (level_measure(weight, n, **o), as_it_is) for f, (n, o) in SETS.items()},
-    "weight_cno_inverse": (level_measure(weight, "cno", inverse=True), as_it_is),
+    **{f"patch_{f}": (level_measure("patch", n, **o), without_prefix) for f, (n, o) in PAIRS.items()},
+    **{f"patch_{f}": (level_measure("patch", n, **o), as_it_is) for f, (n, o) in SETS.items()},
+    **{f"attn_{f}": (level_measure("attn", n, **o), heads) for f, (n, o) in {**PAIRS, **SETS}.items()},
+    **{f"weight_{f}": (level_measure("weight", n, **o), as_it_is) for f, (n, o) in SETS.items()},
+    "weight_cno_inverse": (level_measure("weight", "cno", inverse=True), as_it_is),
     "grad_diversity": (measures.gradient_diversity, as_it_is),
 }
 
@@ -182,7 +183,7 @@ class Run:
             f"weight.cno@all={cno!r}",
         )
         self.diversity = Diversity([parse_spec(spec) for spec in specs], self.depth)
-        self.model = DiverseViT(self.backbone, self.diversity.needs)
+        self.model = DiverseViT(self.backbone, Needs(**self.diversity.needs))
 
     @property
     def patches(self) -> int:
@@ -190,9 +191,7 @@ class Run:
 
     def train(self, batches: list[tuple[Tensor, Tensor]], updater: Updater, mixup: Mixup) -> dict[str, float]:
         """Through the real loop; the reference sums the mixing loss over patches, so that is what returns here."""
-        means = train_one_epoch(
-            self.model, LabelLoss(self.diversity.mixing), self.diversity, batches, updater, mixup
-        )
+        means = train_one_epoch(self.model, Objective(diversity=self.diversity), batches, updater, mixup)
         return means | {"patch.mixing": means["patch.mixing"] * self.patches}
 
 
