@@ -29,6 +29,9 @@ AMP_DTYPES = ("float32", "bfloat16", "float16")
 MIXUP_MODES = ("batch", "pair", "elem")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
+# Those of script/export_model.py: what a model is written as, and which weights are taken from a checkpoint.
+FORMATS = ("timm", "torch", "onnx")
+WEIGHTS = ("auto", "ema", "model")
 
 # Limits of numbers. Those of the augmentation's and of Mixup's are checked where they are used.
 LARGEST = sys.float_info.max

@@ -14,13 +14,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError
-from export import FORMATS, WEIGHTS, check_folder, check_formats, export, preprocessing
-from options.flags import KeyValues, Parser
-from state.trained import Trained, read_trained
+from options.flags import FORMATS, WEIGHTS
+from options.parser import KeyValues, Parser
+
+if TYPE_CHECKING:
+    from state.trained import Trained
 
 DEFAULT = ("timm", "torch")  # which need nothing more than training does
 
@@ -53,6 +56,8 @@ def size_of(path: Path) -> str:
 
 def describe(trained: Trained, source: str) -> str:
     """What is exported, and how images are to be prepared for it."""
+    from export import preprocessing
+
     took = {"ema": "the EMA's weights (model_ema)", "model": "the trained weights (model)"}[trained.weights]
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
@@ -65,7 +70,13 @@ def describe(trained: Trained, source: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything that can be checked, then write one format after the other."""
+    """Check everything that can be checked, then write one format after the other.
+
+    What takes seconds to import is imported here, where the command line is known to be right.
+    """
+    from export import check_folder, check_formats, export
+    from state.trained import read_trained
+
     formats = list(dict.fromkeys(args.formats))
     check_formats(formats, args.opset)
     check_folder(args.output_dir)
