@@ -6,7 +6,6 @@ data of another form, write a function there that returns a `Found`, and add its
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from images.decode import Found, Sample, load_image
 from images.folders import cifar, digits, image_folder, inaturalist
 from images.hugging_face import hugging_face_set
 from images.transforms import Box, build_transform, to_bytes
-from options.flags import DATA_SETS
+from options.flags import DATA_SETS, Args
 
 STREAMS = ("tfds/", "hfids/")  # timm's other sources of data
 
@@ -66,7 +65,7 @@ class LabelledImages(Dataset[Example]):
 
 
 # The sets in a folder, by name: `--data-path`, whether the training half is wanted, the flags -> the half.
-READERS: Mapping[str, Callable[[Path, bool, Namespace], Found]] = {
+READERS: Mapping[str, Callable[[Path, bool, Args], Found]] = {
     "IMNET": lambda root, is_train, args: image_folder(root, is_train),
     "tar": lambda root, is_train, args: tar(root, is_train),
     "wds": lambda root, is_train, args: shards(root / args.data_set.removeprefix("wds/"), is_train),
@@ -76,7 +75,7 @@ READERS: Mapping[str, Callable[[Path, bool, Namespace], Found]] = {
 }
 
 
-def build_dataset(is_train: bool, args: Namespace) -> tuple[LabelledImages, int]:
+def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, int]:
     """The training or the evaluation half of `--data-set`, and its number of classes.
 
     Raises:
@@ -87,7 +86,7 @@ def build_dataset(is_train: bool, args: Namespace) -> tuple[LabelledImages, int]
     return LabelledImages(found.samples, transform, found.read, args.fast_resize), found.num_classes
 
 
-def _find(is_train: bool, args: Namespace) -> Found:
+def _find(is_train: bool, args: Args) -> Found:
     name = args.data_set
     if name == "DIGITS":
         return digits(is_train, args.input_size)

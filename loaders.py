@@ -11,7 +11,6 @@ these to the device, normalises and erases there.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator, Sequence, Sized
 from itertools import groupby
@@ -26,6 +25,7 @@ from datasets import Example, LabelledImages
 from errors import UserError
 from images.decode import ImageError
 from images.transforms import Erasing
+from options.flags import Args
 from samplers import Draw, RASampler, ResumableSampler, ShardSampler
 from utils import keep_random_state, seed_generators
 from workers import SteadyLoader, default_workers
@@ -265,7 +265,7 @@ class TrainLoader(DeviceLoader):
 
 
 def build_train_loader(
-    args: Namespace, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
+    args: Args, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
 ) -> TrainLoader:
     """This process's training batches: `--batch-size` images each, shuffled, the incomplete last one dropped.
 
@@ -294,7 +294,7 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    args: Namespace, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
+    args: Args, dataset: LabelledImages, world_size: int, rank: int, device: torch.device
 ) -> DeviceLoader:
     """This process's evaluation batches: 1.5 times `--batch-size` images each, nothing dropped.
 
@@ -310,7 +310,7 @@ def build_eval_loader(
 
 
 def _loader(
-    args: Namespace, dataset: Dataset[Any], sampler: Sampler[Any], rank: int, device: torch.device, **options: Any
+    args: Args, dataset: Dataset[Any], sampler: Sampler[Any], rank: int, device: torch.device, **options: Any
 ) -> SteadyLoader:
     """A loader with a generator of its own, without which each pass would draw from the global one."""
     return SteadyLoader(

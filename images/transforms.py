@@ -7,7 +7,6 @@ the boxes is left to the device (see loaders.DeviceLoader), so that a loader's w
 from __future__ import annotations
 
 import random
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +21,13 @@ from torch import Tensor
 from torchvision import transforms
 
 from errors import UserError
+from options.flags import Args
 
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
 
 
-def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
+def build_transform(is_train: bool, args: Args) -> transforms.Compose:
     """DeiT's transform up to the bytes: PIL image -> uint8 [3, S, S], S = `--input-size`.
 
     Training: random resized crop, horizontal flip (not for digits: a mirrored one is another symbol), `--aa`,
@@ -60,7 +60,7 @@ def build_transform(is_train: bool, args: Namespace) -> transforms.Compose:
     return transform
 
 
-def _train_transform(args: Namespace) -> transforms.Compose:
+def _train_transform(args: Args) -> transforms.Compose:
     """timm's training transform for a loader that normalises later; its random crop comes first."""
     policy = None if (args.aa or "none").lower() == "none" else args.aa
     _check_augmentation(args, policy)
@@ -84,7 +84,7 @@ def _train_transform(args: Namespace) -> transforms.Compose:
     return transform
 
 
-def _check_augmentation(args: Namespace, policy: str | None) -> None:
+def _check_augmentation(args: Args, policy: str | None) -> None:
     """Refuse what timm would refuse without naming the flag, or only in the middle of an epoch."""
     resampling = ["random", "nearest", "bilinear", "bicubic"]
     if policy is None:
