@@ -133,6 +133,47 @@ def test_average_pooled_patches_pass_the_models_own_head():
     torch.testing.assert_close(shown.patch_logits, by_hand, rtol=0, atol=1e-12)
 
 
+class RegionHead:
+    """A patch head with a layer of its own, which mixes the patches as the labels say."""
+
+    def __init__(self, layout):
+        self.layout = layout
+        layout.backbone.patch_head = torch.nn.Linear(24, 7)
+
+    def __call__(self, features, labels=None):
+        patches = features[:, self.layout.final_prefix_tokens :]
+        return self.layout.backbone.patch_head(patches if labels is None else patches * labels[..., None])
+
+
+def test_a_patch_head_of_ones_own(tiny):
+    """It sees final features and labels; its layer is the backbone's, in the average too, and is trained."""
+    backbone = build_model("deit_tiny_patch16_224", **TINY)
+    model = DiverseViT(backbone, Needs(patch_logits=True), head=RegionHead)
+    images, shares = random_batch()[0], torch.rand(4, 16)
+    shown = model(images, labels=shares)
+    patches = backbone.forward_features(images)[:, 1:]
+    torch.testing.assert_close(shown.patch_logits, backbone.patch_head(patches * shares[..., None]))
+    torch.testing.assert_close(model(images).patch_logits, backbone.patch_head(patches))
+    assert "backbone.patch_head.weight" in model.state_dict()
+    shown.patch_logits.sum().backward()
+    assert backbone.patch_head.weight.grad.any() and backbone.blocks[2].mlp.fc1.weight.grad.any()
+
+    average = ModelEmaV3(model).module
+    with torch.no_grad():
+        average.backbone.patch_head.weight.zero_()
+        average.backbone.patch_head.bias.zero_()
+    assert not average(images).patch_logits.any() and model(images).patch_logits.any()
+    assert not hasattr(
+        DiverseViT(build_model("deit_tiny_patch16_224", **TINY), head=RegionHead).backbone, "patch_head"
+    )
+
+
+def test_the_models_own_head_takes_no_notice_of_labels(tiny):
+    model, _ = tiny("patch.mixing=1")
+    images = random_batch()[0]
+    assert torch.equal(model(images, labels=torch.zeros(4, 16)).patch_logits, model(images).patch_logits)
+
+
 def test_without_needs_nothing_is_hooked():
     backbone = build_model("deit_tiny_patch16_224", **TINY)
     fused = [block.attn.fused_attn for block in backbone.blocks]
