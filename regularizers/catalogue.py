@@ -152,7 +152,7 @@ def _read_options(tree: ast.Module) -> dict[str, Option]:
     )
     assert isinstance(table, ast.Dict)
     pairs = zip(table.keys, table.values, strict=True)
-    return {_literal(key, "OPTIONS"): Option(**_arguments(call, Option._fields, "OPTIONS")) for key, call in pairs}
+    return {_literal(key, "a key"): Option(**_arguments(call, Option._fields, "OPTIONS")) for key, call in pairs}
 
 
 def _declarations(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, ast.Call]]:
@@ -170,7 +170,7 @@ def _read_entry(node: ast.FunctionDef, decorator: ast.Call, options: Mapping[str
     takes = declared.get("takes", "set")
     levels = levels_of(takes, declared.get("levels"))
     keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-    defaults = {keyword.arg: _literal(default, name) for keyword, default in keywords}
+    defaults = {each.arg: _literal(default, f"{name}: the default of {each.arg}") for each, default in keywords}
     return Entry(
         name=name,
         takes=takes,
@@ -187,15 +187,15 @@ def _read_entry(node: ast.FunctionDef, decorator: ast.Call, options: Mapping[str
 def _arguments(call: ast.expr, positional: Sequence[str], where: str) -> dict[str, Any]:
     """The arguments of a call by their names."""
     assert isinstance(call, ast.Call)
-    given = {name: _literal(node, where) for name, node in zip(positional, call.args, strict=False)}
-    return given | {str(keyword.arg): _literal(keyword.value, where) for keyword in call.keywords}
+    given = [*zip(positional, call.args, strict=False), *((str(each.arg), each.value) for each in call.keywords)]
+    return {name: _literal(node, f"{where}: {ast.unparse(node)}") for name, node in given}
 
 
-def _literal(node: ast.expr | None, where: str) -> Any:
+def _literal(node: ast.expr | None, what: str) -> Any:
     try:
-        return ast.literal_eval(node) if node is not None else None
-    except ValueError as error:
-        raise ValueError(f"{where}: {ast.unparse(node or ast.Constant(None))} has to be a literal") from error
+        return ast.literal_eval(node or "")
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{what} has to be a literal") from error
 
 
 def _read_sources(head: str) -> dict[str, str]:

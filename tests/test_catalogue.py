@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,23 @@ import pytest
 import torch
 from torch import Tensor
 
+import regularizers
 from errors import UserError
+from mixing.mixup import Mixup
 from models.adapters import MATRICES
 from options import config, flags
-from regularizers import MEASURES, catalogue, measures, parse_spec, patch
-from regularizers.measures import OPTIONS, Measure
-from regularizers.specs import LEVELS, all_names
+from regularizers import MEASURES, catalogue, measures, parse_spec
+from regularizers.levels import LEVELS
+from regularizers.measures import OPTIONS
+from regularizers.registry import Option, Registry, levels_of
+from regularizers.specs import all_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "regularizers.md"
 REGENERATE = "run python script/make_docs.py"
 
 
-def documented(x: Tensor) -> Tensor:
-    """A summary that
+DOCSTRING = """A summary that
     takes two lines.
 
         R = x
@@ -46,7 +51,12 @@ def documented(x: Tensor) -> Tensor:
     Source: [C22], after [G21].
     Use: here.
     """
-    return x
+
+
+def source(decorator: str = "@measure()", signature: str = "x: Tensor", docstring: str = DOCSTRING) -> str:
+    """The text of measures.py with one more measure, called 'documented'."""
+    added = f'{decorator}\ndef documented({signature}) -> Tensor:\n    r"""{docstring}"""\n    return x.sum()\n'
+    return catalogue.MEASURES.read_text(encoding="utf-8") + "\n\n" + added
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,7 +64,7 @@ def documented(x: Tensor) -> Tensor:
 
 
 def test_a_docstring_is_taken_apart() -> None:
-    text = catalogue.read_docstring(documented)
+    text = catalogue.read_docstring("documented", DOCSTRING)
     assert text.summary == "A summary that takes two lines."
     assert text.equation == "R = x\n  + 0\ny = 1"
     assert text.remarks == ("A remark with `code`: over two lines.",)
@@ -64,27 +74,24 @@ def test_a_docstring_is_taken_apart() -> None:
 
 
 @pytest.mark.parametrize("section", catalogue.SECTIONS)
-def test_a_missing_or_empty_section_is_an_error(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = documented.__doc__ or ""
-    for changed in (re.sub(rf"{section}: .*", "", whole), re.sub(rf"{section}: (.|\n    )*?\n", "", whole)):
-        monkeypatch.setattr(documented, "__doc__", changed)
+def test_a_missing_or_empty_section_is_an_error(section: str) -> None:
+    for changed in (re.sub(rf"{section}: .*", "", DOCSTRING), re.sub(rf"{section}: (.|\n    )*?\n", "", DOCSTRING)):
         with pytest.raises(ValueError, match=f"documented: the docstring lacks {section}"):
-            catalogue.read_docstring(documented)
+            catalogue.read(source(docstring=changed))
 
 
-def test_a_missing_equation_or_docstring_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    without = re.sub(r"\n {8}[Ry ].*", "", (documented.__doc__ or "").replace("        continued.", ""))
-    monkeypatch.setattr(documented, "__doc__", without)
+def test_a_missing_equation_or_docstring_is_an_error() -> None:
+    without = re.sub(r"\n {8}[Ry ].*", "", DOCSTRING.replace("        continued.", ""))
     with pytest.raises(ValueError, match="no equation"):
-        catalogue.read_docstring(documented)
-    monkeypatch.setattr(documented, "__doc__", None)
-    with pytest.raises(ValueError, match="no docstring"):
-        catalogue.read_docstring(documented)
+        catalogue.read_docstring("documented", without)
+    with pytest.raises(ValueError, match="documented has no docstring"):
+        catalogue.read(source().replace(f'    r"""{DOCSTRING}"""\n', ""))
 
 
-@pytest.mark.parametrize("function", [*(m.function for m in MEASURES.values()), patch.mixing])
-def test_every_measure_has_all_sections_in_one_order(function: Any) -> None:
-    text = catalogue.read_docstring(function)
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_has_all_sections_in_one_order(name: str) -> None:
+    function = MEASURES[name].function
+    text = catalogue.read_docstring(name, function.__doc__)
     assert list(text.sections) == ["Args", "Returns", *catalogue.SECTIONS]
     assert text.equation.startswith("R = ")
     for parameter in inspect.signature(function).parameters.values():
@@ -92,11 +99,54 @@ def test_every_measure_has_all_sections_in_one_order(function: Any) -> None:
             assert re.search(rf"\b{parameter.name}\b", text.sections["Args"]), parameter.name
 
 
-def test_sources_cited_are_listed_and_have_a_number() -> None:
-    sources = catalogue.sources()
-    cited = {key for e in catalogue.entries() for key in re.findall(r"\[(\w+)\]", e.text.sections["Source"])}
-    assert cited == set(sources)
-    assert all(re.search(r"arXiv \d{4}\.\d{5}$", paper) for paper in sources.values())
+def test_sources_cited_are_listed() -> None:
+    listed = catalogue.read()
+    cited = {key for e in listed.entries for key in re.findall(r"\[(\w+)\]", e.text.sections["Source"])}
+    assert cited == set(listed.sources)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without torch
+
+
+def test_the_catalogue_is_read_without_torch() -> None:
+    """Nor does the package import it before something is asked for that needs it."""
+    code = (
+        "import sys, regularizers, regularizers.catalogue as c; text = c.as_text(); "
+        "assert 'torch' not in sys.modules; from regularizers import MEASURES; assert 'torch' in sys.modules; "
+        "print(text)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == catalogue.as_text() + "\n"
+
+
+def test_all_that_the_package_names_is_there() -> None:
+    for name in regularizers.__all__:
+        assert getattr(regularizers, name).__class__ is not None
+    assert regularizers.MEASURES is measures.MEASURES and regularizers.parse_spec is parse_spec
+    with pytest.raises(AttributeError, match="module 'regularizers' has no attribute 'Diversty'"):
+        regularizers.__getattr__("Diversty")
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_an_entry_is_what_the_registry_says(name: str) -> None:
+    """What is read from the text, against what is registered when it runs."""
+    (entry,) = (e for e in catalogue.read().entries if e.name == name)
+    measure = MEASURES[name]
+    assert (entry.takes, entry.levels) == (measure.takes, measure.levels)
+    assert entry.options == {option: OPTIONS[option] for option in measure.options}
+    for level in measure.levels:
+        assert entry.default_arguments[level] == {
+            **measure.defaults,
+            **LEVELS[level].default_arguments.get(name, {}),
+        }
+    assert entry.text == catalogue.read_docstring(name, measure.function.__doc__)
+
+
+def test_the_whole_catalogue_is_what_the_registry_says() -> None:
+    listed = catalogue.read()
+    assert [e.name for e in listed.entries] == list(MEASURES)
+    assert listed.options == OPTIONS and list(listed.options) == list(OPTIONS)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,23 +154,44 @@ def test_sources_cited_are_listed_and_have_a_number() -> None:
 
 
 def test_entries_are_all_that_can_be_written_in_a_spec() -> None:
-    listed = catalogue.entries()
-    assert sorted(name for e in listed for name in e.names) == sorted(all_names())
-    assert set(catalogue.ITEMS) == set(LEVELS) and set(catalogue.MATRIX_MEANINGS) == set(MATRICES)
-    assert set(measures.OPTION_MEANINGS) == set(OPTIONS)
+    assert sorted(name for e in catalogue.read().entries for name in e.names) == sorted(all_names())
+
+
+def test_measures_apply_at_these_levels() -> None:
+    levels = {name: measure.levels for name, measure in MEASURES.items()}
+    assert levels["cosine"] == levels["cno"] == ("patch", "attn", "weight")
+    assert levels["cosine_cross"] == levels["contrastive"] == ("patch", "attn")
+    assert levels["gradient_diversity"] == levels["mixing"] == ("patch",)
+    assert [name for name, measure in MEASURES.items() if measure.averaged] == ["mixing"]
+
+
+def test_matrices_are_those_that_models_have() -> None:
+    """regularizers/ imports nothing of models/, so the names stand twice."""
+    chosen = {matrix for level in LEVELS.values() for matrix in level.matrices}
+    assert chosen <= set(MATRICES) and tuple(LEVELS["weight"].matrices) == MATRICES
+    for level in LEVELS.values():
+        assert level.of_weights == bool(level.matrices) == bool(level.default_matrices)
+        assert set(level.default_matrices) <= set(level.matrices)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_default_arguments_are_the_functions(level: str) -> None:
+    for name, arguments in LEVELS[level].default_arguments.items():
+        assert level in MEASURES[name].levels and set(arguments) <= set(MEASURES[name].defaults)
 
 
 @pytest.mark.parametrize("name", all_names())
 def test_default_layers_and_arguments_are_the_specs(name: str) -> None:
     """What the entry says a spec without options and layers means, against what parsing makes of it."""
     level, _, measure = name.partition(".")
-    (entry,) = (e for e in catalogue.entries() if e.name == measure)
+    (entry,) = (e for e in catalogue.read().entries if e.name == measure)
     assert parse_spec(f"{name}=1").layers == entry.default_layers[level]
-    for option in entry.options:
-        argument, value = OPTIONS[option]
-        assert (parse_spec(f"{name}:{option}=1").options == ()) == (
-            entry.default_arguments[level][argument] == value
-        )
+    for key, option in entry.options.items():
+        default = entry.default_arguments[level][option.argument]
+        for value in (default, default + 1.0) if option.value is None else (option.value,):
+            spec = parse_spec(f"{name}:{option.written(key, value)}=1")
+            assert (spec.options == ()) == (value == default)
+            assert spec.arguments.get(option.argument, default) == value
 
 
 @pytest.mark.parametrize(
@@ -131,6 +202,7 @@ def test_default_layers_and_arguments_are_the_specs(name: str) -> None:
         ("cosine_cross", {}, -1, 1),
         ("pairwise_cosine", {}, 0, 1),
         ("contrastive", {}, 0.12, 2.13),
+        ("contrastive", {"tau": 0.25}, 3.3e-4, 8.01),
         ("mhs", {}, -4, 0),
         ("mgd", {}, -6e-6, 13.8 * 6),
         ("so", {}, 2, torch.inf),
@@ -150,17 +222,25 @@ def test_ranges_hold(name: str, arguments: Mapping[str, Any], low: float, high: 
         assert low - 1e-9 <= value <= high + 1e-9
 
 
+def arguments(takes: str) -> list[Any]:
+    """Something that a measure may be called with: the first is what a gradient is taken at."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 4, 6, 8, dtype=torch.float64).unbind()
+    if takes == "labels":
+        _, labels = Mixup(patch_size=(8, 8))(torch.zeros(4, 3, 16, 24, dtype=torch.float64), torch.arange(4))
+        return [x.requires_grad_(), labels]
+    return [x.requires_grad_(), y] if takes == "pair" else [x.requires_grad_()]
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_step_down_the_gradient_lowers_the_measure(name: str) -> None:
     """All are minimised, as the catalogue says."""
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 4, 6, 8, dtype=torch.float64).unbind()
+    x, *others = arguments(MEASURES[name].takes)
 
     def value(x: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return MEASURES[name].function(*((x, y) if MEASURES[name].takes == "pair" else (x,)))
+        return MEASURES[name].function(x, *others)
 
-    x.requires_grad_()
     before = value(x)
     (gradient,) = torch.autograd.grad(before, x)
     assert value(x - 1e-4 * gradient / gradient.norm()) < before
@@ -170,24 +250,84 @@ def test_a_step_down_the_gradient_lowers_the_measure(name: str) -> None:
 # A measure of one's own
 
 
-def test_a_new_measure_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "MEASURES", {**MEASURES, "documented": Measure(documented, levels=("attn",))})
-    assert "attn.documented" in catalogue.as_text() and "patch.documented" not in catalogue.as_text()
-    assert "### documented\n\nA summary that takes two lines.\n\n```\nR = x\n" in catalogue.as_markdown()
+def test_a_new_measure_appears_by_itself() -> None:
+    listed = catalogue.read(source('@measure(takes="set", levels=("attn",))'))
+    text, page = catalogue.as_text(listed), docs()["as_markdown"](listed)
+    assert "attn.documented" in text and "patch.documented" not in text and "weight.documented" not in text
+    assert "### documented\n\nA summary that takes two lines.\n\n```\nR = x\n" in page
+    assert [e.name for e in listed.entries][-1] == "documented"
 
 
-def test_an_option_without_a_meaning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = Measure(documented)
-    object.__setattr__(odd, "options", ("odd",))
-    monkeypatch.setattr(catalogue, "MEASURES", {"documented": odd})
-    with pytest.raises(ValueError, match="OPTION_MEANINGS for odd"):
-        catalogue.entry("documented")
+def test_a_new_option_needs_one_line() -> None:
+    text = source(signature="x: Tensor, *, tau: float = 2.0, power: float = 0.5")
+    text = text.replace(
+        '    "tau": Option(', '    "power": Option("power", "of the items", above=0.25),\n    "tau": Option('
+    )
+    listed = catalogue.read(text)
+    assert list(listed.entries[-1].options) == ["power", "tau"]
+    assert listed.entries[-1].default_arguments["patch"] == {"tau": 2.0, "power": 0.5}
+    assert re.search(r"^:power=X +of the items \(documented\)$", catalogue.as_text(listed), re.M)
+    assert re.search(r"^:tau=X .*\(contrastive, documented\)$", catalogue.as_text(listed), re.M)
+    assert "`power=X` (power = X > 0.25): of the items" in docs()["as_markdown"](listed)
 
 
-def test_a_source_without_a_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "sources", lambda: {"C22": "Somewhere"})
-    with pytest.raises(ValueError, match="Somewhere"):
-        catalogue.as_markdown()
+@pytest.mark.parametrize("signature", ["x: Tensor, *, eps: float = EPS", "x: Tensor, *, eps: float"])
+def test_a_default_that_is_no_literal_is_an_error(signature: str) -> None:
+    with pytest.raises(ValueError, match=r"documented: the default of eps has to be a literal"):
+        catalogue.read(source(signature=signature))
+
+
+def test_an_argument_of_the_decorator_that_is_no_literal_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"documented: ALL has to be a literal"):
+        catalogue.read(source("@measure(levels=ALL)"))
+
+
+@pytest.mark.parametrize(
+    ("takes", "levels", "message"),
+    [
+        ("pair", ("patch", "weight"), "a measure that takes 'pair' applies at patch, attn, not at weight"),
+        ("set", ("pach",), "a measure that takes 'set' applies at patch, attn, weight, not at pach"),
+    ],
+)
+def test_a_level_that_lacks_what_a_measure_takes_is_an_error(
+    takes: Any, levels: tuple[str, ...], message: str
+) -> None:
+    registry = Registry({})
+    with pytest.raises(ValueError, match=message):
+        registry.measure(takes=takes, levels=levels)(measures.cosine)
+    assert not registry and levels_of("pair") == ("patch", "attn")
+
+
+def test_a_registry_holds_what_the_decorator_and_the_signature_say() -> None:
+    registry = Registry(
+        {"half": Option("scale", "halved", above=0.0), "other": Option("shift", "moved", value=True)}
+    )
+
+    @registry.measure(levels=("attn",))
+    def one(x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return x.sum() * scale
+
+    @registry.measure(takes="labels", averaged=True)
+    def two(x: Tensor, labels: Any) -> Tensor:
+        return x.sum()
+
+    assert list(registry) == ["one", "two"] and registry["one"].function is one
+    assert registry["one"].options == ("half",) and registry["one"].defaults == {"scale": 1.0}
+    assert (registry["one"].takes, registry["one"].levels, registry["one"].averaged) == ("set", ("attn",), False)
+    assert (registry["two"].takes, registry["two"].levels, registry["two"].averaged) == ("labels", ("patch",), True)
+    assert registry["two"].options == ()
+
+
+@pytest.mark.parametrize(
+    ("paper", "link"), [("A, 2021, arXiv 2104.12753", "2104.12753"), ("B, a book, 1997", None)]
+)
+def test_a_paper_is_linked_where_it_is_on_arxiv(paper: str, link: str | None) -> None:
+    text = source().replace("Sources: [C22]", f"Sources: [X99] {paper};\n         [C22]")
+    listed = catalogue.read(text)
+    assert listed.sources["X99"] == paper
+    page = docs()["as_markdown"](listed)
+    assert f"- [X99] {paper}." in page
+    assert (f"[X99]: https://arxiv.org/abs/{link}" in page) == (link is not None) == ("\n[X99]: " in page)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -204,13 +344,26 @@ def test_the_flag_prints_the_table_and_exits_with_0(flag: str, capsys: pytest.Ca
 
 def test_the_table_has_one_line_a_regularizer_and_fits_a_terminal() -> None:
     text = catalogue.as_text()
-    first_words = [line.split()[0] for line in text.splitlines() if re.match(r"(patch|attn|weight)\.", line)]
+    first_words = [line.split()[0] for line in text.splitlines() if re.match(rf"({'|'.join(LEVELS)})\.", line)]
     assert sorted(first_words) == sorted(all_names())
     assert max(map(len, text.splitlines())) <= 120
     assert re.search(
         r"^patch\.cosine {2,}R = 1/n\^2 sum_ij <u_i, u_j>.* {2,}@last {2,}O\(n d\) {2,}\[C22\]$", text, re.M
     )
     assert catalogue.GRAMMAR in text and catalogue.DOCS in text
+    assert "weight terms take q, k, v, proj, fc1, fc2 among their options; q, k, v without" in text
+    assert not re.search(r" \.\.\.", text)  # nothing had to be shortened
+
+
+def test_a_long_equation_is_shortened_and_a_long_option_makes_room() -> None:
+    long = DOCSTRING.replace("R = x", "R = " + " + ".join(f"x_{i}" for i in range(40)))
+    text = source(signature="x: Tensor, *, tau: float = 1.0", docstring=long)
+    text = text.replace('"tau": Option(', '"temperature_of_all": Option(')
+    lines = catalogue.as_text(catalogue.read(text)).splitlines()
+    assert max(map(len, lines)) == 120
+    (row,) = (line for line in lines if line.startswith("patch.documented "))
+    assert re.search(r" R = x_0 \+ x_1 .* \.\.\. {2}@last +O\(n d\) +\[C22\] \[G21\]$", row)
+    assert any(re.match(r":temperature_of_all=X  temperature", line) for line in lines)
 
 
 def test_the_flag_stands_in_the_diversity_group_and_is_no_key_of_a_config_file(tmp_path: Path) -> None:
@@ -228,36 +381,36 @@ def test_the_flag_stands_in_the_diversity_group_and_is_no_key_of_a_config_file(t
 # docs/regularizers.md
 
 
-def make_docs() -> Any:
-    return runpy.run_path(str(ROOT / "script" / "make_docs.py"), run_name="make_docs")["main"]
+def docs() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "script" / "make_docs.py"), run_name="make_docs")
 
 
 def test_the_page_is_current() -> None:
-    assert PAGE.is_file() and PAGE.read_text(encoding="utf-8") == catalogue.as_markdown(), REGENERATE
-    assert make_docs()(["--check"]) == 0
+    assert PAGE.is_file() and PAGE.read_text(encoding="utf-8") == docs()["as_markdown"](), REGENERATE
+    assert docs()["main"](["--check"]) == 0
 
 
 def test_check_finds_a_stale_or_missing_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = make_docs()
-    main.__globals__["PAGE"] = tmp_path / "docs" / "page.md"
+    main: Callable[[list[str]], int] = docs()["main"]
+    page = tmp_path / "docs" / "page.md"
+    main.__globals__["PAGE"] = page
     assert main(["--check"]) == 1 and REGENERATE in capsys.readouterr().err
     assert main([]) == 0 and main(["--check"]) == 0
-    assert main.__globals__["PAGE"].read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
-    main.__globals__["PAGE"].write_text("old")
+    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    page.write_text("old")
     assert main(["--check"]) == 1
 
 
 def test_links_and_specs_of_the_page_work() -> None:
-    page = PAGE.read_text(encoding="utf-8")
+    page, listed = PAGE.read_text(encoding="utf-8"), catalogue.read()
     headings = re.findall(r"^### (\w+)$", page, flags=re.M)
-    assert headings == [e.name for e in catalogue.entries()]
+    assert headings == [e.name for e in listed.entries]
     for target in re.findall(r"\]\(([^)]+)\)", page):
         assert target.removeprefix("#") in headings or (PAGE.parent / target).exists(), target
-    assert set(re.findall(r"^\[(\w+)\]: https://arxiv.org/abs/\d{4}\.\d{5}$", page, flags=re.M)) == set(
-        catalogue.sources()
-    )
-    trained = re.findall(r"--reg +((?:patch|attn|weight)\.\S+)", page)
-    watched = re.findall(r"--measure +((?:patch|attn|weight)\.\S+)", page)
+    linked = set(re.findall(r"^\[(\w+)\]: https://arxiv.org/abs/\d{4}\.\d{5}$", page, flags=re.M))
+    assert linked == {key for key, paper in listed.sources.items() if "arXiv" in paper} and len(linked) >= 4
+    trained = re.findall(rf"--reg +((?:{'|'.join(LEVELS)})\.\S+)", page)
+    watched = re.findall(rf"--measure +((?:{'|'.join(LEVELS)})\.\S+)", page)
     assert len(trained) >= 5 and watched
     for spec in trained:
         parse_spec(spec)
