@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pictures import make_args, names, no_augmentation, photo, to_pixels, to_tensor
 from PIL import Image, ImageOps
 from timm.data import auto_augment
@@ -207,6 +208,41 @@ def test_bytes_and_back():
     np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
     for each in (pixels, pixels.contiguous()):
         np.testing.assert_array_equal(np.asarray(to_image(each)), np.asarray(image))
+
+
+def resampled(pixels, size, mode="bicubic"):
+    """--fast-resize's formula, as it is meant."""
+    image = pixels[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, size=size, mode=mode, antialias=True)[0]
+
+
+SHAPES = [(1, 1), (1, 9), (3, 2), (33, 31), (256, 256), (256, 300), (405, 477), (500, 333), (40, 900), (1100, 60)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *((width, height) for height, width in SHAPES[5:])], ids=str)
+def test_fast_resize_is_torchs_resampling_byte_for_byte(shape):
+    """Also of tall, wide and tiny images: the shorter side to `side`, the longer rounded down; or a square."""
+    height, width = shape
+    pixels = to_bytes(textured(width=width, height=height))
+    for size in (16, 32, 48, 224):
+        resize, *_ = build_transform(False, make_args(input_size=size, fast_resize=True)).transforms
+        side = size if size <= 32 else int(size * 256 / 224)
+        longer = side if size <= 32 else int(side * max(shape) / min(shape))
+        wanted = (side, longer) if height <= width else (longer, side)
+        expected = pixels if wanted == shape else resampled(pixels, wanted)
+        for each in (pixels, pixels.contiguous()):
+            assert torch.equal(resize(each), expected)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_fast_crop_is_torchs_resampling_byte_for_byte(mode):
+    for seed, shape in enumerate(SHAPES[1:]):
+        pixels, crop = to_bytes(textured(seed, *shape)), FastCrop(64, interpolation=mode)
+        random.seed(seed)
+        top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
+        random.seed(seed)
+        expected = resampled(pixels[:, top : top + height, left : left + width], (64, 64), mode)
+        assert torch.equal(to_tensor(crop(pixels)), expected)
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "random"])
