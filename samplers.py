@@ -28,6 +28,9 @@ class RASampler(Sampler[int]):
     floor(N // 256 * 256 / R) samples per process: it costs as much as a plain epoch and sees about
     N / `num_repeats` different images.
 
+    timm's RepeatAugSampler gives the same indices. It has no seed and no groups, and lists all `num_repeats` N
+    entries: 0.4 s and 150 MiB for each epoch of ImageNet, in each process.
+
     Args:
         dataset: anything with a length N.
         num_replicas: number of processes R; the process group's size by default.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
 from errors import UserError
@@ -54,6 +55,16 @@ def test_repeated_augmentation_is_its_description(count, replicas, epoch, repeat
     for rank, indices in enumerate(drawn):
         assert indices == naive_repeated(count, replicas, rank, epoch, repeats, **options)
         assert len(indices) == len(RASampler(range(count), replicas, rank)) == count // 256 * 256 // replicas
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_repeated_augmentation_is_timms(replicas):
+    """timm has no seed; ours is added to the epoch."""
+    for count, epoch, seed in ((256, 0, 0), (1000, 3, 0), (1281, 17, 5)):
+        expected = [RepeatAugSampler(range(count), replicas, rank) for rank in range(replicas)]
+        for sampler in expected:
+            sampler.set_epoch(seed + epoch)
+        assert over_ranks(count, replicas, epoch, seed=seed) == [list(sampler) for sampler in expected]
 
 
 @pytest.mark.parametrize("replicas", [3, 4, 5, 8])
