@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,15 @@ from models.heads import OwnHead, PatchHead
 from models.sharding import check_optimizer, shard
 from models.weights import load_for_finetuning, load_weights, model_weights
 from options import config
+from options.config import Resolved
+from options.flags import Args
 from regularizers import Diversity
 from state import checkpoint
 from state.run_state import RunState
 from utils import broadcast_from_main, broadcast_object, print_main, rank, world_size
 
 
-def build_backbone(args: argparse.Namespace, num_classes: int) -> Any:
+def build_backbone(args: Args, num_classes: int) -> Any:
     """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size}
     if args.drop_path > 0:
@@ -65,7 +67,7 @@ def use_grad_checkpointing(backbone: Any) -> None:
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
-def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Diversity, Diversity]:
+def build_diversity(args: Resolved, backbone: nn.Module) -> tuple[Diversity, Diversity]:
     """The terms to train on, and those to measure only."""
     if not (args.terms or args.measures):
         return Diversity([], depth=0), Diversity([], depth=0)
@@ -79,7 +81,7 @@ def build_diversity(args: argparse.Namespace, backbone: nn.Module) -> tuple[Dive
 
 
 def build_student(
-    args: argparse.Namespace,
+    args: Args,
     backbone: nn.Module,
     diversity: Diversity,
     measure: Diversity,
@@ -100,7 +102,7 @@ def build_student(
     return model
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Module:
     """The teacher, with its weights, in evaluation mode."""
     teacher = build_model(args.teacher_model, num_classes=num_classes, img_size=args.input_size)
     weights = model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
@@ -108,9 +110,7 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def build_objective(
-    args: argparse.Namespace, diversity: Diversity, num_classes: int, device: torch.device
-) -> Objective:
+def build_objective(args: Args, diversity: Diversity, num_classes: int, device: torch.device) -> Objective:
     """Cross-entropy, with a teacher if the flags ask for one, and the diversity terms."""
     teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
     label_loss = LabelLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
@@ -125,7 +125,7 @@ class Scheme(NamedTuple):
         head: classifies the patches (models/heads.py).
     """
 
-    mixing: Callable[[argparse.Namespace, tuple[int, int] | None, int], Mixing]
+    mixing: Callable[[Args, tuple[int, int] | None, int], Mixing]
     head: type[PatchHead]
 
 
@@ -146,14 +146,14 @@ def find_scheme(diversity: Diversity) -> Scheme:
     return next(iter(schemes), PLAIN)
 
 
-def build_mixing(args: argparse.Namespace, backbone: nn.Module, diversity: Diversity) -> Mixing:
+def build_mixing(args: Args, backbone: nn.Module, diversity: Diversity) -> Mixing:
     """Mixup and CutMix as the flags say; patches are labelled only where a term takes their labels."""
     patch_size = find_layout(backbone).patch_size if diversity.labelled else None
     return find_scheme(diversity).mixing(args, patch_size, args.seed + rank())
 
 
 def build_run(
-    args: argparse.Namespace,
+    args: Args,
     model: DiverseViT,
     precision: Precision,
     mixing: Mixing,
@@ -166,7 +166,7 @@ def build_run(
     """
     ema = None
     if args.fsdp:
-        check_optimizer(args.opt, lambda layer: create_optimizer(with_lr(args, 0.1), layer), precision.device)
+        check_optimizer(args.opt, lambda layer: create_optimizer(replace(args, lr=0.1), layer), precision.device)
         model.cpu()  # so that no GPU ever holds the EMA's copy
     if args.model_ema:
         device = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -174,7 +174,7 @@ def build_run(
     if args.fsdp:
         for network in (model, ema.module) if ema is not None else (model,):
             shard(network, precision.device)
-    scaled = with_lr(args, scaled_lr(args))
+    scaled = replace(args, lr=scaled_lr(args))
     try:
         optimizer = create_optimizer(scaled, model.backbone)
         schedule, _ = create_scheduler(scaled, optimizer)  # stepped after each epoch, as the reference does
@@ -226,16 +226,11 @@ def describe_resumed(run_state: RunState, path: str) -> str:
     return f"resumed {path}: {done}{inside}, best top-1 {run_state.max_acc:.2f}%"
 
 
-def with_lr(args: argparse.Namespace, lr: float) -> argparse.Namespace:
-    """The flags with another rate, for timm's factories."""
-    return argparse.Namespace(**vars(args) | {"lr": lr})
-
-
-def scaled_lr(args: argparse.Namespace) -> float:
+def scaled_lr(args: Args) -> float:
     """--lr is for 512 images; scale it to the global batch unless told not to."""
     return args.lr * global_batch(args) / 512.0 if args.scale_lr_flag else args.lr
 
 
-def global_batch(args: argparse.Namespace) -> int:
+def global_batch(args: Args) -> int:
     """Images in one step, over all processes and accumulated batches."""
     return args.batch_size * args.grad_accum_steps * world_size()

@@ -10,7 +10,11 @@ interrupted from the keyboard.
 
 from __future__ import annotations
 
-import argparse
+from options.flags import answer_at_once
+
+if __name__ == "__main__":
+    answer_at_once()  # --help, --list-regularizers and what is mistyped, before torch is imported
+
 import copy
 import gc
 import os
@@ -47,6 +51,7 @@ from models import DiverseViT, check_name
 from models.sharding import is_sharded, shard
 from models.weights import load_weights, model_weights
 from options import config
+from options.config import Resolved
 from regularizers import Diversity
 from state import checkpoint
 from state.run_state import RunState
@@ -100,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Resolved) -> None:
     """Build everything, then train, or evaluate and stop."""
     check_name(args.model)
     precision = start(args)
@@ -127,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         train(args, model, objective, measure, val_set, precision, signals)
 
 
-def start(args: argparse.Namespace) -> Precision:
+def start(args: Resolved) -> Precision:
     """Join the other processes, take a device, and seed everything."""
     launch = find_launch(args.world_size)
     if args.fsdp and launch.world_size == 1:
@@ -148,7 +153,7 @@ def start(args: argparse.Namespace) -> Precision:
 
 
 def train(
-    args: argparse.Namespace,
+    args: Resolved,
     model: DiverseViT,
     objective: Objective,
     measure: Diversity,
@@ -205,7 +210,7 @@ def train(
 
 
 def build_saver(
-    args: argparse.Namespace, run_state: RunState, output: Path | None, signals: Signals, eval_batches: int
+    args: Resolved, run_state: RunState, output: Path | None, signals: Signals, eval_batches: int
 ) -> Saver:
     """Saves as often as the flags say."""
     often = args.save_interval_steps, args.save_interval_minutes
@@ -228,7 +233,7 @@ def evaluate_ema(
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace,
+    args: Resolved,
     model: DiverseViT,
     loader: Loader,
     samples: int,
@@ -251,9 +256,7 @@ def evaluate_checkpoint(
         report(evaluate(model, loader, precision), samples, "EMA network")
 
 
-def print_plan(
-    args: argparse.Namespace, model: DiverseViT, precision: Precision, samples: int, run_state: RunState
-) -> None:
+def print_plan(args: Resolved, model: DiverseViT, precision: Precision, samples: int, run_state: RunState) -> None:
     """What is about to happen, so that a wrong batch or rate is seen at once."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print_main(
@@ -277,7 +280,7 @@ def on_device(model: DiverseViT, device: torch.device) -> DiverseViT:
     return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
 
 
-def make_output_dir(args: argparse.Namespace, run_state: RunState) -> Path:
+def make_output_dir(args: Resolved, run_state: RunState) -> Path:
     """Create and try --output_dir, and write args.yaml; a fresh run sets the log of an earlier one aside."""
     output = Path(args.output_dir)
 

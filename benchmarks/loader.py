@@ -37,6 +37,7 @@ from torchvision.datasets import ImageFolder
 from datasets import build_dataset
 from loaders import DeviceLoader, build_train_loader
 from options import config
+from options.flags import Args
 from samplers import GRANULE, RASampler
 
 WIDTH, HEIGHT, QUALITY = 477, 405, 90  # about 100 KB a file, as ImageNet's average
@@ -73,7 +74,7 @@ def open_rgb(path: str) -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def reference_loader(args: argparse.Namespace) -> DataLoader[Any]:
+def reference_loader(args: Args) -> DataLoader[Any]:
     """DeiT's pipeline."""
     transform = create_transform(
         args.input_size,
@@ -89,7 +90,7 @@ def reference_loader(args: argparse.Namespace) -> DataLoader[Any]:
     return DataLoader(images, args.batch_size, sampler=RASampler(images, 1, 0), num_workers=0, drop_last=True)
 
 
-def our_loader(args: argparse.Namespace) -> DeviceLoader:
+def our_loader(args: Args) -> DeviceLoader:
     """main.py's."""
     return build_train_loader(args, build_dataset(True, args)[0], 1, 0, CPU)
 

@@ -69,7 +69,11 @@ class Timm:
         args = recipe.args
         seed_everything(args.seed)
         self.precision = Precision(recipe.precision.device, args.amp_dtype)
-        options = {"num_classes": CLASSES, "drop_path_rate": args.drop_path, "img_size": args.input_size}
+        options: dict[str, Any] = {
+            "num_classes": CLASSES,
+            "drop_path_rate": args.drop_path,
+            "img_size": args.input_size,
+        }
         self.model = timm.create_model("deit_small_patch16_224", **options, **args.model_kwargs)
         self.model.to(self.precision.device)
         self.mixup = Mixup(

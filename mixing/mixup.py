@@ -9,7 +9,6 @@ per-patch labels. The random draws come in the reference's order from a generato
 
 from __future__ import annotations
 
-import argparse
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from options.flags import MIXUP_MODES
+from options.flags import MIXUP_MODES, Args
 
 
 class Mix(NamedTuple):
@@ -229,7 +228,7 @@ class Mixup:
         return unboxed - covered  # of which one is 1 or the other 0
 
 
-def mixup_from_flags(args: argparse.Namespace, patch_size: tuple[int, int] | None, seed: int) -> Mixup:
+def mixup_from_flags(args: Args, patch_size: tuple[int, int] | None, seed: int) -> Mixup:
     """Mixup and CutMix as the flags say."""
     return Mixup(
         mixup_alpha=args.mixup,
