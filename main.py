@@ -287,9 +287,8 @@ def make_output_dir(args: Resolved, run_state: RunState) -> Path:
     def make() -> None:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            more = max(
-                1, args.checkpoint_hist + 2 - len(checkpoint.files(output))
-            )  # the best, and one being written
+            there_will_be = args.checkpoint_hist + 2  # with the best, and one being written
+            more = max(1, there_will_be - len(checkpoint.files(output)))
             checkpoint.check_space(output, more * run_state.nbytes())
             config.write_args(args, output / "args.yaml")
             if not run_state.resumed:
