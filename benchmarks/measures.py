@@ -23,12 +23,15 @@ from torch import Tensor
 
 from mixing.mixup import Labels
 from regularizers import MEASURES
-from regularizers.patch import mixing
-from regularizers.specs import LEVELS
+from regularizers.levels import LEVELS
 from utils import pick_device
 
 PATCHES, WIDTH, HEADS, BLOCKS = 196, 384, 6, 12  # DeiT-S at 224
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMS = {
+    **TEXTBOOK,
+    "mixing": dense_mixing,
+}  # not patch by patch: by itself that would time the launching of kernels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,11 +47,11 @@ class Case:
     inputs: list[Tensor]
 
 
-def items(level: str, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random items of a level: patches that share a direction, attention maps, weights as initialised."""
-    if level == "patch":
+def items(source: str, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random items: patches that share a direction, attention maps, or weights as initialised."""
+    if source == "tokens":
         x = torch.randn(batch, PATCHES, WIDTH, device=device) + torch.randn(batch, 1, WIDTH, device=device)
-    elif level == "attn":
+    elif source == "attention":
         n = PATCHES + 1
         x = (2 * torch.randn(batch, HEADS, n, n, device=device)).softmax(dim=-1).flatten(2)
     else:
@@ -57,30 +60,36 @@ def items(level: str, batch: int, dtype: torch.dtype, device: torch.device) -> T
 
 
 def cases(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Every measure at each of its levels with the level's defaults, also with absolute values, and mixing."""
-    for level, module in LEVELS.items():
+    """Every measure at each of its levels with the level's defaults, also with absolute values."""
+    for level in LEVELS.values():
         for name, measure in MEASURES.items():
-            if level not in measure.levels:
+            if level.name not in measure.levels:
                 continue
-            inputs = [items(level, batch, dtype, device) for _ in range(2 if measure.takes == "pair" else 1)]
-            defaults = module.DEFAULT_ARGUMENTS.get(name, {})
+            if name not in FORMS:
+                print(f"{level.name}_{name}: left out, it has no textbook form")
+                continue
+            if measure.takes == "labels":
+                yield labels_case(f"{level.name}_{name}", measure.function, FORMS[name], batch, dtype, device)
+                continue
+            sets = 2 if measure.takes == "pair" else 1
+            inputs = [items(level.source, batch, dtype, device) for _ in range(sets)]
+            defaults = level.default_arguments.get(name, {})
             variants: dict[str, dict[str, Any]] = {"": {}, "_abs": {"absolute": True}}
             for suffix, arguments in variants.items():
                 if suffix and "abs" not in measure.options:
                     continue
                 ours = partial(measure.function, **{**defaults, **arguments})
-                naive = partial(TEXTBOOK[name], **{**defaults, **arguments})
-                yield Case(f"{level}_{name}{suffix}", {"ours": ours, "naive": naive}, inputs)
-    yield mixing_case(batch, dtype, device)
+                naive = partial(FORMS[name], **{**defaults, **arguments})
+                yield Case(f"{level.name}_{name}{suffix}", {"ours": ours, "naive": naive}, inputs)
 
 
-def mixing_case(batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+def labels_case(name: str, ours: Form, naive: Form, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """A measure that takes labels, of the logits of all patches."""
     logits = torch.randn(batch, PATCHES, CLASSES, device=device).to(dtype).requires_grad_()
     own, partner = torch.randint(CLASSES, (2, batch), device=device)
     shares = torch.rand(batch, PATCHES, device=device)
     labels = Labels(own, partner, shares.mean(dim=1), shares, smoothing=0.1, mixed=True)
-    forms: dict[str, Form] = {"ours": partial(mixing, labels=labels), "naive": partial(dense_mixing, labels=labels)}
-    return Case("patch_mixing", forms, [logits])
+    return Case(name, {"ours": partial(ours, labels=labels), "naive": partial(naive, labels=labels)}, [logits])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The equations as they stand, in plain torch: what the measures and losses would be without any thought on cost.
 
-n x n matrices of all pairs, Gram matrices, one-hot labels, loops over weight matrices and over patches.
+n x n matrices of all pairs, Gram matrices, one-hot labels, loops over weight matrices and over patches. A measure
+needs no form here; the benchmarks then leave it out.
+
 Shapes: x, y [B, n, d] -> [].
 """
 
@@ -12,11 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import LabelLoss, cross_entropy
 from mixing.mixup import Labels
-from models import Captured
-from regularizers import Term
-from regularizers.specs import MIXING
 
 Form = Callable[..., Tensor]
 
@@ -45,8 +43,8 @@ def pairwise_cosine(x: Tensor) -> Tensor:
     return (similarity * different).sum(dim=(-2, -1)).mean() / (n * (n - 1))
 
 
-def contrastive(x: Tensor, y: Tensor) -> Tensor:
-    similarity = units(x) @ units(y).mT  # [B, n, n]
+def contrastive(x: Tensor, y: Tensor, tau: float = 1.0) -> Tensor:
+    similarity = units(x) @ units(y).mT / tau  # [B, n, n]
     own = similarity.diagonal(dim1=-2, dim2=-1)
     others = (similarity.sum(dim=-1) - own) / (similarity.shape[-1] - 1)
     return -(own.exp() / (own.exp() + others.exp())).log().mean()
@@ -126,23 +124,16 @@ def dense_mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
     return -(target * full(patch_logits).log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
+def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
+    """Patch by patch."""
+    patches = [
+        (patch_logits[:, [p]], labels._replace(patch_weight=labels.patch_weight[:, [p]]))
+        for p in range(patch_logits.shape[1])
+    ]
+    return torch.stack([dense_mixing(*patch) for patch in patches]).mean()
+
+
 TEXTBOOK: dict[str, Form] = {
     form.__name__: form
-    for form in (cosine, cosine_cross, pairwise_cosine, contrastive, mhs, mgd, so, cno, gradient_diversity)
+    for form in (cosine, cosine_cross, pairwise_cosine, contrastive, mhs, mgd, so, cno, gradient_diversity, mixing)
 }
-
-
-class TextbookLabelLoss(LabelLoss):
-    """The mixing loss, patch by patch."""
-
-    def __call__(self, captured: Captured, labels: Labels, teacher_logits: Tensor | None = None) -> dict[str, Term]:
-        logits = captured.patch_logits
-        assert logits is not None
-        patches = [
-            (logits[:, [p]], labels._replace(patch_weight=labels.patch_weight[:, [p]]))
-            for p in range(logits.shape[1])
-        ]
-        mean = torch.stack([dense_mixing(*patch) for patch in patches]).mean()
-        norm = 1 + self.mixing * len(patches)
-        ce = cross_entropy(captured.logits, labels)
-        return {"ce": Term(ce, 1 / norm), MIXING: Term(mean, self.mixing * len(patches) / norm)}
