@@ -6,7 +6,7 @@ Writes the PNG and, beside it, an SVG. Needs matplotlib, no data; with the same 
 both are the same.
 
 Top: the forward pass with its five taps. Middle: the three levels and their items. Bottom: which measure
-applies at which level, and the five terms of the recipe.
+applies at which level, as the registry has it, and the five terms of the recipe.
 
 Coordinates are pixels of the figure at its reading width, 900, with y pointing down; the PNG has twice as
 many.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,9 +31,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from regularizers import catalogue
+
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 900, 694  # of the canvas, in its own pixels
+MEASURES = catalogue.read().entries
+ROW = 24.0  # height of a measure's row
+WIDTH, HEIGHT = 900, 478 + len(MEASURES) * ROW  # of the canvas, in its own pixels
 MARGIN = 16
 PIXELS_PER_INCH = 100  # at the reading width
 POINTS_PER_INCH = 72
@@ -132,17 +139,17 @@ TAPS = {
     )
 }
 
-ALL = ("patch", "attn", "weight")
-MEASURES = {  # name: (what it is, levels)
-    "cosine": ("similarity, signed or absolute", ALL),
-    "cosine_cross": ("similarity across layers", ("patch", "attn")),
-    "contrastive": ("own first-layer item vs. rest", ("patch", "attn")),
-    "mhs": ("hyperspherical separation", ALL),
-    "mgd": ("Gram determinant", ALL),
-    "so": ("soft orthogonality", ALL),
-    "cno": ("equal extreme eigenvalues", ALL),
-    "gradient_diversity": ("of the label loss, per patch", ("patch",)),
-    "mixing": ("label loss of every patch", ("patch",)),
+NOTES = {  # what a measure is, where that is not left blank
+    "cosine": "similarity, signed or absolute",
+    "pairwise_cosine": "different items, to report",
+    "cosine_cross": "similarity across layers",
+    "contrastive": "own first-layer item vs. rest",
+    "mhs": "hyperspherical separation",
+    "mgd": "Gram determinant",
+    "so": "soft orthogonality",
+    "cno": "equal extreme eigenvalues",
+    "gradient_diversity": "of the label loss, per patch",
+    "mixing": "label loss of every patch",
 }
 
 MIXING = Term("", "patch", "mixing", "", (5,))
@@ -489,7 +496,7 @@ def draw_levels(canvas: Canvas) -> None:
 # Bottom: which measure applies where, and the recipe
 
 BOTTOM = 414.0
-MATRIX_TOP, ROW = BOTTOM + 52, 24.0
+MATRIX_TOP = BOTTOM + 52
 MATRIX = Box(MARGIN, MATRIX_TOP - ROW / 2, 502, len(MEASURES) * ROW)
 COLUMNS = {"patch": 378.0, "attn": 434.0, "weight": 490.0}  # the x of each level's dots
 NOTE_X = MARGIN + 152
@@ -510,14 +517,14 @@ def draw_matrix(canvas: Canvas) -> None:
         label = LEVELS[name].title.split()[0].lower()
         canvas.text(x, MATRIX_TOP - ROW, label, color=LEVELS[name].color, ha="center")
     draw_legend(canvas)
-    for i, (measure, (note, levels)) in enumerate(MEASURES.items()):
+    for i, measure in enumerate(MEASURES):
         y = MATRIX_TOP + i * ROW
         if i % 2 == 0:
             canvas.add(Rectangle((MATRIX.x, y - ROW / 2), MATRIX.width, ROW, fc=PALE, ec="none", zorder=0))
-        canvas.text(MARGIN + 6, y, measure, family=MONO)
-        canvas.text(NOTE_X, y, note, color=MUTED)
-        for level in levels:
-            draw_dot(canvas, COLUMNS[level], y, LEVELS[level].color, recipe=(level, measure) in RECIPE)
+        canvas.text(MARGIN + 6, y, measure.name, family=MONO)
+        canvas.text(NOTE_X, y, NOTES.get(measure.name, ""), color=MUTED)
+        for level in (name for name in LEVELS if name in measure.levels):
+            draw_dot(canvas, COLUMNS[level], y, LEVELS[level].color, recipe=(level, measure.name) in RECIPE)
 
 
 def draw_legend(canvas: Canvas) -> None:

@@ -428,3 +428,12 @@ def test_tables_of_the_page_are_whole() -> None:
             assert cells == columns, line
         else:
             columns = 0
+
+
+def test_the_figure_shows_the_measures_and_the_recipe() -> None:
+    figure = runpy.run_path(str(ROOT / "Figs" / "overview.py"), run_name="overview")
+    assert [e.name for e in figure["MEASURES"]] == list(MEASURES) and set(figure["NOTES"]) <= set(MEASURES)
+    assert set(figure["COLUMNS"]) <= set(LEVELS)
+    terms = [figure["MIXING"], *figure["REGULARISERS"]]
+    drawn = [f"{term.level}.{term.measure}" + (f"@{term.where}" if term.where else "") for term in terms]
+    assert sorted(drawn) == sorted(regularizers.REFERENCE_FLAGS.values())
