@@ -1,161 +1,18 @@
-"""Flags, YAML and their precedence; what is refused before anything is built."""
+"""Flags, YAML and their precedence; what is refused before anything is built; args.yaml repeats a run."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 import yaml
 
 from errors import UserError
-from options import config, flags
-
-# The reference's command line: (flag, destination, type, default, choices, takes several values). Switches have
-# type "on" or "off". Three defaults differ on purpose: --device (cuda), --data-path (a path of its own), and
-# --num_workers (10, more than some machines have cores).
-CATEGORIES = ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
-REFERENCE = [
-    ("--mixing_coef", "mixing_coef", float, 0, None, False),
-    ("--emb_cos_within_coef", "emb_cos_within_coef", float, 0, None, False),
-    ("--emb_contrast_cross_coef", "emb_contrast_cross_coef", float, 0, None, False),
-    ("--attn_cos_within_coef", "attn_cos_within_coef", float, 0, None, False),
-    ("--weight_mha_cond_orth_coef", "weight_mha_cond_orth_coef", float, 0, None, False),
-    ("--batch-size", "batch_size", int, 128, None, False),
-    ("--epochs", "epochs", int, 300, None, False),
-    ("--scale_lr_flag", "scale_lr_flag", "off", True, None, False),
-    ("--model", "model", str, "deit_base_patch16_224", None, False),
-    ("--input-size", "input_size", int, 224, None, False),
-    ("--drop", "drop", float, 0.0, None, False),
-    ("--drop-path", "drop_path", float, 0.1, None, False),
-    ("--model-ema", "model_ema", "on", True, None, False),
-    ("--no-model-ema", "model_ema", "off", True, None, False),
-    ("--model-ema-decay", "model_ema_decay", float, 0.99996, None, False),
-    ("--model-ema-force-cpu", "model_ema_force_cpu", "on", False, None, False),
-    ("--opt", "opt", str, "adamw", None, False),
-    ("--opt-eps", "opt_eps", float, 1e-8, None, False),
-    ("--opt-betas", "opt_betas", float, None, None, True),
-    ("--clip-grad", "clip_grad", float, None, None, False),
-    ("--momentum", "momentum", float, 0.9, None, False),
-    ("--weight-decay", "weight_decay", float, 0.05, None, False),
-    ("--sched", "sched", str, "cosine", None, False),
-    ("--lr", "lr", float, 5e-4, None, False),
-    ("--lr-noise", "lr_noise", float, None, None, True),
-    ("--lr-noise-pct", "lr_noise_pct", float, 0.67, None, False),
-    ("--lr-noise-std", "lr_noise_std", float, 1.0, None, False),
-    ("--warmup-lr", "warmup_lr", float, 1e-6, None, False),
-    ("--min-lr", "min_lr", float, 1e-5, None, False),
-    ("--decay-epochs", "decay_epochs", float, 30, None, False),
-    ("--warmup-epochs", "warmup_epochs", int, 5, None, False),
-    ("--cooldown-epochs", "cooldown_epochs", int, 10, None, False),
-    ("--patience-epochs", "patience_epochs", int, 10, None, False),
-    ("--decay-rate", "decay_rate", float, 0.1, None, False),
-    ("--dr", "decay_rate", float, 0.1, None, False),
-    ("--color-jitter", "color_jitter", float, 0.4, None, False),
-    ("--aa", "aa", str, "rand-m9-mstd0.5-inc1", None, False),
-    ("--smoothing", "smoothing", float, 0.1, None, False),
-    ("--train-interpolation", "train_interpolation", str, "bicubic", None, False),
-    ("--repeated-aug", "repeated_aug", "on", True, None, False),
-    ("--no-repeated-aug", "repeated_aug", "off", True, None, False),
-    ("--reprob", "reprob", float, 0.25, None, False),
-    ("--remode", "remode", str, "pixel", None, False),
-    ("--recount", "recount", int, 1, None, False),
-    ("--resplit", "resplit", "on", False, None, False),
-    ("--mixup", "mixup", float, 0.8, None, False),
-    ("--cutmix", "cutmix", float, 1.0, None, False),
-    ("--cutmix-minmax", "cutmix_minmax", float, None, None, True),
-    ("--mixup-prob", "mixup_prob", float, 1.0, None, False),
-    ("--mixup-switch-prob", "mixup_switch_prob", float, 0.5, None, False),
-    ("--mixup-mode", "mixup_mode", str, "batch", None, False),
-    ("--teacher-model", "teacher_model", str, "regnety_160", None, False),
-    ("--teacher-path", "teacher_path", str, "", None, False),
-    ("--distillation-type", "distillation_type", str, "none", ["none", "soft", "hard"], False),
-    ("--distillation-alpha", "distillation_alpha", float, 0.5, None, False),
-    ("--distillation-tau", "distillation_tau", float, 1.0, None, False),
-    ("--finetune", "finetune", str, "", None, False),
-    ("--data-path", "data_path", str, None, None, False),
-    ("--data-set", "data_set", str, "IMNET", ["CIFAR", "IMNET", "INAT", "INAT19"], False),
-    ("--inat-category", "inat_category", str, "name", CATEGORIES, False),
-    ("--output_dir", "output_dir", str, "", None, False),
-    ("--device", "device", str, "auto", None, False),
-    ("--seed", "seed", int, 0, None, False),
-    ("--resume", "resume", str, "", None, False),
-    ("--start_epoch", "start_epoch", int, 0, None, False),
-    ("--eval", "eval", "on", False, None, False),
-    ("--teacher_eval", "teacher_eval", "on", False, None, False),
-    ("--dist-eval", "dist_eval", "on", False, None, False),
-    ("--num_workers", "num_workers", int, None, None, False),
-    ("--pin-mem", "pin_mem", "on", True, None, False),
-    ("--no-pin-mem", "pin_mem", "off", True, None, False),
-    ("--world_size", "world_size", int, 1, None, False),
-    ("--dist_url", "dist_url", str, "env://", None, False),
-]
-SAMPLES = {float: "0.25", int: "3", str: "word"}
-
-
-def parse(*argv: str) -> argparse.Namespace:
-    return flags.get_args_parser().parse_args(argv)
-
-
-@pytest.mark.parametrize(
-    ("flag", "dest", "kind", "default", "choices", "many"), REFERENCE, ids=lambda v: str(v)[:24]
-)
-def test_reference_flag(flag, dest, kind, default, choices, many):
-    """Name, destination, type and default are the reference's, in both spellings."""
-    assert getattr(parse(), dest) == default and type(getattr(parse(), dest)) in (type(default), int)
-    for spelling in {"--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")}:
-        if kind in ("on", "off"):
-            assert getattr(parse(spelling), dest) is (kind == "on")
-            continue
-        word = choices[-1] if choices else {"--mixup-mode": "pair", "--sched": "step"}.get(flag, SAMPLES[kind])
-        values = [word, word] if many else [word]
-        expected = [kind(word)] * 2 if many else kind(word)
-        parsed = getattr(parse(spelling, *values), dest)
-        assert parsed == expected and type(parsed) is (list if many else kind)
-    for choice in choices or []:
-        assert getattr(parse(flag, choice), dest) == choice
-    if choices:
-        with pytest.raises(UserError, match="invalid choice"):
-            parse(flag, "nonsense")
-
-
-def test_every_flag_has_both_spellings_and_a_help_text():
-    for action in flags.get_args_parser()._actions:
-        assert action.help and len(action.help) > 3
-        for option in (o for o in action.option_strings if o.startswith("--")):
-            assert "--" + option[2:].replace("-", "_") in action.option_strings
-            assert "--" + option[2:].replace("_", "-") in action.option_strings
-
-
-def test_help_shows_groups_and_one_spelling(capsys):
-    with pytest.raises(SystemExit) as stop:
-        flags.get_args_parser().parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for group in (
-        "diversity",
-        "model",
-        "data",
-        "augmentation",
-        "Mixup",
-        "optimizer",
-        "schedule",
-        "distillation",
-        "run",
-    ):
-        assert f"\n{group}" in text
-    assert "--batch-size" in text and "--batch_size" not in text
-
-
-def test_data_sets_with_a_prefix_may_have_any_name(tmp_path):
-    """What the prefix may be is found out where the data is opened."""
-    assert parse("--data-set", "hfds/Org/Name").data_set == "hfds/Org/Name"
-    file = write(tmp_path / "c.yaml", "data_set: hfds/Org/Name\n")
-    assert config.resolve(["-c", file]).data_set == "hfds/Org/Name"
+from options import config
 
 
 def test_flags_of_the_loader(tmp_path):
-    args = parse("--group-repeats", "--fast-resize", "--num-workers", "3")
+    args = config.resolve(["--group-repeats", "--fast-resize", "--num-workers", "3"])
     assert args.group_repeats and args.fast_resize and args.num_workers == 3
     args = config.resolve([])
     assert not args.group_repeats and not args.fast_resize
@@ -275,7 +132,7 @@ def test_args_yaml_repeats_the_run(tmp_path):
 # Regularizers
 
 
-def names(args: argparse.Namespace) -> dict[str, float]:
+def names(args: config.Resolved) -> dict[str, float]:
     return {spec.name: spec.coef for spec in args.terms}
 
 
