@@ -235,7 +235,7 @@ def as_text(catalogue: Catalogue | None = None) -> str:
 
 
 def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 4] + " ..."
+    return text if len(text) <= width else textwrap.shorten(text, width, placeholder=" ...")
 
 
 def _legend(catalogue: Catalogue) -> str:
