@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from errors import UserError
 from options import config
+from options.flags import Args, get_args_parser
+from options.parser import declared
 
 
 def test_flags_of_the_loader(tmp_path):
@@ -224,3 +232,71 @@ def test_lookahead_optimizers_are_timms():
 @pytest.mark.parametrize("off", [["--mixup", "0", "--cutmix", "0"], ["--mixup-prob", "0"], ["--eval"]])
 def test_odd_batch_without_mixing_is_fine(off):
     assert config.resolve(["--batch-size", "63", *off]).batch_size == 63
+
+
+# ------------------------------------------------------------------------------------------------------------
+# args.yaml repeats any run
+
+LEFT_OUT = {
+    *("config", "reg", "measure", "model_kwargs"),  # have words of their own, below
+    *("resume", "finetune", "teacher_path", "teacher_eval", "distillation_type"),  # ask for files
+    *("group_repeats", "fsdp"),  # contradict others
+}
+# What `check` asks for beyond a flag's own limits.
+ASKED_FOR = {
+    "opt": st.sampled_from(["adamw", "sgd", "lookahead_adamw"]),
+    "batch_size": st.integers(1, 500).map(lambda half: str(2 * half)),
+    "cutmix_minmax": st.lists(st.floats(0, 1).map(repr), min_size=2, max_size=2),
+    "opt_betas": st.lists(st.floats(0, 0.999).map(repr), min_size=2, max_size=3),
+    "lr_noise": st.lists(st.floats(0, 1).map(repr), min_size=1, max_size=2),
+}
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+specs = st.sampled_from(["patch.cosine:abs@0,6-11", "attn.so", "weight.cno:q,k@all", "patch.contrastive@0:last"])
+coefs = st.floats(0, 1e6).map(repr)
+kwargs = st.dictionaries(
+    st.from_regex(r"\A[a-z][a-z_0-9]{0,5}\Z"),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.lists(st.integers()) | words,
+    max_size=3,
+)
+
+
+def values_of(action: argparse.Action) -> st.SearchStrategy[Any]:
+    """Words on the command line that a flag takes."""
+    limits = declared(Args)[action.dest].limits or (0, 1e6)
+    low, high = limits[0], min(limits[1], 1e6)
+    if action.dest in ASKED_FOR:
+        return ASKED_FOR[action.dest]
+    if action.nargs == 0:
+        return st.just([])
+    if action.choices is not None:
+        return st.sampled_from(sorted(action.choices))
+    return {int: st.integers(int(low), int(high)).map(str), float: st.floats(low, high).map(repr), str: words}[
+        action.type
+    ]
+
+
+@st.composite
+def command_lines(draw: st.DrawFn) -> list[str]:
+    argv: list[str] = []
+    every = get_args_parser().long_names().items()
+    known = [(name, action) for name, action in every if action.dest in declared(Args).keys() - LEFT_OUT]
+    for name, action in draw(st.lists(st.sampled_from(known), max_size=12)):
+        value = draw(values_of(action))
+        argv += [name, *value] if isinstance(value, list) else [f"{name}={value}"]
+    for spec in draw(st.lists(specs, unique=True)):
+        argv += ["--reg", f"{spec}={draw(coefs)}"]
+    for spec in draw(st.lists(specs)):
+        argv += ["--measure", spec]
+    return [*argv, "--model-kwargs", *(f"{key}={value!r}" for key, value in draw(kwargs).items())]
+
+
+@settings(deadline=None, max_examples=40)
+@given(command_lines())
+def test_args_yaml_repeats_any_run(argv):
+    first = config.resolve(argv)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "provenance", dict)
+        path = Path(folder) / "args.yaml"
+        config.write_args(first, path)
+        second = config.resolve(["--config", str(path)])
+    assert replace(second, config="") == first
