@@ -14,6 +14,7 @@ from errors import UserError
 from losses import Objective
 from mixing.mixup import Mixup
 from models import Captured, DiverseViT, Needs
+from models.adapters import MATRICES
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
 from regularizers.levels import LEVELS
 from regularizers.measures import OPTIONS
@@ -397,8 +398,8 @@ WEIGHTS = weights_by_shape(SHAPES)
 
 
 def read(matrices: Mapping[int, Sequence[Tensor]]) -> Callable[[int, Sequence[str]], list[Tensor]]:
-    """What a model's `weights` is: block, kinds -> its matrices of these kinds, each [1, n, d]."""
-    return lambda block, kinds: [matrices[block]["qkv".index(kind)][None] for kind in kinds]
+    """What a model's `weights` is: block, kinds -> its matrices, each [1, n, d]. proj, fc1, fc2 are q, k, v again."""
+    return lambda block, kinds: [matrices[block][MATRICES.index(kind) % 3][None] for kind in kinds]
 
 
 weights = read(WEIGHTS)
