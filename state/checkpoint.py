@@ -3,15 +3,14 @@
 A checkpoint is plain data (tensors, numbers, strings, lists, dicts): model, optimizer, lr_scheduler, epoch,
 model_ema, scaler, args, max_acc. `model` and `model_ema` carry timm's own parameter names, so
 `timm.create_model(..., checkpoint_path="checkpoint.pth")` (which takes the average, where there is one) and
-`torch.load(..., weights_only=True)` read them. The key `checksum` is over everything else; files without it (of
-DeiT, the reference, earlier versions) are read as well.
+`torch.load(..., weights_only=True)` read them. torch writes them as zip archives, with a CRC-32 of every tensor and
+of the rest; what is read must match these. Files of DeiT, the reference and earlier versions are read as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import os
 import pickle
 import re
@@ -24,6 +23,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
@@ -31,8 +31,6 @@ from torch import Tensor
 
 from errors import UserError
 from utils import flush, print_main, write_atomically
-
-StateDict = dict[str, Tensor]
 
 # What reading arbitrary bytes may raise besides OSError, found by fuzzing: tests/test_checkpoint.py
 UNREADABLE = (
@@ -51,14 +49,11 @@ UNREADABLE = (
     MemoryError,
 )
 
-CHECKSUM = "checksum"
-HEADS = ("head.weight", "head_dist.weight")
-ADVICE = "Check --model, --input-size and --data-set; --finetune accepts another head and image size"
-
 _NAMES = re.compile(r"checkpoint(\.[1-9]\d*|_best)?\.pth")  # what `newest` looks at
 _LEFTOVERS = "checkpoint*.tmp"  # what a save that was killed leaves behind
 _VALUES = (type(None), bool, int, float, str)
 _MEBIBYTE = 2**20
+_FOLDER = 0x10  # what marks one in an archive
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,7 +64,7 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
     """Write a checkpoint so that `path` holds either the old file or the new one, whole, at any moment.
 
     Args:
-        state: plain data; a checksum of it is stored with it.
+        state: plain data.
         path: the file.
         keep: how many of the last checkpoints remain: `checkpoint.pth`, the one before it as `checkpoint.1.pth`,
             and so on. With 1, files with higher numbers are left alone.
@@ -77,12 +72,11 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
         UserError: the disk is full or failing, or the folder cannot be written to.
         TypeError: the state is not plain data.
     """
-    content = {key: value for key, value in state.items() if key != CHECKSUM}
-    content[CHECKSUM] = checksum(content)
+    _check_plain(state, "checkpoint")
     try:
         for leftover in path.parent.glob(_LEFTOVERS):
             leftover.unlink()
-        write_atomically(path, partial(torch.save, content), partial(_keep_previous, path, keep))
+        write_atomically(path, partial(torch.save, dict(state)), partial(_keep_previous, path, keep))
     except (OSError, RuntimeError) as error:
         failure = _os_error(error)
         if failure is None:
@@ -125,49 +119,18 @@ def _keep_previous(path: Path, keep: int) -> None:
         spare.unlink(missing_ok=True)
 
 
-def checksum(state: Mapping[str, Any]) -> str:
-    """A checksum of everything in a checkpoint but the checksum itself.
-
-    It depends on values, types, shapes and the order of keys, and not on devices, strides or how torch writes them.
-
-    Raises:
-        TypeError: the state is not plain data.
-    """
-    digest = hashlib.sha256()  # with the processor's own instructions for it faster than blake2b
-    _add(digest, {key: value for key, value in state.items() if key != CHECKSUM}, "checkpoint")
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _add(digest: Any, value: Any, where: str) -> None:
-    """Feed a value: its type and length, then its content, so that no two values feed the same bytes."""
+def _check_plain(value: Any, where: str) -> None:
+    """Raise a TypeError for what could be written, but not be read without running code."""
     kind = type(value)
-    if isinstance(value, Tensor):
-        _add_text(digest, "tensor", f"{value.dtype} {list(value.shape)} {value.requires_grad}")
-        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-    elif kind in _VALUES:
-        _add_text(digest, kind.__name__, str(value))
-    elif kind in (list, tuple, torch.Size):
-        _add_text(digest, kind.__name__, str(len(value)))
-        for i, item in enumerate(value):
-            _add(digest, item, f"{where}[{i}]")
-    elif kind in (dict, OrderedDict):
-        _add_text(digest, kind.__name__, str(len(value)))
+    if kind in (dict, OrderedDict):
         for key, item in value.items():
-            _add(digest, key, f"a key of {where}")
-            _add(digest, item, f"{where}[{key!r}]")
-        if kind is OrderedDict:  # Module.state_dict() puts the versions of its modules there
-            _add(digest, vars(value), f"vars({where})")
-    elif kind is argparse.Namespace:
-        _add_text(digest, kind.__name__, "")
-        _add(digest, vars(value), where)
-    else:
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif kind in (list, tuple, torch.Size):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif not isinstance(value, Tensor) and kind not in _VALUES:
         raise TypeError(f"{where} is a {kind.__module__}.{kind.__qualname__}: a checkpoint holds plain data only")
-
-
-def _add_text(digest: Any, kind: str, text: str) -> None:
-    content = text.encode("utf-8", "surrogatepass")
-    digest.update(f"{kind} {len(content)}:".encode() + content)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -214,40 +177,30 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def load(path: str) -> Any:
     """Read a checkpoint file, or download it from an https address. Nothing in it is executed.
 
-    Checkpoints of the reference, whose `args` is an argparse.Namespace, are read too. The checksum, where there is
-    one, is checked and left out of what is returned.
+    Checkpoints of the reference, whose `args` is an argparse.Namespace, are read too. The key `checksum`, which
+    earlier versions wrote, is left out of what is returned.
 
     Raises:
         UserError: no such file, not a checkpoint, or a damaged one.
     """
-    state = _read(path, "cpu")
-    if not isinstance(state, dict) or not str(state.get(CHECKSUM)).startswith("sha256:"):
-        return state
-    expected = state.pop(CHECKSUM)
-    try:
-        found = checksum(state)
-    except UNREADABLE as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}){_way_out(path)}") from error
-    if found != expected:
-        raise UserError(f"{path} is damaged: its content does not match its checksum{_way_out(path)}")
+    state = _read(path)
+    if isinstance(state, dict) and str(state.get("checksum")).startswith("sha256:"):
+        del state["checksum"]
     return state
 
 
-def _way_out(path: str) -> str:
-    """How to get an undamaged file: torch keeps what it downloads."""
-    return f"; delete it in {torch.hub.get_dir()}/checkpoints" if path.startswith("https://") else ""
-
-
-def _read(path: str, device: str) -> Any:
-    """The content of a file, or of an address; device 'meta' leaves the values of its tensors out."""
+def _read(path: str, with_tensors: bool = True) -> Any:
+    """The content of a file, or of an address, once it is checked; perhaps without the values of its tensors."""
+    is_address = path.startswith("https://")
+    advice = f"; delete it in {torch.hub.get_dir()}/checkpoints" if is_address else ""
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         # torch warns of a pickle protocol other than its own, and then reads the file or refuses it.
         warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
         try:
-            if path.startswith("https://"):
-                return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True)
-            _check_archive(path)
-            return torch.load(path, map_location=device, weights_only=True)
+            file = _download(path) if is_address else path
+            if not _is_intact(file, with_tensors):
+                raise UserError(f"{path} is damaged: its content does not match its checksum{advice}")
+            return torch.load(file, map_location="cpu" if with_tensors else "meta", weights_only=True)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise UserError(f"cannot read the checkpoint {path}: {error}") from error
@@ -255,29 +208,53 @@ def _read(path: str, device: str) -> Any:
         except UNREADABLE as error:
             damage = error
         raise UserError(
-            f"{path} is not a checkpoint, or a damaged one ({type(damage).__name__}){_way_out(path)}"
+            f"{path} is not a checkpoint, or a damaged one ({type(damage).__name__}){advice}"
         ) from damage
 
 
-def _check_archive(path: str) -> None:
-    """Refuse what torch would believe of an archive: compressed or overlapping members, and a changed pickle.
+def _download(address: str) -> str:
+    """The file of an address, where torch.hub keeps such files."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(urlparse(address).path).name
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        print_main(f'Downloading: "{address}" to {file}')
+        torch.hub.download_url_to_file(address, str(file))
+    return str(file)
+
+
+def _is_intact(path: str, with_tensors: bool) -> bool:
+    """Whether the members of an archive have their CRC-32: all of them, or that which holds no tensor.
+
+    torch.load does not look at these, and believes in compressed or overlapping members and in folders.
 
     Raises:
-        zipfile.BadZipFile: it is damaged.
+        zipfile.BadZipFile: it is not an archive as torch writes it.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
-            return  # not an archive: torch reads the older format, or refuses it
+            return True  # not an archive: torch reads the older format, or refuses it
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise zipfile.BadZipFile("compressed members")
+            if any(member.external_attr & _FOLDER for member in members):
+                raise zipfile.BadZipFile("folders")  # torch would leave their tensors empty
             if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
                 raise zipfile.BadZipFile("more content than file")
-            for member in members:
-                if member.filename.endswith("/data.pkl") and member.CRC:  # 0: written without
-                    archive.read(member)
+            wanted = [each for each in members if with_tensors or each.filename.endswith("/data.pkl")]
+            return all(_has_its_crc(archive, each) for each in wanted if each.CRC)  # 0: written without
+
+
+def _has_its_crc(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    with archive.open(member) as content:
+        try:
+            while content.read(_MEBIBYTE):
+                pass
+        except zipfile.BadZipFile:
+            return False
+    return True
 
 
 def files(folder: Path) -> list[Path]:
@@ -320,7 +297,7 @@ def newest(folder: Path) -> tuple[Path, Any] | None:
 
 def _progress(path: Path) -> tuple[int, int]:
     """The last finished epoch, and the steps after it, without the values of the tensors."""
-    state = _read(str(path), "meta")
+    state = _read(str(path), with_tensors=False)
     epoch, step = (state.get("epoch"), state.get("step", 0)) if isinstance(state, dict) else (None, 0)
     if not isinstance(epoch, int) or not isinstance(step, int):
         raise UserError(f"{path} does not say which epoch it is of")

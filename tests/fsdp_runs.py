@@ -54,8 +54,8 @@ def all_runs(folder: Path) -> None:
     assert run(*SHARDS, "--output_dir", folder / "shards", "--resume", "auto") == 0
 
     parts = [*SHARDS, "--output_dir", folder / "parts", "--resume", "auto"]
-    assert run(*parts, stop=lambda state: state.step == 3) == 75  # within an epoch
-    assert run(*parts, stop=lambda state: state.step == 10) == 75  # within its evaluation
+    assert run(*parts, stop=lambda state: state.running.step == 3) == 75  # within an epoch
+    assert run(*parts, stop=lambda state: state.running.step == 10) == 75  # within its evaluation
     assert run(*parts) == 0
 
     in_the_second_epoch = "checkpoint.1.pth"

@@ -25,14 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from build import use_grad_checkpointing
-from engine import Finite, Precision, Updater, evaluate, train_one_epoch
+from engine import Finite, Precision, Running, Updater, evaluate, train_one_epoch
 from errors import TrainingDiverged, UserError
-from losses import LabelLoss
+from losses import Objective
 from mixing.mixup import Mixup
-from models import DiverseViT, build_model, find_layout
+from models import DiverseViT, Needs, build_model, find_layout
 from models.sharding import check_optimizer, shard, weights_of, whole
 from regularizers import Diversity, parse_spec, total
-from state.checkpoint import checksum
 from state.run_state import RunState
 from utils import find_launch, init_distributed, print_main, rank
 
@@ -57,7 +56,8 @@ class Run:
             images = [random_batch(seed=10 * seed + 2 * i + rank()) for i in range(updater.accumulate)]
             loader = [(x.to(next(model.parameters()).dtype), y) for x, y in images]
             mixup = Mixup(patch_size=(8, 8), seed=seed + rank())
-            train_one_epoch(model, LabelLoss(diversity.mixing), diversity, loader, updater, mixup, finite=finite)
+            running = Running(finite=finite or Finite())
+            train_one_epoch(model, Objective(diversity=diversity), loader, updater, mixup, running)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: whole(p.grad) for name, p in self.state.model.backbone.named_parameters()}
@@ -83,7 +83,7 @@ def start(
     torch.manual_seed(0)
     diversity = Diversity([parse_spec(spec) for spec in RECIPE], depth=3)
     odd = {**TINY, "embed_dim": 27}  # 81 neurons of q, k and v: shards of 41 and 40
-    model = DiverseViT(build_model("deit_tiny_patch16_224", **odd), diversity.needs).to(dtype)
+    model = DiverseViT(build_model("deit_tiny_patch16_224", **odd), Needs(**diversity.needs)).to(dtype)
     if checkpointing:
         use_grad_checkpointing(model.backbone)
     ema = ModelEmaV3(model, decay=0.75)
@@ -151,20 +151,21 @@ def check_same_format(one: dict, other: dict) -> None:
     """Two checkpoints but for rounding: equal in everything but the values of floating-point tensors."""
 
     def skeleton(value: object) -> object:
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim:
-            assert type(value) is torch.Tensor
-            return torch.zeros_like(value, memory_format=torch.contiguous_format)
+        kind = type(value)
+        if isinstance(value, torch.Tensor):
+            assert kind is torch.Tensor
+            known = None if value.is_floating_point() and value.ndim else value.tolist()
+            return kind, value.dtype, list(value.shape), value.requires_grad, known
         if isinstance(value, dict):
-            copy = type(value)((key, skeleton(item)) for key, item in value.items())
-            vars(copy).update(vars(value)) if hasattr(value, "__dict__") else None
-            return copy
+            attributes = skeleton(vars(value)) if hasattr(value, "__dict__") else None
+            return kind, [(key, skeleton(item)) for key, item in value.items()], attributes
         if isinstance(value, (list, tuple)):
-            return type(value)(map(skeleton, value))
-        return value
+            return kind, [skeleton(item) for item in value]
+        return kind, value
 
     assert list(one) == list(other)
     for key in one:
-        assert checksum({key: skeleton(one[key])}) == checksum({key: skeleton(other[key])}), key
+        assert skeleton(one[key]) == skeleton(other[key]), key
     compare(one["model"], other["model"])
     compare(one["model_ema"], other["model_ema"])
     for index, values in one["optimizer"]["state"].items():
@@ -202,8 +203,8 @@ def check_faults() -> None:
     """What is not finite on one process stops both: a loss, scaled gradients, weights that are to be saved."""
     run, broken = start("fsdp"), Finite()
     before = run.weights()
-    whole_term = run.diversity.terms[0].of_batch
-    run.diversity.terms[0].of_batch = lambda *given: whole_term(*given) * (float("nan") if rank() else 1)
+    whole_term = run.diversity.terms[1].of_batch
+    run.diversity.terms[1].of_batch = lambda *given: whole_term(*given) * (float("nan") if rank() else 1)
     run.train(1, finite=broken)
     assert broken.dropped == 1
     compare(run.weights(), before, rtol=0, atol=0)
@@ -251,7 +252,7 @@ def check_families() -> None:
         backbone = build_family(name)
         specs = [parse_spec(spec) for spec in ("patch.cosine@first,all=0.5", "weight.so:v,fc1@all=1e-3")]
         diversity = Diversity(specs, find_layout(backbone).depth)
-        model = DiverseViT(backbone, diversity.needs)
+        model = DiverseViT(backbone, Needs(**diversity.needs))
         alone = copy.deepcopy(model)
         shard(model, CPU)
         for network in (model, alone):
