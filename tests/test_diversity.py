@@ -398,7 +398,7 @@ WEIGHTS = weights_by_shape(SHAPES)
 
 
 def read(matrices: Mapping[int, Sequence[Tensor]]) -> Callable[[int, Sequence[str]], list[Tensor]]:
-    """What a model's `weights` is: block, kinds -> its matrices, each [1, n, d]. proj, fc1, fc2 are q, k, v again."""
+    """What a model's `weights` is: block, kinds -> its matrices, each [1, n, d]. proj, fc1, fc2 are q, k, v."""
     return lambda block, kinds: [matrices[block][MATRICES.index(kind) % 3][None] for kind in kinds]
 
 
