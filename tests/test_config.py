@@ -190,6 +190,7 @@ def test_one_term_twice_in_one_source_is_refused():
         (["--lr", "nan"], "--lr must be at least 0, not nan"),
         (["--lr", "inf"], "--lr must be at least 0, not inf"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", "2147483649"], "--seed must be at most 2147483648, not 2147483649"),
         (["--drop-path", "1.5"], "--drop-path must be between 0 and 1"),
         (["--model-ema-decay", "2"], "--model-ema-decay must be between 0 and 1"),
         (["--distillation-alpha", "5"], "--distillation-alpha must be between 0 and 1"),

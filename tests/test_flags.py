@@ -13,7 +13,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from processes import PATIENCE
 from timm.optim import create_optimizer
@@ -253,19 +253,19 @@ literals = st.recursive(
     lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
     max_leaves=4,
 )
-texts = (
-    st.text(st.characters(codec="utf-8"))
-    | literals.map(repr)
-    | st.sampled_from(["relu", "(2,2)", "1e-3", " 1", ""])
-)
+texts = st.text(st.characters(codec="utf-8")) | literals.map(repr) | st.sampled_from(["relu", "(2,2)", "1e-3", ""])
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.from_regex(r"\A[a-z_]+\Z"), texts), max_size=3))
-@example([("img_size", "(32, 32)"), ("act_layer", "a=b"), ("depth", "6"), ("x", "[]+1"), ("x", "{'a': [1, None]}")])
+@example([("img_size", "(32, 32)"), ("act_layer", "relu"), ("depth", "6"), ("x", "{'a': [1, None]}"), ("x", "''")])
 def test_pairs_are_read_as_timm_reads_them(given_pairs):
     words = [f"{key}={text}" for key, text in given_pairs]
-    ours, timms = pairs(KeyValues, *words), pairs(ParseKwargs, *words)
+    ours = pairs(KeyValues, *words)
+    try:
+        timms = pairs(ParseKwargs, *words)
+    except (ValueError, SyntaxError):  # timm 1.0.20 does not read "a=b=c" and "a=b c"
+        reject()
     assert ours == timms and repr(ours) == repr(timms)
 
 
@@ -273,6 +273,11 @@ def test_pairs_are_read_as_timm_reads_them(given_pairs):
 def test_what_python_cannot_read_is_text(text):
     """timm lets some of these end in a traceback."""
     assert pairs(KeyValues, f"x={text}") == {"x": text}
+
+
+def test_a_value_may_hold_anything():
+    given_pairs = {"x": "a=b", "y": "=", "z": "a b", "u": "[]+1"}
+    assert pairs(KeyValues, *(f"{key}={text}" for key, text in given_pairs.items())) == given_pairs
 
 
 def test_pairs_add_up():
