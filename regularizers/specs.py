@@ -134,9 +134,8 @@ def _checked(word: str, level: Level, name: str, spec: str) -> str:
     try:
         value = float(number)
     except ValueError as error:
-        raise UserError(
-            f"{spec!r}: the option {option} takes a number, as in {option}=0.1, not {number!r}"
-        ) from error
+        instead = f", not {number!r}" if number else ""
+        raise UserError(f"{spec!r}: the option {option} takes a number, as in {option}=0.1{instead}") from error
     if not (math.isfinite(value) and value > above):
         limit = f" and greater than {above:g}" if math.isfinite(above) else ""
         raise UserError(f"{spec!r}: {option} must be finite{limit}")
@@ -167,7 +166,8 @@ def _coefficient(text: str, spec: str) -> float:
     try:
         value = float(text)
     except ValueError as error:
-        raise UserError(f"malformed regularizer {spec!r}: {text!r} is not a number") from error
+        hint = "; the coefficient stands last" if "@" in text else ""
+        raise UserError(f"malformed regularizer {spec!r}: {text!r} is not a number{hint}") from error
     if not (torch.isfinite(torch.tensor(value)) and value >= 0):
         raise UserError(f"{spec!r}: the coefficient must be finite and not negative")
     return value
