@@ -21,14 +21,17 @@ def clock(seconds: float) -> str:
 class Progress:
     """Count steps and show where the work stands: a bar on a terminal, a line per interval elsewhere.
 
+    The bar moves at every step, and drops what a narrow terminal has no room for. tqdm's would cut a number in two.
+
     Args:
         header: what the line starts with, e.g. 'Epoch 3/300'.
-        interval: steps between updates of the shown numbers; reading numbers waits for the device, so nothing
-            is read in between.
+        interval: steps between updates of the shown means; reading them waits for the device, so none are read in
+            between.
         units_after: units of the same length still to come after this one, for the run's ETA.
     """
 
     BAR = 24
+    PAUSE = 0.1  # seconds between two pictures of the bar, if its means are the same
 
     def __init__(self, header: str, interval: int = 10, units_after: int = 0) -> None:
         self.header = header
@@ -39,12 +42,16 @@ class Progress:
 
     def over(self, first: int, total: int, meters: Meters) -> Iterator[int]:
         """Yield the steps from `first` to `total`; show progress every `interval` steps and after the last."""
-        start = time.perf_counter()
+        start = shown = time.perf_counter()
+        means: Mapping[str, float] = {}
         for step in range(first, total + 1):
             yield step
-            if is_main() and (step % self.interval == 0 or step == total):
-                each = (time.perf_counter() - start) / (step - first + 1)
-                self._show(step, total, meters.means(), each)
+            now = time.perf_counter()
+            news = step % self.interval == 0 or step == total
+            if is_main() and (news or (self._terminal and now - shown >= self.PAUSE)):
+                means = meters.means() if news else means
+                self._show(step, total, means, (now - start) / (step - first + 1))
+                shown = now
         if is_main() and self._terminal:
             print(flush=True)
 
@@ -58,10 +65,8 @@ class Progress:
             print("  ".join([self.header, *entries]), flush=True)
             return
         done = round(self.BAR * step / max(total, 1))
-        line, room = (
-            f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}|",
-            shutil.get_terminal_size().columns - 1,
-        )
+        line = f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}|"
+        room = shutil.get_terminal_size().columns - 1
         for entry in entries:
             if len(line) + 2 + len(entry) > room:
                 break

@@ -198,5 +198,24 @@ def test_a_narrow_terminal_drops_whole_entries(capsys, monkeypatch):
     assert len(line) < 80 and line.endswith("it/s  loss 1")
 
 
+def test_the_bar_moves_between_its_means(capsys, monkeypatch):
+    """At every step that takes long enough; the means stay those of the last interval, which are not read anew."""
+    now = [0.0]
+    monkeypatch.setattr("loggers.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    meters = Meters()
+    for step in Progress("Epoch 1/1", interval=4).over(1, 6, meters):
+        meters.update({"loss": torch.tensor(float(step))})
+        now[0] += 0.06 if step < 4 else 2.0
+    shown = [entries.split("  ") for entries in capsys.readouterr().out.split("\r")[1:]]
+    assert [entries[1] for entries in shown] == ["[2/6]", "[4/6]", "[5/6]", "[6/6]"]
+    assert [[entry.strip() for entry in entries if "loss" in entry] for entries in shown] == [
+        [],
+        *([["loss 2.5"]] * 2),
+        ["loss 3.5"],
+    ]
+
+
 def test_clock():
     assert [clock(s) for s in (0, 61.9, 3600 * 30 + 59)] == ["0:00:00", "0:01:01", "30:00:59"]
