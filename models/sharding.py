@@ -80,7 +80,8 @@ def _gather(parameter: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints: those of a run without shards, whose optimizer numbers its parameters. (What gathers and scatters in
+# torch.distributed.checkpoint.state_dict goes by their names instead.)
 
 
 def whole(state: Any, keep: bool = True) -> Any:
