@@ -1,4 +1,4 @@
-"""Diversity terms: measures (`measures.py`) at three levels (`patch.py`, `attention.py`, `weight.py`).
+"""Diversity terms: measures of redundancy (`measures.py`), each applied at some level (`levels.py`).
 
 Nothing is imported before it is asked for, so that `regularizers.catalogue` answers without torch.
 """

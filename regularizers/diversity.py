@@ -15,6 +15,7 @@ from regularizers.measures import MEASURES
 from regularizers.specs import Spec, resolve_layers, resolve_pairs
 
 if TYPE_CHECKING:
+    from mixing import Labels
     from models.capture import Captured, Weights
 
 
@@ -133,7 +134,7 @@ class BoundTerm:
             return _sum(self.function(self.gradients(captured, layer, label_loss)) for layer in self.layers)
         return _sum(self.function(self.items(captured, layer)) for layer in self.layers)
 
-    def of_labels(self, captured: Captured, labels: Any) -> Term:
+    def of_labels(self, captured: Captured, labels: Labels) -> Term:
         """The term of the patch logits and the labels; of one that is averaged, with c n for c."""
         assert captured.patch_logits is not None
         count = captured.patch_logits.shape[1] if self.averaged else 1
@@ -264,7 +265,7 @@ class Diversity:
             for term, own in zip(self._of_the_weights, stacks, strict=True)
         }
 
-    def of_labels(self, captured: Captured, labels: Any) -> dict[str, Term]:
+    def of_labels(self, captured: Captured, labels: Labels) -> dict[str, Term]:
         """The terms that take labels.
 
         The coefficient of one that is `averaged` is c n: its coefficient c, times the number n of its items.

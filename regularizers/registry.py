@@ -8,10 +8,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from regularizers.levels import LEVELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Takes = Literal["set", "pair", "gradient", "labels"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,12 +44,13 @@ def levels_of(takes: str, only: tuple[str, ...] | None = None) -> tuple[str, ...
     """The levels at which a measure applies: those that have what it takes, or `only` these.
 
     Raises:
-        ValueError: one of `only` is unknown, or does not have what the measure takes.
+        ValueError: one of `only` does not exist or does not have what the measure takes, or no level has it.
     """
     able = tuple(name for name, level in LEVELS.items() if takes in level.default_layers)
     unable = [name for name in only or () if name not in able]
-    if unable:
-        raise ValueError(f"a measure that takes {takes!r} applies at {', '.join(able)}, not at {', '.join(unable)}")
+    if unable or not able:
+        where = f", not at {', '.join(unable)}" if unable else ""
+        raise ValueError(f"a measure that takes {takes!r} applies at {', '.join(able) or 'no level'}{where}")
     return able if only is None else only
 
 
@@ -68,12 +72,12 @@ class Measure:
         defaults: the function's keyword arguments and their defaults.
     """
 
-    function: Callable[..., Any]
-    takes: Takes = "set"
-    levels: tuple[str, ...] = field(default_factory=lambda: levels_of("set"))
-    averaged: bool = False
-    options: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    function: Callable[..., Tensor]
+    takes: Takes
+    levels: tuple[str, ...]
+    averaged: bool
+    options: tuple[str, ...]
+    defaults: Mapping[str, Any]
 
 
 class Registry(dict[str, Measure]):

@@ -287,11 +287,12 @@ def test_an_argument_of_the_decorator_that_is_no_literal_is_an_error() -> None:
     ("takes", "levels", "message"),
     [
         ("pair", ("patch", "weight"), r"a measure that takes 'pair' applies at patch, attn\b.*, not at weight$"),
+        ("sets", None, "a measure that takes 'sets' applies at no level$"),
         ("set", ("pach",), r"a measure that takes 'set' applies at patch, attn, weight\b.*, not at pach$"),
     ],
 )
 def test_a_level_that_lacks_what_a_measure_takes_is_an_error(
-    takes: Any, levels: tuple[str, ...], message: str
+    takes: Any, levels: tuple[str, ...] | None, message: str
 ) -> None:
     registry = Registry({})
     with pytest.raises(ValueError, match=message):

@@ -101,7 +101,6 @@ def with_each_option(name: str) -> list[Case]:
 
 CASES = [
     *(case for name, measure in MEASURES.items() if measure.takes != "labels" for case in with_each_option(name)),
-    Case("contrastive", {"tau": 0.07}),
     Case("cno", {"distribution": "uniform", "eps": 0.0}),
     Case("cno", {"distribution": "uniform", "eps": 0.0, "inverse": True, "normalize": True}),
 ]
