@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError
 from options import config
-from options.flags import KeyValues, Parser
+from options.parser import KeyValues, Parser
 
 MAIN = str(Path(__file__).resolve().parents[1] / "main.py")
 INTERRUPTED = 75  # main.py has saved a checkpoint and wants to be run again
