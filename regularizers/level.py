@@ -26,6 +26,9 @@ class Level:
         default_arguments: measure -> keyword arguments that differ here from the function's own defaults.
         matrices: of weights, the matrices that a spec may choose among its options, and what they are.
         default_matrices: those of a spec that chooses none.
+    Raises:
+        ValueError: weights have no second layer of equal shape, no gradient at the items and no labels: of them a
+            measure can take sets alone.
     """
 
     name: str
@@ -38,6 +41,10 @@ class Level:
     default_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     matrices: Mapping[str, str] = field(default_factory=dict)
     default_matrices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.of_weights and set(self.default_layers) != {"set"}:
+            raise ValueError(f"the level {self.name}: of weights a measure takes sets, and nothing else")
 
     @property
     def of_weights(self) -> bool:

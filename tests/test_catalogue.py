@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import runpy
@@ -173,6 +174,11 @@ def test_matrices_are_those_that_models_have() -> None:
     for level in LEVELS.values():
         assert level.of_weights == bool(level.matrices) == bool(level.default_matrices)
         assert set(level.default_matrices) <= set(level.matrices)
+
+
+def test_a_level_of_weights_has_sets_alone() -> None:
+    with pytest.raises(ValueError, match="the level weight: of weights a measure takes sets, and nothing else"):
+        dataclasses.replace(LEVELS["weight"], default_layers={"set": "all", "pair": "first:last"})
 
 
 @pytest.mark.parametrize("level", LEVELS)
