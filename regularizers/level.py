@@ -27,8 +27,7 @@ class Level:
         matrices: of weights, the matrices that a spec may choose among its options, and what they are.
         default_matrices: those of a spec that chooses none.
     Raises:
-        ValueError: weights have no second layer of equal shape, no gradient at the items and no labels: of them a
-            measure can take sets alone.
+        ValueError: of weights, something else than sets may be taken.
     """
 
     name: str
