@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -50,9 +50,10 @@ def modules(root: Path) -> dict[str, Path]:
     }
 
 
-def imports(path: Path, known: dict[str, Path], types: bool) -> Iterator[str]:
-    """The project's modules that one imports, anywhere in it: at run time, or for types alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def imported(code: str) -> tuple[frozenset[tuple[str, str]], frozenset[tuple[str, str]]]:
+    """(module, name from it) of all imports in a module, anywhere in it: at run time, and for types alone."""
+    tree = ast.parse(code)
     guarded = {
         id(inner)
         for node in ast.walk(tree)
@@ -60,17 +61,21 @@ def imports(path: Path, known: dict[str, Path], types: bool) -> Iterator[str]:
         for statement in node.body
         for inner in ast.walk(statement)
     }
+    found: tuple[set[tuple[str, str]], set[tuple[str, str]]] = set(), set()
     for node in ast.walk(tree):
-        if (id(node) in guarded) != types:
-            continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
+            found[id(node) in guarded].update((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            submodules = [name for name in inside if name in known]
-            yield from submodules
-            if node.module in known and len(submodules) < len(inside):
-                yield node.module
+            found[id(node) in guarded].update((node.module, alias.name) for alias in node.names)
+    return frozenset(found[0]), frozenset(found[1])
+
+
+def imports(path: Path, known: dict[str, Path], types: bool) -> set[str]:
+    """The project's modules that one imports: at run time, or for types alone."""
+    pairs = imported(path.read_text(encoding="utf-8"))[types]
+    submodules = {f"{module}.{name}" for module, name in pairs} & known.keys()
+    whole = {module for module, name in pairs if f"{module}.{name}" not in submodules}
+    return submodules | (whole & known.keys())
 
 
 def longest(name: str, entries: dict[str, object]) -> str | None:
@@ -92,11 +97,11 @@ def broken_arrows(root: Path) -> list[str]:
         if own is None:
             wrong.append(f"{name} stands on no floor: add it to FLOORS")
             continue
-        graph[name] = set(imports(path, known, types=False)) - {name}
+        graph[name] = imports(path, known, types=False) - {name}
         for types in (False, True):
             exceptions = NAMES_TYPES_OF.get(own, ()) if types else ()
             allowed = KNOWS.get(longest(name, dict(KNOWS)) or "")
-            for target in sorted(set(imports(path, known, types)) - {name}):
+            for target in sorted(imports(path, known, types) - {name}):
                 if is_inside(target, exceptions):
                     continue
                 if floors[longest(target, floors) or "main"] > floors[own]:
