@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
 from images.transforms import SMALL_INPUT
 from models import DiverseViT
+from options.flags import FORMATS
 from state.trained import Trained
 from utils import put_in_place
 
-WEIGHTS = ("auto", "ema", "model")
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
 OPSETS = range(18, 24)  # ONNX operator sets that torch's exporter writes by itself
 ATTENTION_OPSET = 23  # the first one with an operator for fused attention
@@ -195,9 +195,6 @@ def to_onnx(model: nn.Module, folder: Path, input_size: int, opset: int | None =
         names = sorted(file.name for file in staging.iterdir())
     load = f'session = onnxruntime.InferenceSession("{folder / "model.onnx"}")'
     return Exported(tuple(folder / name for name in names), difference, load)
-
-
-FORMATS = ("timm", "torch", "onnx")
 
 
 def export(trained: Trained, folder: Path, form: str, opset: int | None = None) -> Exported:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from pictures import imnet, make_args, no_augmentation, photo, save_photo, to_pixels, to_tensor
 from PIL import Image
+from processes import PATIENCE
 from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from torchvision.datasets import CIFAR100
@@ -601,7 +602,7 @@ def test_hugging_face_sets_are_read_in_this_process_and_by_workers(hub, tmp_path
     folder, env = hub
     (tmp_path / "script.py").write_text(READ)
     command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(folder)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     expected = [
         to_tensor(photo(seed).resize((16, 16), Image.Resampling.BICUBIC)) for seed in (0, 1, 2, 100, 101, 102)
@@ -626,7 +627,7 @@ def test_a_run_on_a_hugging_face_set(hub, tmp_path):
     argv += ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=1", "num_heads=2", "--batch-size", "8"]
     argv += ["--epochs", "1", "--num_workers", "1", "--no-repeated-aug", "--output_dir", str(tmp_path / "run")]
     command = [sys.executable, "-W", "ignore", "main.py", *argv]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "40 training images" in run.stdout and "on the 6 test images" in run.stdout
 
@@ -644,7 +645,7 @@ def test_hugging_face_sets_that_cannot_be_used(hub, tmp_path):
         (tmp_path / "empty", "train", "--data-set hfds/.*empty"),
     ):
         command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(name), half]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert re.match(f"errors.UserError: .*{message}", run.stderr.splitlines()[-1]), run.stderr[-3000:]
 
 

@@ -20,17 +20,20 @@ import timm
 import torch
 from conftest import TINY
 from PIL import Image
+from processes import PATIENCE
 from timm.data import create_transform
 from torch import Tensor, nn
 
 import datasets
 import export as exporting
 from errors import UserError
+from images.folders import DIGITS_TRAIN
 from images.transforms import build_transform
 from loaders import normalise
 from models import DiverseViT, Needs, build_model
 from options import config
 from state import checkpoint
+from state.trained import read_trained
 
 ROOT = Path(__file__).parents[1]
 SMALL = "patch_size=8 embed_dim=24 depth=3 num_heads=3"
@@ -137,7 +140,7 @@ class World:
             assert SCRIPT.main([str(folder / f"{case}.pth"), str(folder / case), "--formats", *formats]) == 0
         torch.save(images, folder / "images.pt")
         command = [sys.executable, "-I", "-W", "error", "-c", OUTSIDE, ",".join(CASES), ",".join(TRACED)]
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert run.returncode == 0, run.stderr
         self.outside = torch.load(folder / "results.pt")
 
@@ -266,7 +269,7 @@ def test_preprocessing_of_a_written_model(world):
     from sklearn.datasets import load_digits
 
     transform = create_transform(**world.outside["tiny"]["config"])
-    pixels = (load_digits().images[datasets.DIGITS_TRAIN] * (255 / 16)).round().astype("uint8")
+    pixels = (load_digits().images[DIGITS_TRAIN] * (255 / 16)).round().astype("uint8")
     args = argparse.Namespace(data_set="DIGITS", input_size=PIXELS, fast_resize=False)
     evaluated, _ = datasets.build_dataset(False, args)
     assert torch.equal(transform(Image.fromarray(pixels).convert("RGB")), normalise(evaluated[0][0]))
@@ -364,16 +367,16 @@ def test_the_ema_is_taken_where_there_is_one(tmp_path, capsys):
     ema = save_checkpoint("tiny", path).state_dict()
     state = checkpoint.load(str(path))
     for weights, expected in (("auto", ema), ("ema", ema), ("model", state["model"])):
-        trained = exporting.read_trained(str(path), weights)
+        trained = read_trained(str(path), weights)
         found = trained.backbone.state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
         assert trained.weights == ("model" if weights == "model" else "ema")
         assert not torch.equal(ema["norm.bias"], state["model"]["norm.bias"])
     del state["model_ema"]
     checkpoint.save(state, path)
-    assert exporting.read_trained(str(path)).weights == "model"
+    assert read_trained(str(path)).weights == "model"
     with pytest.raises(UserError, match="holds no EMA: choose --weights model or auto"):
-        exporting.read_trained(str(path), "ema")
+        read_trained(str(path), "ema")
 
 
 def test_timm_reads_the_same_weights_from_the_checkpoint(tmp_path, images):
@@ -383,7 +386,7 @@ def test_timm_reads_the_same_weights_from_the_checkpoint(tmp_path, images):
     theirs = timm.create_model(
         "deit_tiny_patch16_224", checkpoint_path=str(tmp_path / "x.pth"), num_classes=CLASSES, **stock
     )
-    ours = exporting.read_trained(str(tmp_path / "x.pth")).backbone
+    ours = read_trained(str(tmp_path / "x.pth")).backbone
     assert torch.equal(logits_of(ours, images), logits_of(theirs.eval(), images))
 
 
@@ -395,7 +398,7 @@ def test_names_that_wrappers_leave_are_understood(tmp_path, prefix):
         weights[f"{prefix.removesuffix('backbone.')}step"] = torch.zeros(1)  # a wrapper's own
     torch.save(weights, tmp_path / "x.pth")
     shape = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
-    trained = exporting.read_trained(
+    trained = read_trained(
         str(tmp_path / "x.pth"), model="deit_tiny_patch16_224", model_kwargs=shape, input_size=PIXELS
     )
     assert trained.backbone.num_classes == CLASSES
@@ -417,7 +420,7 @@ def test_a_checkpoint_of_the_references_form_is_exported(tmp_path, capsys):
 def test_stock_weights_need_a_name_and_nothing_else(tmp_path):
     weights = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3).state_dict()
     torch.save({"model": weights}, tmp_path / "x.pth")
-    trained = exporting.read_trained(str(tmp_path / "x.pth"), model="deit_tiny_distilled_patch16_224")
+    trained = read_trained(str(tmp_path / "x.pth"), model="deit_tiny_distilled_patch16_224")
     assert (trained.input_size, trained.backbone.num_classes, trained.weights) == (224, 3, "model")
 
 
@@ -429,7 +432,7 @@ def test_the_command_says_what_it_did(tmp_path, monkeypatch):
     """Also as a program of its own, from another folder, without warnings."""
     save_checkpoint("tiny", tmp_path / "x.pth")
     command = [sys.executable, "-W", "error", str(ROOT / "script" / "export_model.py"), "x.pth", "out"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",

@@ -20,6 +20,7 @@ import pytest
 import torch
 from pictures import imnet, make_args, save_photo, to_pixels
 from PIL import Image
+from processes import PATIENCE
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import get_worker_info
@@ -510,7 +511,7 @@ def test_grouping_changes_no_global_batch_of_real_processes(tmp_path):
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -925,7 +926,7 @@ def test_workers_outlast_signals_to_their_group_but_not_their_parent(tmp_path, m
         start_new_session=True,
     )
     try:
-        output, errors = run.communicate(timeout=120)  # until all processes that hold the pipes have ended
+        output, errors = run.communicate(timeout=PATIENCE)  # until all processes that hold the pipes have ended
     finally:
         run.kill()
     assert output == "100 samples, signalled: True\n", errors

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from processes import PATIENCE
 
 import utils
 from errors import UserError
@@ -77,7 +78,7 @@ def test_nobody_else_comes():
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "2"}
     code = "import torch, utils; utils.init_distributed(utils.find_launch(), torch.device('cpu'), timeout=1.0)"
     run = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert "UserError: 2 processes cannot meet at --dist_url env://" in run.stderr
 
