@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -397,19 +398,36 @@ def test_a_fresh_run_sets_the_old_log_aside(tmp_path):
     )
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "checkpoint_trial.tmp.tmp",
+            "cannot write checkpoints to {folder}: No space left on device; choose another",
+        ),
+        ("args.yaml.tmp", "cannot write to --output_dir {folder}: No space left on device"),
+        ("log.txt.tmp", "cannot write {folder}/log.txt: No space left on device; the old one is still there"),
+        ("checkpoint_best.pth.tmp", "what was there before is still there"),
+        (
+            "checkpoint.pth.tmp",
+            "cannot save {folder}/checkpoint.pth: No space left on device; what was there",
+        ),
+    ],
+)
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, file, message):
+    """Full for one file after the other: before training begins, and at its end."""
     checkpoint.save({"epoch": 1}, tmp_path / "checkpoint.pth")
+    fsync = os.fsync
 
     def full(descriptor):
-        raise OSError(28, "No space left on device")
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{file}"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    argv = [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)]
-    error = one_error(capsys, argv)
-    assert "cannot write checkpoints" in error and "No space left on device" in error
-    monkeypatch.setattr(checkpoint, "check_space", lambda *unused: None)  # the disk fills up while it trains
-    error = one_error(capsys, argv)
-    assert "cannot save" in error and "what was there before is still there" in error
+    monkeypatch.setattr(os, "fsync", full)
+    error = one_error(capsys, [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)])
+    assert message.format(folder=tmp_path) in error
     assert checkpoint.load(str(tmp_path / "checkpoint.pth")) == {"epoch": 1}
     assert not list(tmp_path.glob("*.tmp"))
 
