@@ -17,7 +17,7 @@ from engine import Finite, Precision
 from errors import BAD_ARGUMENT, UserError, reason
 from losses import LabelLoss, Objective
 from mixing import Mixing
-from mixing.mixup import mixup_from_flags
+from mixing.mixup import Mixup
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead
 from models.sharding import check_optimizer, shard
@@ -121,17 +121,17 @@ class Scheme(NamedTuple):
     """A way to mix images, and what reads the patches of the mixture.
 
     Attributes:
-        mixing: makes a Mixing from the flags, the patches' size in pixels (None: label no patches) and a seed.
+        mixing: takes the keyword arguments of Mixup.
         head: classifies the patches (models/heads.py).
     """
 
-    mixing: Callable[[Args, tuple[int, int] | None, int], Mixing]
+    mixing: Callable[..., Mixing]
     head: type[PatchHead]
 
 
 # The scheme whose labels each measure takes, of those that take labels.
-SCHEMES: Mapping[str, Scheme] = {"patch.mixing": Scheme(mixup_from_flags, OwnHead)}
-PLAIN = Scheme(mixup_from_flags, OwnHead)  # where no measure takes labels
+SCHEMES: Mapping[str, Scheme] = {"patch.mixing": Scheme(Mixup, OwnHead)}
+PLAIN = Scheme(Mixup, OwnHead)  # where no measure takes labels
 
 
 def find_scheme(diversity: Diversity) -> Scheme:
@@ -148,8 +148,17 @@ def find_scheme(diversity: Diversity) -> Scheme:
 
 def build_mixing(args: Args, backbone: nn.Module, diversity: Diversity) -> Mixing:
     """Mixup and CutMix as the flags say; patches are labelled only where a term takes their labels."""
-    patch_size = find_layout(backbone).patch_size if diversity.labelled else None
-    return find_scheme(diversity).mixing(args, patch_size, args.seed + rank())
+    return find_scheme(diversity).mixing(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=tuple(args.cutmix_minmax) if args.cutmix_minmax else None,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        patch_size=find_layout(backbone).patch_size if diversity.labelled else None,
+        seed=args.seed + rank(),
+    )
 
 
 def build_run(

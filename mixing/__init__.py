@@ -1,7 +1,7 @@
 """How images and their labels are mixed.
 
 A scheme is a `Mixing`: one file here, a line in build.SCHEMES, and, where its loss reads something else than the
-model's own head, a class in models/heads.py.
+model's own head, a class in models/heads.py. The flags name the modes, so nothing heavy is imported in this file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+
+MODES = ("batch", "pair", "elem")  # what is drawn once: for a batch, for each pair of partners, for each image
 
 
 class Labels(Protocol):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from options.flags import MIXUP_MODES, Args
+from mixing import MODES
 
 
 class Mix(NamedTuple):
@@ -97,8 +97,8 @@ class Mixup:
         patch_size: tuple[int, int] | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in MIXUP_MODES:
-            raise UserError(f"--mixup-mode {mode!r}: choose one of {', '.join(MIXUP_MODES)}")
+        if mode not in MODES:
+            raise UserError(f"--mixup-mode {mode!r}: choose one of {', '.join(MODES)}")
         for name, value in (("--mixup-prob", prob), ("--mixup-switch-prob", switch_prob)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} {value} is not between 0 and 1")
@@ -226,21 +226,6 @@ class Mixup:
         covered = (rows[:, :, None] * columns[:, None, :]).flatten(1) / (ph * pw)  # [1 or B, P]
         unboxed = torch.tensor([[1.0 if mix.box else mix.weight] for mix in mixes], dtype=torch.float64)
         return unboxed - covered  # of which one is 1 or the other 0
-
-
-def mixup_from_flags(args: Args, patch_size: tuple[int, int] | None, seed: int) -> Mixup:
-    """Mixup and CutMix as the flags say."""
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=(args.cutmix_minmax[0], args.cutmix_minmax[1]) if args.cutmix_minmax else None,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        smoothing=args.smoothing,
-        patch_size=patch_size,
-        seed=seed,
-    )
 
 
 def _to_device(numbers: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError, is_first_on_machine
+from mixing import MODES
 from options.parser import Formatter, KeyValues, Parser, flag, switch
 from options.yaml_file import read_config
 
@@ -26,7 +27,6 @@ class Names(tuple[str, ...]):
 
 DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME"])
 AMP_DTYPES = ("float32", "bfloat16", "float16")
-MIXUP_MODES = ("batch", "pair", "elem")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
 # Those of script/export_model.py: what a model is written as, and which weights are taken from a checkpoint.
@@ -154,7 +154,7 @@ class Args:
     mixup_prob: float = flag(1.0, "probability of mixing at all")
     mixup_switch_prob: float = flag(0.5, "probability of CutMix where both are on")
     mixup_mode: str = flag(
-        "batch", "draw for each batch, each pair of partners, or each image", choices=list(MIXUP_MODES)
+        "batch", "draw for each batch, each pair of partners, or each image", choices=list(MODES)
     )
 
     opt: str = flag("adamw", "any optimizer that timm knows", group="optimizer")

@@ -15,9 +15,9 @@ PACKAGES = ("options", "images", "loggers", "mixing", "models", "regularizers", 
 FLOORS = (
     ("errors",),
     ("utils", "options.parser", "options.yaml_file", "options"),
-    ("regularizers", "loggers"),
+    ("regularizers", "loggers", "mixing"),
     ("options.flags",),
-    ("images", "mixing", "models", "samplers", "workers"),
+    ("images", "models", "samplers", "workers"),
     ("options.config", "losses", "datasets"),
     ("loaders", "engine"),
     ("state",),
@@ -30,12 +30,12 @@ KNOWS = {
     "errors": (),
     "options.parser": ("errors",),
     "options.yaml_file": ("errors", "options.parser"),
-    "options.flags": ("errors", "options.parser", "options.yaml_file", "regularizers.catalogue"),
+    "options.flags": ("errors", "options.parser", "options.yaml_file", "mixing", "regularizers.catalogue"),
     "utils": ("errors",),
     "regularizers": ("errors", "utils", "regularizers"),  # tensors, not models
     "images": ("errors", "utils", "options.flags", "images"),  # no batches
     "loggers": ("errors", "utils", "loggers"),
-    "mixing": ("errors", "options.flags", "mixing"),
+    "mixing": ("errors", "mixing"),
     "models": ("errors", "utils", "models"),  # timm, not losses
 }
 # For a type alone, regularizers name what a model shows and how labels are mixed; without an import at run time.

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errors import UserError
+from mixing import MODES
 from mixing.mixup import UNMIXED, Labels, Mix, Mixup
-from options.flags import MIXUP_MODES
 
 CLASSES = 7
 
@@ -100,7 +100,7 @@ def test_mixing_as_told(
     assert torch.equal(images, before)  # the caller's images are not touched
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("height", "width", "patch_size"), [(12, 12, (4, 4)), (13, 10, (3, 4)), (7, 16, (7, 5))])
 @pytest.mark.parametrize(
     "options",
@@ -129,7 +129,7 @@ def test_mixing_as_drawn(
         assert labels.mixed and torch.equal(images, before)
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_patch_weights_average_to_the_image_weight(mode: str) -> None:
     """Where patches tile the image, the patches' own pixels are the image's."""
     mixup = Mixup(mode=mode, patch_size=(4, 3), seed=1)
@@ -138,7 +138,7 @@ def test_patch_weights_average_to_the_image_weight(mode: str) -> None:
         torch.testing.assert_close(labels.patch_weight.mean(dim=1), labels.weight, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{"cutmix_alpha": 0.0}, {"mixup_alpha": 0.0}], ids=["mixup", "cutmix"])
 def test_dtypes(mode: str, dtype: torch.dtype, options: dict[str, float]) -> None:
@@ -151,7 +151,7 @@ def test_dtypes(mode: str, dtype: torch.dtype, options: dict[str, float]) -> Non
     assert labels.dense(CLASSES, torch.float64).dtype == torch.float64
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_float32_is_the_float64_result_rounded(mode: str) -> None:
     images, targets = make_batch()
     wide = Mixup(mode=mode, patch_size=(4, 4), seed=5)
@@ -209,13 +209,13 @@ def draws(count: int = 400, height: int = 32, width: int = 48, **options: Any) -
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_mixup_or_cutmix_alone(options: dict[str, Any], boxes: float, mode: str) -> None:
     mixes = draws(50, mode=mode, **options)
     assert all((mix.box is not None) == bool(boxes) for mix in mixes)
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("switch_prob", [0.2, 0.5])
 def test_share_of_cutmix(mode: str, switch_prob: float) -> None:
     mixes = draws(mode=mode, switch_prob=switch_prob)
@@ -224,7 +224,7 @@ def test_share_of_cutmix(mode: str, switch_prob: float) -> None:
     assert abs(share - switch_prob) < 4 * math.sqrt(switch_prob * (1 - switch_prob) / independent)
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prob", [0.2, 0.5])
 def test_probability_of_mixing(mode: str, prob: float) -> None:
     """Per batch, per pair, per image. A Mixup weight of exactly 1 has probability 0."""
@@ -235,7 +235,7 @@ def test_probability_of_mixing(mode: str, prob: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{"prob": 0.0}, {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}], ids=str)
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_inactive_mixing_leaves_any_batch_as_it_is(size: int, mode: str, options: dict[str, float]) -> None:
     mixup = Mixup(mode=mode, patch_size=(4, 4), **options)
@@ -247,7 +247,7 @@ def test_inactive_mixing_leaves_any_batch_as_it_is(size: int, mode: str, options
     assert labels.patch_weight.tolist() == [[1.0] * 9] * size
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_batch_that_happens_to_stay_unmixed_still_has_soft_labels(mode: str) -> None:
     mixup = Mixup(mode=mode, prob=1e-9, patch_size=(4, 4))
     images, targets = make_batch()
@@ -256,7 +256,7 @@ def test_a_batch_that_happens_to_stay_unmixed_still_has_soft_labels(mode: str) -
     assert (labels.weight == 1).all() and (labels.patch_weight == 1).all()
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1, 5])
 def test_an_odd_batch_is_refused_with_advice(size: int, mode: str) -> None:
     with pytest.raises(UserError, match=rf"batch of {size} images .* even --batch-size.*--mixup 0 --cutmix 0"):
@@ -352,7 +352,7 @@ def test_invalid_arguments(options: dict[str, Any], message: str) -> None:
 # timm
 
 
-@pytest.mark.parametrize("mode", MIXUP_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_dense_labels_are_timms(mode: str) -> None:
     mixup = Mixup(mode=mode, seed=6, smoothing=0.1)
     for seed in range(6):
