@@ -48,6 +48,7 @@ from state.run_state import RunState
 TINY_V1 = {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
 CPU = Precision(torch.device("cpu"))
 HERE = Path(__file__).parent
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
 
 
 def make_run(tiny, seed: int = 0, train: bool = True) -> RunState:
@@ -695,7 +696,7 @@ def with_code_after_the_end(path):
         folders,
         without_a_tensor,
         without_pickle,
-        short_tensor,
+        pytest.param(short_tensor, marks=pytest.mark.skipif(OLD, reason="torch 2.6 reads beyond a short tensor")),
         with_code,
         with_code_after_the_end,
     ],
