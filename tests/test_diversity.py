@@ -18,6 +18,7 @@ from models.adapters import MATRICES
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
 from regularizers.levels import LEVELS
 from regularizers.measures import OPTIONS
+from regularizers.registry import Option
 from regularizers.specs import all_names, resolve_layers
 
 BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass
@@ -258,6 +259,14 @@ def test_reference_flags_are_the_recipe() -> None:
 def test_what_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_spec(text)
+
+
+def test_a_number_without_a_limit_is_any_that_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIONS, "tau", Option("tau", "any number"))
+    assert parse_spec("patch.contrastive:tau=-2@0:1=1").options == ("tau=-2.0",)
+    assert parse_spec("patch.contrastive:tau=0@0:1=1").arguments == {"tau": 0.0}
+    with pytest.raises(UserError, match="tau must be finite$"):
+        parse_spec("patch.contrastive:tau=-inf=1")
 
 
 def test_without_coefficient() -> None:
