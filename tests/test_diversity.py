@@ -265,7 +265,7 @@ def test_a_number_without_a_limit_is_any_that_is_finite(monkeypatch: pytest.Monk
     monkeypatch.setitem(OPTIONS, "tau", Option("tau", "any number"))
     assert parse_spec("patch.contrastive:tau=-2@0:1=1").options == ("tau=-2.0",)
     assert parse_spec("patch.contrastive:tau=0@0:1=1").arguments == {"tau": 0.0}
-    with pytest.raises(UserError, match="tau must be finite$"):
+    with pytest.raises(UserError, match=r"tau must be finite$"):
         parse_spec("patch.contrastive:tau=-inf=1")
 
 
