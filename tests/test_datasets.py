@@ -524,7 +524,9 @@ class Table:
     def __init__(self, folder):
         labels = sorted(each.name for each in folder.iterdir())
         self.files = [(file, labels.index(file.parent.name)) for file in sorted(folder.glob("*/*"))]
-        self.info = SimpleNamespace(features={"label": SimpleNamespace(names=labels)}, splits=None)
+        features = {"label": SimpleNamespace(names=labels, str2int=labels.index)}
+        splits = {folder.name: SimpleNamespace(num_examples=len(self.files))}
+        self.info = SimpleNamespace(features=features, splits=splits)
 
     def cast_column(self, name, feature):
         assert name == "image" and isinstance(feature, Image)
@@ -541,7 +543,7 @@ class Table:
         return {"image": {"path": str(file), "bytes": load(file)}, "label": label}
 
 
-def load_dataset(name, split, cache_dir):
+def load_dataset(name, split, cache_dir, trust_remote_code=False):
     folder = pathlib.Path(name, split)
     if not folder.is_dir():
         raise ValueError(f'Unknown split "{split}". Should be one of [].')
