@@ -139,8 +139,13 @@ def find_scheme(diversity: Diversity) -> Scheme:
 
     Raises:
         UserError: two of its terms need different schemes.
+        ValueError: a measure that takes labels has no scheme.
     """
-    schemes = {SCHEMES[name.partition(":")[0]]: name for name in diversity.labelled}
+    measures = {name: name.partition(":")[0] for name in diversity.labelled}
+    missing = [measure for measure in measures.values() if measure not in SCHEMES]
+    if missing:
+        raise ValueError(f"{missing[0]} takes labels, but has no line in build.SCHEMES that says whose")
+    schemes = {SCHEMES[measure]: name for name, measure in measures.items()}
     if len(schemes) > 1:
         raise UserError(f"{' and '.join(schemes.values())} mix images in different ways: drop one of them")
     return next(iter(schemes), PLAIN)

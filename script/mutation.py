@@ -32,6 +32,8 @@ TESTS = {
     "mixing/mixup.py": ["test_mixup.py", "test_losses.py"],
     "regularizers/measures.py": ["test_golden.py", "test_measures.py"],
     "regularizers/primitives.py": ["test_golden.py", "test_measures.py", "test_losses.py"],
+    "regularizers/registry.py": ["test_catalogue.py"],
+    "regularizers/catalogue.py": ["test_catalogue.py"],
     "regularizers/specs.py": ["test_diversity.py", "test_catalogue.py", "test_config.py"],
     "regularizers/diversity.py": ["test_golden.py", "test_diversity.py"],
     "regularizers/patch.py": ["test_golden.py", "test_diversity.py"],
