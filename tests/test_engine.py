@@ -453,6 +453,30 @@ def test_warmup_and_noise_flags(capsys):
     assert any(rate != 1 for rate in noisy) and all(abs(rate - 1) <= 0.3 for rate in noisy)
 
 
+def test_the_terms_choose_the_mixing_scheme(tiny, monkeypatch):
+    """The scheme whose labels a term takes; of two only one can mix a batch."""
+
+    class Other:
+        def __init__(self, **options):
+            self.options = options
+
+    monkeypatch.setitem(build.SCHEMES, "patch.other", build.Scheme(Other, build.OwnHead))
+    model, diversity = tiny("patch.mixing=1")
+    mixing = build.build_mixing(run_args("--seed", "3"), model.backbone, diversity)
+    assert isinstance(mixing, Mixup) and mixing.patch_size == (8, 8)
+    monkeypatch.setattr(Diversity, "labelled", ["patch.other:soft"])
+    other = build.build_mixing(run_args("--mixup", "0.3", "--seed", "3"), model.backbone, diversity)
+    assert isinstance(other, Other) and (other.options["mixup_alpha"], other.options["seed"]) == (0.3, 3)
+    monkeypatch.setattr(Diversity, "labelled", ["patch.mixing", "patch.other"])
+    with pytest.raises(UserError, match=r"patch.mixing and patch.other mix images in different ways: drop one"):
+        build.find_scheme(diversity)
+    monkeypatch.setattr(Diversity, "labelled", ["patch.unknown"])
+    with pytest.raises(ValueError, match=r"patch.unknown takes labels, but has no line in build.SCHEMES"):
+        build.find_scheme(diversity)
+    monkeypatch.setattr(Diversity, "labelled", [])
+    assert build.build_mixing(run_args(), model.backbone, diversity).patch_size is None
+
+
 def test_optimizer_flags(tiny):
     model, _ = tiny()
     args = run_args(
