@@ -40,7 +40,6 @@ def compare(store: str, number: int, count: int) -> None:
     grouped, dealt = global_batches(True), global_batches(False)
     assert grouped == dealt and len(grouped) == 1437 // 256 * 256 // count // BATCH
     assert all(len(batch) == len(set(batch)) == BATCH * count for batch in grouped)
-    dist.destroy_process_group()
 
 
 for count in (1, 2, 4, 8):
@@ -49,7 +48,7 @@ for count in (1, 2, 4, 8):
         child = os.fork()
         if child == 0:
             compare(sys.argv[1], number, count)
-            os._exit(0)
+            os._exit(0)  # torch 2.6 may wait for ever in destroy_process_group
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
     print(count, flush=True)
