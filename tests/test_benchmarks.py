@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
 
 def benchmark(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--device", "cpu", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from processes import PATIENCE
 
 from models import build_model
 
@@ -32,7 +33,7 @@ def torchrun(processes: int, script: str, *argv: str) -> subprocess.CompletedPro
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -85,7 +86,7 @@ def test_a_process_that_dies_or_hangs_ends_the_other(tmp_path, how, timeout, say
         while "[3/" not in left.stdout.readline():
             assert left.poll() is None
         lost.send_signal(how)
-        error = left.communicate(timeout=60)[1]
+        error = left.communicate(timeout=PATIENCE)[1]
     finally:
         left.kill(), lost.kill()
         left.communicate(), lost.communicate()
@@ -185,7 +186,7 @@ def test_other_launchers(folder, tmp_path, launcher):
         env = {**NO_LAUNCHER, **env, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:]
     assert "2 process(es)" in outputs[0][0] and outputs[1][0] == ""
     assert len((tmp_path / "run/log.txt").read_text().splitlines()) == 1

@@ -15,6 +15,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from processes import PATIENCE
 
 import build
 import main
@@ -282,7 +283,7 @@ def test_drop_reaches_the_model():
 
 def run_main(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "main.py"), *argv]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import PATIENCE
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds a launcher's processes in /proc")
 
@@ -57,7 +58,7 @@ def finish(folder: Path, processes: int, *extra: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -86,7 +87,7 @@ def interrupt(
                 how(run)
                 break
         seen += list(run.stdout)
-    return run.wait(timeout=120), "".join(seen)
+    return run.wait(timeout=PATIENCE), "".join(seen)
 
 
 def kill(run: subprocess.Popen[str]) -> None:
@@ -184,7 +185,7 @@ def test_torchrun_restarts_what_died(tmp_path, whole):
     launch = command(tmp_path, 2, restarts=1)
     launch[launch.index(str(ROOT / "main.py"))] = str(ROOT / "tests" / "dying_main.py")
     env = {**ENV, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(launch, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "died").exists() and "epoch 1 is done, and 4 steps after it" in done.stdout
     assert_same_run(tmp_path, whole(2))

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
+from processes import PATIENCE
 
 import main
 
@@ -331,7 +332,7 @@ def test_run_continues_with_two_processes(tmp_path: Path) -> None:
         env={**env, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
