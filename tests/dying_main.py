@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import main
-from state import run_state
+from state.saver import Saver
 from utils import rank, world_size
 
-saver_after_step = run_state.Saver.after_step
+saver_after_step = Saver.after_step
 
 
-def after_step(self: run_state.Saver, step: int, wish: int) -> None:
-    saver_after_step(self, step, wish)
+def after_step(self: Saver, step: int) -> None:
+    saver_after_step(self, step)
     assert self.folder is not None
     marker = Path(self.folder) / "died"
     if self.run_state.epoch == 0 and step == 7 and rank() == world_size() - 1 and not marker.exists():
@@ -26,5 +26,5 @@ def after_step(self: run_state.Saver, step: int, wish: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-run_state.Saver.after_step = after_step  # type: ignore[method-assign]
+Saver.after_step = after_step  # type: ignore[method-assign]
 sys.exit(main.main())
