@@ -7,6 +7,7 @@ data of another form, write a function there that returns a `Found`, and add its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from errors import UserError, did_you_mean
-from images.archives import shards, tar
-from images.decode import Found, Sample, load_image
-from images.folders import cifar, digits, image_folder, inaturalist
+from images.archives import tar
+from images.decode import load_image
+from images.folders import image_folder
+from images.found import Found, Sample
 from images.hugging_face import hugging_face_set
+from images.lists import cifar, digits, inaturalist
+from images.shards import shards
 from images.transforms import Box, build_transform, to_bytes
 from options.flags import DATA_SETS, Args
 
@@ -66,24 +70,61 @@ class LabelledImages(Dataset[Example]):
 
 # The sets in a folder, by name: `--data-path`, whether the training half is wanted, the flags -> the half.
 READERS: Mapping[str, Callable[[Path, bool, Args], Found]] = {
-    "IMNET": lambda root, is_train, args: image_folder(root, is_train),
-    "tar": lambda root, is_train, args: tar(root, is_train),
-    "wds": lambda root, is_train, args: shards(root / args.data_set.removeprefix("wds/"), is_train),
+    "IMNET": image_folder,
+    "tar": tar,
+    "wds": lambda root, is_train, args: shards(root / args.data_set.removeprefix("wds/"), is_train, args),
     "CIFAR": lambda root, is_train, args: cifar(root, is_train),
     "INAT": lambda root, is_train, args: inaturalist(root, is_train, 2018, args.inat_category),
     "INAT19": lambda root, is_train, args: inaturalist(root, is_train, 2019, args.inat_category),
 }
 
 
-def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, int]:
-    """The training or the evaluation half of `--data-set`, and its number of classes.
+def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, list[str]]:
+    """The training or the evaluation half of `--data-set`, and the classes' names in the order of their labels.
+
+    Classes that have no names are '0', '1', ..., or as --class-names calls them.
 
     Raises:
-        UserError: unknown name, missing or malformed files, or augmentation flags that do not work.
+        UserError: unknown name, missing or malformed files, a single class, other classes than --class-names says,
+            or augmentation flags that do not work.
     """
     transform = build_transform(is_train, args)
     found = _find(is_train, args)
-    return LabelledImages(found.samples, transform, found.read, args.fast_resize), found.num_classes
+    classes = list(found.classes)
+    if len(classes) == 1 and not args.single_class:
+        what = f"{len(found.samples)} images of a single class, {classes[0]!r}"
+        example = f" (e.g. {found.name(found.samples[0][0])})" if len(found.samples) else ""
+        raise UserError(
+            f"the data holds {what}{example}: there is nothing to learn from them. A data set has one folder of "
+            "images per class; if one class is meant, give --single-class"
+        )
+    if args.class_names:
+        classes = _check_names(classes, args.class_names)
+    images = LabelledImages(found.samples, transform, found.read, args.fast_resize)
+    return images, classes
+
+
+def named(classes: Sequence[str]) -> list[str]:
+    """Classes that have names; none for '0', '1', ..."""
+    return [] if _are_indices(classes) else list(classes)
+
+
+def _are_indices(classes: Sequence[str]) -> bool:
+    return list(classes) == [str(label) for label in range(len(classes))]
+
+
+def _check_names(classes: list[str], names: list[str]) -> list[str]:
+    """The names that are asked for, if the data's classes have none, or these."""
+    if _are_indices(classes) and len(names) >= len(classes):
+        return list(names)
+    if classes != names:
+        pairs = zip_longest(classes, names, fillvalue="none")
+        label, (own, asked) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"class {label} of the data is {own}, but --class-names, args.yaml or the other half says {asked}: "
+            f"labels would change their meaning. The data has {len(classes)} classes, {len(names)} names are given"
+        )
+    return classes
 
 
 def _find(is_train: bool, args: Args) -> Found:
@@ -97,6 +138,8 @@ def _find(is_train: bool, args: Args) -> Found:
             f"--data-set {name} is a stream, whose images cannot be indexed; repeated augmentation, exact resume "
             "and exact evaluation need an index: unpack it into folders (IMNET) or a tar file of them (tar)"
         )
+    if args.val_labels and name not in ("IMNET", "tar"):
+        raise UserError(f"--val-labels is for flat folders and tar files (IMNET, tar), not {name}: drop it")
     reader = READERS.get("wds" if name.startswith("wds/") else name)
     if reader is None or name == "wds":
         raise UserError(f"--data-set {name} is not one of {', '.join(DATA_SETS)}.{did_you_mean(name, DATA_SETS)}")

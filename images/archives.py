@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import io
-import os
-import pickle
-import tarfile
-from collections.abc import Sequence
+import posixpath
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 from PIL import Image
-from timm.data import create_dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import UserError
-from images.decode import Found, Sample, decode
-from images.folders import compare_classes
+from images.decode import decode
+from images.found import Found, Samples, Texts
+from images.tar_index import FOLDER, LINK, PACKED_TARS, SPARSE, SPECIAL, Members, read_members
+from images.tree import (
+    Passed,
+    Tree,
+    check_tree,
+    compare_classes,
+    is_image,
+    order_note,
+    sort_images,
+)
+from images.val_labels import label_flat
+from options.flags import Args
 from utils import broadcast_object, print_main
 
 
@@ -29,6 +38,9 @@ class Stored(NamedTuple):
     size: int
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}"
+
     def open(self) -> IO[bytes]:
         """The image's bytes. The tar file is opened for them alone: processes can share no position in it."""
         with open(self.path, "rb") as file:
@@ -36,138 +48,190 @@ class Stored(NamedTuple):
             return io.BytesIO(file.read(self.size))
 
 
-def find_in_folders(path: Path) -> tuple[list[tuple[Stored, int]], list[str]]:
-    """The images of a tar file of folders, or of one tar file per class; their labels, and the classes' names.
+class Places(Sequence[Stored]):
+    """Where many images are, as arrays.
 
-    timm finds them. Of large files it keeps what it found in a file beside them, where it may.
-
-    Raises:
-        UserError: no tar file, or not of this form.
+    Args:
+        paths: of the tar files.
+        files: which of them each image is in, int32 [N].
+        offsets, sizes: int64 [N].
+        names: of the images.
     """
-    try:
-        reader = create_dataset("", root=str(path), cache_tarinfo=_may_cache(path.parent)).reader
-    except (OSError, ValueError, AssertionError, EOFError, tarfile.TarError, pickle.PickleError) as error:
-        raise UserError(f"cannot read {path}: {error}; it must hold one folder of images per class") from error
-    classes = sorted(reader.class_name_to_idx)  # folders' order, also below; timm has class10 after class2
-    if "" in classes:
-        raise UserError(f"{path} holds images that are in no folder; it must hold one folder of images per class")
-    labels = {reader.class_name_to_idx[name]: label for label, name in enumerate(classes)}
-    samples: list[tuple[Stored, int]] = []
-    for (member, _, inner), target in zip(reader.samples, reader.targets, strict=True):
-        offset = member.offset_data + (inner.offset_data if inner is not None else 0)
-        name = f"{inner.name}/{member.name}" if inner is not None else member.name
-        samples.append((Stored(str(path), offset, member.size, name), labels[int(target)]))
-    return sorted(samples, key=lambda sample: (sample[1], sample[0].name)), classes
 
+    def __init__(
+        self, paths: Sequence[str], files: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, names: Texts
+    ) -> None:
+        self.paths, self.files, self.offsets, self.sizes, self.names = paths, files, offsets, sizes, names
 
-def _may_cache(folder: Path) -> bool | None:
-    """timm's own choice, by size, where the folder can be written to."""
-    return None if os.access(folder, os.W_OK) else False
+    def __len__(self) -> int:
+        return len(self.files)
 
-
-def find_in_shards(paths: Sequence[Path]) -> list[tuple[Stored, int]]:
-    """The images of WebDataset's shards, in their order, with their labels.
-
-    What belongs to a sample has one name up to the first dot: `key.jpg` (or another image), and `key.cls`, a class
-    index as text. Other members are left alone.
-
-    Raises:
-        UserError: no tar file, a label that is no index, or a sample that is not one image and one label.
-    """
-    samples: list[tuple[Stored, int]] = []
-    for path in paths:
-        try:
-            images, labels = _images_and_labels(path)
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise UserError(
-                f"cannot read the shard {path}: {error}; shards are tar files, not compressed"
-            ) from error
-        for key in images.keys() ^ labels.keys():
-            lack = f"{images[key].name} without {key}.cls" if key in images else f"{key}.cls without an image"
-            raise UserError(f"the shard {path} has {lack}; a sample is an image and its class index")
-        samples += [(image, labels[key]) for key, image in images.items()]
-    return samples
-
-
-def _images_and_labels(path: Path) -> tuple[dict[str, Stored], dict[str, int]]:
-    """What a shard holds, by key."""
-    images: dict[str, Stored] = {}
-    labels: dict[str, int] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, kind = base.partition(".")
-            key = f"{folder}/{stem}".lstrip("/")
-            file = tar.extractfile(member) if kind.lower() == "cls" else None
-            if file is not None and key not in labels:
-                content = file.read()
-                if not content.strip().isdigit():
-                    raise UserError(
-                        f"the label {member.name} in the shard {path} is {content!r}, not a class index"
-                    )
-                labels[key] = int(content)
-            elif f".{kind.lower()}" in IMG_EXTENSIONS and member.isfile() and key not in images:
-                images[key] = Stored(str(path), member.offset_data, member.size, member.name)
-            elif f".{kind.lower()}" in (".cls", *IMG_EXTENSIONS) and member.isfile():
-                raise UserError(f"the shard {path} has {key} twice; a sample is one image and its class index")
-    return images, labels
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Halves of data sets
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        place = int(self.offsets[index]), int(self.sizes[index])
+        return Stored(self.paths[self.files[index]], *place, self.names[index])
 
 
 def load_stored(image: Stored) -> Image.Image:
     """Decode an image inside a tar file, as `load_image` does."""
-    return decode(image.open, f"{image.path}:{image.name}")
+    return decode(image.open, str(image))
 
 
-def tar(root: Path, is_train: bool) -> Found:
-    """`train.tar` and `val.tar`: each holds one folder, or one tar file, of images per class."""
+# ------------------------------------------------------------------------------------------------------------
+# What is in one tar file
+
+
+class Contents(NamedTuple):
+    """The files of a tar file that may matter, by name; of a name that comes twice the last one.
+
+    Attributes:
+        members: all members.
+        rows: name -> which member holds its bytes.
+        folders: all folders' names.
+    """
+
+    members: Members
+    rows: dict[str, int]
+    folders: set[str]
+
+
+def contents(path: Path, members: Members, passed: Passed) -> Contents:
+    """Sort the members of a tar file, with links followed.
+
+    Raises:
+        UserError: something with an image's name is no file.
+    """
+    rows: dict[str, int] = {}
+    links: dict[str, str] = {}
+    folders: set[str] = set()
+    for row, (name, kind) in enumerate(zip(members.names, members.kinds.tolist(), strict=True)):
+        folders.add(name if kind == FOLDER else posixpath.dirname(name))
+        if kind in (FOLDER, LINK, SPECIAL, SPARSE):
+            rows.pop(name, None)
+        links.pop(name, None)
+        if kind == LINK:
+            links[name] = members.notes[row]
+        elif kind in (SPECIAL, SPARSE):
+            what = "a device or a FIFO" if kind == SPECIAL else "stored with holes (tar --sparse)"
+            if is_image(name):
+                raise UserError(f"{path}:{name} is {what}, not an image file: pack the tar file without it")
+            passed.add("devices and FIFOs" if kind == SPECIAL else "files with holes", name)
+        elif kind != FOLDER:
+            rows.pop(name, None)  # the last one counts, and in its place
+            rows[name] = row
+    for name in links:
+        target = _target(name, links)
+        if target in rows:
+            rows[name] = rows[target]
+        else:
+            passed.add("links to folders" if target in folders else "broken links", name)
+    return Contents(members, rows, folders - {""})
+
+
+def _target(name: str, links: Mapping[str, str]) -> str:
+    """Where a link leads in the end; '' for a circle."""
+    for _ in range(len(links) + 1):
+        if name not in links:
+            return name
+        name = links[name]
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tar files of folders
+
+
+class Half(NamedTuple):
+    """What a half of a data set holds; `tree.order` counts in `names`."""
+
+    names: list[str]
+    places: Places
+    tree: Tree
+
+
+def tar(root: Path, is_train: bool, args: Args) -> Found:
+    """`train.tar` and `val.tar`: each holds one folder, or one tar file, of images per class.
+
+    Raises:
+        UserError: they are not there, not of this form, or do not agree.
+    """
     train, val = root / "train.tar", root / "val.tar"
     path = train if is_train else val
     if not path.is_file():
-        raise UserError(f"no file {path}; --data-path must hold train.tar and val.tar with a folder per class")
-    samples, classes = _tar_index(path)
+        packed = [name for end in PACKED_TARS if (name := f"{path.stem}{end}") and (root / name).exists()]
+        advice = f"; {packed[0]} is compressed, unpack it" if packed else ""
+        raise UserError(
+            f"no file {path}{advice}; --data-path must hold train.tar and val.tar with a folder per class"
+        )
+    if args.val_labels:
+        return _flat_tar(train, val, is_train, args)
+    found = _tar_half(path, args.output_dir, args.single_class)
     if is_train and val.is_file():  # the other way round an evaluation would read all of train.tar
-        compare_classes(train, val, classes, _tar_index(val)[1])
-    return Found(samples, len(classes), load_stored)
+        compare_classes(train, val, found.classes, _tar_half(val, args.output_dir, args.single_class).classes)
+    if is_train and (note := order_note(found.classes)):
+        print_main(note)
+    return found
 
 
 @cache
-def _tar_index(path: Path) -> tuple[list[Sample], list[str]]:
-    """What is in a tar file; the main process looks for all."""
-    index: tuple[list[Sample], list[str]] = broadcast_object(lambda: find_in_folders(path))
-    return index
+def _tar_half(path: Path, output_dir: str, single_class: bool) -> Found:
+    """A tar file of class folders; the main process looks for all."""
+
+    def find() -> Found:
+        names, places, folders, passed = _tar_images(path, output_dir)
+        tree = sort_images(names, folders, single_class)
+        check_tree(tree, path, names)
+        for number in tree.loose:
+            passed.add("images in no class folder", names[number])
+        if passed.counts:
+            print_main(f"skipped in {path}: {passed}")
+        return Found(Samples(pick(places, tree.order), tree.labels), tree.classes, load_stored)
+
+    found: Found = broadcast_object(find)
+    return found
 
 
-def shards(root: Path, is_train: bool) -> Found:
-    """WebDataset's shards: tar files with 'train', or with 'val', in their name or folder, also deeper."""
-    half = "train" if is_train else "val"
-    samples = _shard_index(root, half)
-    if not samples:
-        raise UserError(f"no shards with images in {root}: tar files with {half!r} in their name or folder")
-    labels = {label for _, label in samples}
+def _flat_tar(train: Path, val: Path, is_train: bool, args: Args) -> Found:
+    """As `tar`, where `val.tar` is flat and --val-labels names the list of its labels."""
+    classes = _tar_half(train, args.output_dir, args.single_class).classes if train.is_file() else None
     if is_train:
-        unknown = {label for _, label in _shard_index(root, "val")} - labels
-        if unknown:
-            raise UserError(f"the val shards in {root} have images of class {min(unknown)}, the train shards none")
-    return Found(samples, max(labels) + 1, load_stored)
+        return _tar_half(train, args.output_dir, args.single_class)
+
+    def find() -> Found:
+        names, places, _, passed = _tar_images(val, args.output_dir)
+        labelled, labels, known = label_flat(names, Path(args.val_labels), classes)
+        if passed.counts:
+            print_main(f"skipped in {val}: {passed}")
+        number_of = {name: number for number, name in enumerate(names)}
+        return Found(Samples(pick(places, [number_of[name] for name in labelled]), labels), known, load_stored)
+
+    found: Found = broadcast_object(find)
+    return found
 
 
-@cache
-def _shard_index(root: Path, half: str) -> list[Sample]:
-    """What is in the shards of one half; the main process looks for all."""
+def _tar_images(path: Path, output_dir: str) -> tuple[list[str], Places, set[str], Passed]:
+    """The images of a tar file: their names, their places, all folders, and what else there is."""
+    (members,) = read_members([path], f".{path.name}.index.npz", index_folders(path.parent, output_dir))
+    passed = Passed()
+    held = contents(path, members, passed)
+    names = [name for name in held.rows if not passed.file(name)]
+    rows = np.array([held.rows[name] for name in names], np.int64)
+    files = np.zeros(len(rows), np.int32)
+    return (
+        names,
+        Places([str(path)], files, members.offsets[rows], members.sizes[rows], Texts(names)),
+        held.folders,
+        passed,
+    )
 
-    def find() -> list[tuple[Stored, int]]:
-        names = {path: str(path.relative_to(root)).lower() for path in sorted(root.rglob("*.tar"))}
-        for path, name in names.items():
-            if "train" in name and "val" in name:
-                raise UserError(f"{path} has both 'train' and 'val' in its name or folder: rename it")
-        paths = [path for path, name in names.items() if half in name]
-        if len(paths) > 1:
-            print_main(f"reading the headers of {len(paths)} {half} shards")
-        return find_in_shards(paths)
 
-    index: list[Sample] = broadcast_object(find)
-    return index
+def index_folders(folder: Path, output_dir: str) -> list[Path]:
+    """Where an index may be: beside the data, else beside the run."""
+    return [folder, Path(output_dir)] if output_dir else [folder]
+
+
+def pick(places: Places, order: Sequence[int]) -> Places:
+    rows = np.array(order, np.int64)
+    names = Texts(places.names[row] for row in order)
+    return Places(places.paths, places.files[rows], places.offsets[rows], places.sizes[rows], names)

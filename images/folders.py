@@ -1,125 +1,198 @@
-"""Data sets that are folders of images, or lists of them: ImageNet's form, CIFAR, iNaturalist, the digits."""
+"""Data sets that are folders: one folder of images per class, as ImageNet comes; also as Kaggle packs it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
-
-import numpy as np
-from PIL import Image
-from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+import os
+import stat
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 from errors import UserError
-from images.decode import Found
+from images.found import Found, Samples, Texts
+from images.tree import (
+    Passed,
+    check_tree,
+    compare_classes,
+    find_classes,
+    is_hidden,
+    is_image,
+    order_note,
+    sort_images,
+)
+from images.val_labels import beside, label_flat
+from options.flags import Args
+from utils import broadcast_object, print_main
 
-DIGITS_TRAIN = 1437  # of scikit-learn's 1,797 digits; the last 360 are for evaluation
+PLACES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # of train/ and val/ in --data-path; the last two are Kaggle's
 
 
-def image_folder(root: Path, is_train: bool) -> Found:
-    """`train` (or `train_new`) and `val`, each with one folder per class."""
-    train, val = root / "train", root / "val"
-    if (root / "train_new").is_dir():
-        train = root / "train_new"
+def image_folder(root: Path, is_train: bool, args: Args) -> Found:
+    """`train` (or `train_new`) and `val`, each with one folder per class; `val` may be flat, with a list of labels.
+
+    Raises:
+        UserError: they are not there, not of this form, or do not agree.
+    """
+    top = next((root / place for place in PLACES if (root / place / "train").is_dir()), root)
+    train, val = top / "train", top / "val"
+    if (top / "train_new").is_dir():
+        train = top / "train_new"
     folder, other = (train, val) if is_train else (val, train)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data-path must hold train/ and val/ with a folder per class")
-    try:
-        dataset = ImageFolder(str(folder), allow_empty=True)
-        other_classes = find_classes(other)[0] if other.is_dir() else dataset.classes
-    except FileNotFoundError as error:
-        raise UserError(f"cannot use {folder}: {error}") from error
-    compare_classes(train, val, dataset.classes, other_classes)
-    empty = sorted(set(range(len(dataset.classes))) - set(dataset.targets))
-    if empty:
-        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise UserError(
-            f"class folder {folder / dataset.classes[empty[0]]}{more} holds no images "
-            f"({', '.join(IMG_EXTENSIONS)}); add some, or remove the folder from {train.name}/ and {val.name}/"
-        )
-    return Found(dataset.samples, len(dataset.classes))
+    if not is_train and (listed := args.val_labels or beside(val, root)) and is_flat(val):
+        classes = class_folders(train, args.single_class) if train.is_dir() else None
+        return _flat(val, Path(listed), classes)
+    sources, labels, classes = _read(folder, args.single_class)
+    if other.is_dir() and not (is_train and is_flat(other)):
+        compare_classes(train, val, *_in_order(is_train, classes, class_folders(other, args.single_class)))
+    if is_train and (note := order_note(classes)):
+        print_main(note)
+    return Found(Samples(sources, labels), classes)
 
 
-def compare_classes(train: Path, val: Path, classes: Sequence[str], others: Sequence[str]) -> None:
-    """Refuse halves with different class folders: their labels would mean different things."""
-    differing = sorted(set(classes) ^ set(others))
-    if differing:
-        raise UserError(
-            f"{train} and {val} must hold the same class folders, but {len(differing)} are in only one of "
-            f"them, for example {differing[0]!r}"
-        )
+def _in_order(is_train: bool, own: list[str], others: list[str]) -> tuple[list[str], list[str]]:
+    return (own, others) if is_train else (others, own)
 
 
-def cifar(root: Path, is_train: bool) -> Found:
-    try:
-        found = CIFAR100(str(root), train=is_train, download=False)
-    except RuntimeError as error:
-        folder = root / CIFAR100.base_folder
-        raise UserError(f"no intact CIFAR-100 in {folder}; unpack {CIFAR100.filename} in {root}") from error
-    return Found(list(zip(found.data, found.targets, strict=True)), 100, Image.fromarray)
+@cache
+def _read(folder: Path, single_class: bool) -> tuple[Texts, list[int], list[str]]:
+    """Paths, labels and classes of half a data set; the main process looks for all."""
+
+    def find() -> tuple[Texts, list[int], list[str]]:
+        images, folders, passed = list_images(folder)
+        tree = sort_images(images, folders, single_class)
+        check_tree(tree, folder, images)
+        for number in tree.loose:
+            passed.add("images in no class folder", images[number])
+        if passed.counts:
+            print_main(f"skipped in {folder}: {passed}")
+        return Texts((images[number] for number in tree.order), f"{folder}/"), tree.labels, tree.classes
+
+    found: tuple[Texts, list[int], list[str]] = broadcast_object(find)
+    return found
 
 
-def digits(is_train: bool, size: int) -> Found:
-    """scikit-learn's 8 x 8 handwritten digits, enlarged to size x size: a real task without a download."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("--data-set DIGITS needs scikit-learn: pip install scikit-learn") from error
-    bunch = load_digits()
-    half = slice(DIGITS_TRAIN) if is_train else slice(DIGITS_TRAIN, None)
-    pixels = (bunch.images[half] * (255 / 16)).round().astype("uint8")  # [N, 8, 8], was 0..16
-    images = [Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC) for each in pixels]
-    samples = [
-        (np.asarray(image.convert("RGB")), label)
-        for image, label in zip(images, bunch.target[half].tolist(), strict=True)
-    ]
-    return Found(samples, 10, Image.fromarray)
+def _flat(folder: Path, listed: Path, classes: list[str] | None) -> Found:
+    """A folder of images without class folders, whose labels stand in a file."""
+
+    def find() -> tuple[Texts, list[int], list[str]]:
+        images, _, passed = list_images(folder)
+        names, labels, known = label_flat(images, listed, classes)
+        print_main(f"labels of {folder} are those of {listed}")
+        if passed.counts:
+            print_main(f"skipped in {folder}: {passed}")
+        return Texts(names, f"{folder}/"), labels, known
+
+    sources, labels, known = broadcast_object(find)
+    return Found(Samples(sources, labels), known)
 
 
-def inaturalist(root: Path, is_train: bool, year: int, category: str) -> Found:
-    """One split of iNaturalist, from its annotation files.
+# ------------------------------------------------------------------------------------------------------------
+# Looking into folders
 
-    The label of an image is the position of its `category` (kingdom, ..., name) among the distinct ones, in
-    order of first appearance in the training annotations.
+
+def list_images(folder: Path) -> tuple[list[str], list[str], Passed]:
+    """The images below a folder, and all folders, as paths relative to it; and what else there is.
+
+    Raises:
+        UserError: a folder cannot be read, or something with the name of an image or a tar file is no file.
     """
-    train = _read_json(root / f"train{year}.json")
-    split = train if is_train else _read_json(root / f"val{year}.json")
+    images: list[str] = []
+    folders: list[str] = []
+    passed = Passed()
+    for inner, names in walk(folder, passed):
+        folders.append(inner)
+        for name in names:
+            path = f"{inner}/{name}" if inner else name
+            if not passed.file(path):
+                images.append(path)
+    return images, folders, passed
+
+
+def walk(top: Path, passed: Passed) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `top`, relative to it, and the files in it; links are followed, but never in a circle.
+
+    Each folder is read once for each folder at the top that leads to it.
+
+    Raises:
+        UserError: a folder cannot be read, or something with the name of an image or a tar file is no file.
+    """
+    own = _identity(top)
+    waiting: list[tuple[str, set[tuple[int, int]]]] = [("", {own})]
+    while waiting:
+        folder, seen = waiting.pop()
+        files: list[str] = []
+        for entry in _entries(top / folder):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if is_hidden(entry.name):
+                passed.add("hidden", path)
+            elif entry.is_dir():
+                branch = seen if folder else {own}
+                identity = _identity(top / path)
+                if identity in branch:
+                    passed.add("folders that were read already", path)
+                else:
+                    branch.add(identity)
+                    waiting.append((path, branch))
+            elif entry.is_file():
+                files.append(entry.name)
+            else:
+                _pass_over(top / path, path, passed)
+        yield folder, files
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        taxa = {taxon["id"]: taxon for taxon in _read_json(root / "categories.json")}
-        known = set.intersection(*map(set, taxa.values())) - {"id"}
-        if category not in known:
-            raise UserError(f"--inat-category {category} is not in the data; use {', '.join(sorted(known))}")
-        labels: dict[str, int] = {}
-        for annotation in train["annotations"]:
-            labels.setdefault(taxa[annotation["category_id"]][category], len(labels))
-        taxon_of = {each["image_id"]: taxa[each["category_id"]] for each in split["annotations"]}
-        files = [(image["file_name"], labels[taxon_of[image["id"]][category]]) for image in split["images"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the JSON files in {root} are not iNaturalist {year}'s: {error!r}") from error
-    if not files:
-        raise UserError(f"the JSON files in {root} list no images; download them again")
-    place = _inaturalist_layout(root, files[0][0])
-    return Found([(str(root / place(name)), label) for name, label in files], len(labels))
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the folder {folder}: {error.strerror}; make it readable, or move it elsewhere"
+        ) from error
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}, which --data-set INAT and INAT19 need: {error}") from error
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
-def _flattened(name: str) -> str:
-    """DeiT's layout drops the second folder: train_val2018/Plantae/7477/a.jpg -> train_val2018/7477/a.jpg."""
-    parts = PurePosixPath(name).parts
-    return str(PurePosixPath(*parts[:1], *parts[2:]))
+def _pass_over(path: Path, name: str, passed: Passed) -> None:
+    """Count what is neither a file nor a folder; one with the name of an image or a tar file is refused."""
+    broken = not path.exists()
+    if is_image(name) or name.lower().endswith(".tar"):
+        what = "a link that leads nowhere" if broken else _what(path)
+        raise UserError(f"{path} is {what}, not a file: repair or remove it")
+    passed.add("broken links" if broken else "devices, FIFOs and sockets", name)
 
 
-def _inaturalist_layout(root: Path, name: str) -> Callable[[str], str]:
-    """Where files lie under `root`, decided by one of them: as listed, or in DeiT's layout."""
-    for place in (str, _flattened):
-        if (root / place(name)).is_file():
-            return place
-    raise UserError(f"neither {root / name} nor {root / _flattened(name)} exists; unpack the images there")
+def _what(path: Path) -> str:
+    mode = path.stat().st_mode
+    return "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def class_folders(folder: Path, single_class: bool) -> list[str]:
+    """The classes of half a data set, without a look into the class folders; the main process looks for all."""
+
+    def find() -> list[str]:
+        classes = find_classes(lambda inner: _look(folder, inner), single_class)[1]
+        if not classes:
+            raise UserError(f"{folder} holds no class folders; it must hold one folder of images per class")
+        return classes
+
+    found: list[str] = broadcast_object(find)
+    return found
+
+
+def _look(top: Path, folder: str) -> tuple[list[str], bool]:
+    """The folders in a folder, and whether images lie in it."""
+    above = {_identity(path) for path in (top / folder, *(top / folder).parents)}
+    entries = [entry for entry in _entries(top / folder) if not is_hidden(entry.name)]
+    folders = [entry.name for entry in entries if entry.is_dir() and _identity(Path(entry.path)) not in above]
+    return sorted(folders), any(is_image(entry.name) and not entry.is_dir() for entry in entries)
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether a folder holds images, but no class folders: none at all, or one of the name `images`."""
+    folders, images = _look(folder, "")
+    return (images and not folders) or (folders == ["images"] and not images)

@@ -49,6 +49,19 @@ class Texts(Sequence[str]):
         """Their bytes, uint8, and where each begins and the last ends, int64 [N + 1]: what a file can hold."""
         return self._content, self._ends
 
+    def part(self, start: int, end: int) -> Texts:
+        """The texts from `start` to before `end`; the bytes are shared."""
+        first, last = self._ends[start], self._ends[end]
+        return Texts.of_arrays(self._content[first:last], self._ends[start : end + 1] - first, self.prefix)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Texts]) -> Texts:
+        """The texts of several, one after the other; their prefixes must be empty."""
+        starts = np.cumsum([0, *(len(part._content) for part in parts)], dtype=np.int64)
+        ends = [part._ends[1:] + start for part, start in zip(parts, starts, strict=False)]
+        content = np.concatenate([np.zeros(0, np.uint8), *(part._content for part in parts)])
+        return cls.of_arrays(content, np.concatenate([np.zeros(1, np.int64), *ends]))
+
     @classmethod
     def of_arrays(cls, content: np.ndarray, ends: np.ndarray, prefix: str = "") -> Texts:
         """The inverse of `arrays`.

@@ -110,6 +110,20 @@ class Args:
         choices=DATA_SETS,
         metavar="NAME",
     )
+    val_labels: str = flag(
+        "",
+        "labels of evaluation images that lie in no class folders (IMNET, tar): LOC_val_solution.csv, lines of a "
+        "file name and a class, or a class a line in the order of the file names",
+        metavar="FILE",
+    )
+    single_class: bool = switch(False, on="allow a data set with one class")
+    class_names: list[str] = flag(
+        [],
+        "names of the classes in the order of their labels: checked against the data's own, or given to classes "
+        "that have none; checkpoints, args.yaml and exports keep them",
+        nargs="+",
+        metavar="CLASS",
+    )
     inat_category: str = flag("name", "which label of iNaturalist", choices=list(INAT_CATEGORIES))
     batch_size: int = flag(128, "images per process; evaluation takes 1.5 times as many", limits=FROM_1)
     num_workers: int | None = flag(
@@ -137,6 +151,9 @@ class Args:
         False,
         on="train on the next image where one cannot be decoded; in evaluation, whose accuracy that would change, "
         "it is always an error",
+    )
+    check_data: bool = switch(
+        False, on="read every image of both halves once, list those that cannot be read, and stop"
     )
 
     color_jitter: float = flag(0.4, "colour jitter; timm applies it only where --aa is off", group="augmentation")
@@ -232,9 +249,10 @@ class Args:
     print_freq: int = flag(10, "steps between progress lines", limits=FROM_1)
 
     dist_eval: bool = switch(
-        False,
+        True,
         group="processes (torchrun's and SLURM's variables are read by themselves)",
-        on="share the evaluation among the processes, exactly",
+        on="share the evaluation among the processes, exactly (the default)",
+        off="let every process evaluate all images; the numbers are the same",
     )
     fsdp: bool = switch(
         False, on="keep parameters, gradients, optimizer and EMA in shards over all processes (FSDP2)"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from PIL import Image
+
+from options.flags import Args
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -14,30 +17,8 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 def make_args(**changes):
     """The command line's defaults, on digits at 16 pixels, with small batches."""
-    defaults = {
-        "data_set": "DIGITS",
-        "data_path": None,
-        "inat_category": "name",
-        "input_size": 16,
-        "color_jitter": 0.4,
-        "aa": "rand-m9-mstd0.5-inc1",
-        "train_interpolation": "bicubic",
-        "reprob": 0.25,
-        "remode": "pixel",
-        "recount": 1,
-        "resplit": False,
-        "repeated_aug": True,
-        "batch_size": 8,
-        "grad_accum_steps": 1,
-        "num_workers": 0,
-        "pin_mem": True,
-        "dist_eval": False,
-        "skip_bad_images": False,
-        "group_repeats": False,
-        "fast_resize": False,
-        "seed": 0,
-    }
-    return Namespace(**(defaults | changes))
+    small = {"data_set": "DIGITS", "input_size": 16, "batch_size": 8, "num_workers": 0, "dist_eval": False}
+    return Namespace(**(asdict(Args()) | small | changes))
 
 
 def no_augmentation(**changes):
