@@ -316,7 +316,6 @@ def terms_of_batch(
 # Evaluation
 
 
-@torch.no_grad()
 def evaluate(
     model: DiverseViT,
     loader: Loader,
@@ -324,43 +323,81 @@ def evaluate(
     measure: Diversity | None = None,
     after_batch: Callable[[int], None] = lambda batch: None,
 ) -> dict[str, float]:
-    """Loss and accuracy over all samples that the processes' loaders hold together.
+    """Loss and accuracy of one model: see `evaluate_together`."""
+    (results,) = evaluate_together([model], loader, precision, measure, after_batch)
+    return results
+
+
+@torch.no_grad()
+def evaluate_together(
+    models: Sequence[DiverseViT],
+    loader: Loader,
+    precision: Precision,
+    measure: Diversity | None = None,
+    after_batch: Callable[[int], None] = lambda batch: None,
+) -> list[dict[str, float]]:
+    """Loss and accuracy of several models over all samples that the processes' loaders hold together.
+
+    The images are read once, and each model gives the numbers that it gives alone.
 
     Args:
-        model: not wrapped in DDP, since processes may have different numbers of batches; sharded or not.
+        models: not wrapped in DDP, since processes may have different numbers of batches; all sharded or none.
         loader: this process's share of the samples, or all of them in every process.
         precision: where, and in which dtype.
-        measure: redundancy terms to measure as well; their coefficients do not matter.
+        measure: redundancy terms to measure on the first model as well; their coefficients do not matter.
         after_batch: told the number of each batch that is done, from 1.
     Returns:
-        'loss' (plain cross-entropy), 'acc1' and 'acc5' in percent, and every measured term by name: means over
-        samples.
+        For each model 'loss' (plain cross-entropy), 'acc1' and 'acc5' in percent, and for the first one every
+        measured term by name: means over samples.
     """
-    model.eval()
-    device = precision.device
-    names = ["loss", "acc1", "acc5", *(measure.names if measure else [])]
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts samples
-    sums = sums if device.type == "mps" else sums.to(device)
-    needs = Needs(**measure.needs) if measure else Needs()
-    for batch, (images, targets) in enumerate(in_step(model, loader), start=1):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with precision.autocast():
-            captured = model(images, needs=needs)
-        measured = {}
-        if measure and measure.terms:
+    tallies = [Tally(model, precision, None if number else measure) for number, model in enumerate(models)]
+    for batch, (images, targets) in enumerate(in_step(models, loader), start=1):
+        images, targets = (tensor.to(precision.device, non_blocking=True) for tensor in (images, targets))
+        for tally in tallies:
+            tally.add(images, targets)
+        if len(targets):
+            after_batch(batch)
+    return [tally.means() for tally in tallies]
+
+
+class Tally:
+    """One model's numbers in an evaluation: sums over samples, which stay on the device until the end.
+
+    Args:
+        model, precision, measure: as in `evaluate`.
+    """
+
+    def __init__(self, model: DiverseViT, precision: Precision, measure: Diversity | None = None) -> None:
+        self.model = model.eval()
+        self.precision = precision
+        self.measure = measure
+        self._needs = Needs(**measure.needs) if measure else Needs()
+        self._names = ["loss", "acc1", "acc5", *(measure.names if measure else [])]
+        sums = torch.zeros(len(self._names) + 1, dtype=torch.float64)  # the last one counts samples
+        self._sums = sums if precision.device.type == "mps" else sums.to(precision.device)  # MPS has no float64
+
+    def add(self, images: Tensor, targets: Tensor) -> None:
+        """Classify images [B, 3, S, S]. Without targets they only keep a sharded model's processes in step."""
+        device = self.precision.device
+        with self.precision.autocast():
+            captured = self.model(images, needs=self._needs)
+        measured: dict[str, Term] = {}
+        if self.measure and self.measure.terms:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training draws the same
-                measured = measure(captured, weights_of(model))
+                measured = self.measure(captured, weights_of(self.model))
         if not len(targets):
-            continue  # images that only keep a sharded model's processes in step
+            return
         logits = full_precision(captured.logits)  # [B, K]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
         row = [F.cross_entropy(logits, targets, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()]
         row += [term.value * len(targets) for term in measured.values()]
         row.append(torch.full((), len(targets), device=device))
-        sums += torch.stack([value.to(sums.device).to(sums.dtype) for value in row])  # MPS has no float64
-        after_batch(batch)
-    *totals, count = all_reduce(sums).tolist()
-    return {name: value / count for name, value in zip(names, totals, strict=True)}
+        self._sums += torch.stack([value.to(self._sums.device).to(self._sums.dtype) for value in row])
+
+    def means(self) -> dict[str, float]:
+        """Means over the samples of all processes, which must ask together."""
+        *totals, count = all_reduce(self._sums).tolist()
+        return {name: value / count for name, value in zip(self._names, totals, strict=True)}
 
 
 def report(results: Mapping[str, float], samples: int, what: str = "network") -> None:
@@ -369,22 +406,24 @@ def report(results: Mapping[str, float], samples: int, what: str = "network") ->
     print_main(f"Accuracy of the {what} on the {samples} test images: {results['acc1']:.1f}%")
 
 
-def in_step(model: nn.Module, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches; of a sharded model then blank images without targets, until no process has a batch.
+def in_step(models: Sequence[nn.Module], loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; of sharded models then blank images without targets, until no process has a batch.
 
     Every process takes part in every forward pass of a sharded model, also where it has fewer samples, or none.
     """
-    if not isinstance(model, FSDPModule):
+    sharded = [model for model in models if isinstance(model, FSDPModule)]
+    if not sharded:
         yield from loader
         return
     batches = iter(loader)
     first = next(batches, None)
     shape = first[0].shape[1:] if first is not None else (0, 0, 0)
-    sizes = torch.tensor([len(loader), *shape], device=next(model.parameters()).device)
+    sizes = torch.tensor([len(loader), *shape], device=next(models[0].parameters()).device)
     most, *image = all_reduce(sizes, dist.ReduceOp.MAX).tolist()
     if first is not None:
         yield first
     yield from batches
     for _ in range(most - len(loader)):
         yield torch.zeros(1, *image), torch.zeros(0, dtype=torch.long)
-    model.reshard()
+    for model in sharded:
+        model.reshard()

@@ -1,4 +1,4 @@
-"""Train or evaluate a vision transformer: flags + YAML -> build -> train | --eval.
+"""Train or evaluate a vision transformer: flags + YAML -> build -> train | --eval | --check-data.
 
     python main.py --data-path IMAGENET --model deit_small_patch16_224 --output_dir experiment/deit_small
     torchrun --nproc_per_node 8 main.py --config configs/deit_small_diverse.yaml --data-path IMAGENET
@@ -20,12 +20,12 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,8 +40,9 @@ from build import (
     global_batch,
     scaled_lr,
 )
-from datasets import LabelledImages, build_dataset
-from engine import Loader, Observer, Precision, Updater, evaluate, report, train_one_epoch
+from check_data import check_data
+from datasets import LabelledImages, build_dataset, named
+from engine import Loader, Observer, Precision, Updater, evaluate, evaluate_together, report, train_one_epoch
 from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine
 from loaders import build_eval_loader, build_train_loader
 from loggers.progress import Progress, clock
@@ -106,11 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Resolved) -> None:
-    """Build everything, then train, or evaluate and stop."""
+    """Build everything, then train, or evaluate and stop; or only read the images."""
+    if args.check_data:
+        check_data(args)
+        return
     check_name(args.model)
     precision = start(args)
     device = precision.device
-    val_set, num_classes = build_dataset(False, args)
+    val_set, classes = build_dataset(False, args)
+    num_classes = len(classes)
+    args = replace(args, class_names=named(classes))  # which the training half must have, too
     if args.teacher_eval:
         teacher = DiverseViT(build_teacher(args, num_classes, device))
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
@@ -120,10 +126,6 @@ def run(args: Resolved) -> None:
     diversity, measure = build_diversity(args, backbone)
     model = build_student(args, backbone, diversity, measure, num_classes, device)
     if args.eval:
-        if args.fsdp:
-            shard(model, device)
-        if args.torchcompile:
-            compile_model(args.torchcompile, model)
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
@@ -161,7 +163,7 @@ def train(
     precision: Precision,
     signals: Signals,
 ) -> None:
-    """Build what only training needs; then the epochs: train, evaluate the model and its EMA, log, save."""
+    """Build what only training needs; then the epochs: train, save, evaluate the model and its EMA, log, save."""
     device = precision.device
     train_set, _ = build_dataset(True, args)
     mixing = build_mixing(args, model.backbone, objective.diversity)
@@ -199,9 +201,11 @@ def train(
         )
         if args.skip_bad_images:
             trained["bad_images"] = run_state.count_bad_images()
-        tested = evaluate(model, val_loader, precision, measure, saver.after_batch)
+        saver.after_training()
+        tested, averaged = evaluate_run(run_state, val_loader, precision, measure, saver.after_batch)
         report(tested, len(val_set))
-        averaged = evaluate_ema(run_state.ema, val_loader, precision, saver.after_batch)
+        if averaged:
+            print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
         record = run_state.finish_epoch(trained, tested, averaged)
         print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
         for observer in observers:
@@ -217,15 +221,19 @@ def build_saver(
     return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches)
 
 
-def evaluate_ema(
-    ema: ModelEmaV3 | None, loader: Loader, precision: Precision, after_batch: Callable[[int], None]
-) -> dict[str, float]:
-    """Evaluate the moving average, if there is one."""
-    if ema is None:
-        return {}
-    averaged = evaluate(on_device(ema.module, precision.device), loader, precision, after_batch=after_batch)
-    print_main(f"EMA: Acc@1 {averaged['acc1']:.3f} Acc@5 {averaged['acc5']:.3f} loss {averaged['loss']:.3f}")
-    return averaged
+def evaluate_run(
+    run_state: RunState,
+    loader: Loader,
+    precision: Precision,
+    measure: Diversity,
+    after_batch: Callable[[int], None],
+) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Evaluate the model and its moving average in one pass over the images; {} if there is no average."""
+    networks = [run_state.model]
+    if run_state.ema is not None:
+        networks.append(on_device(run_state.ema.module, precision.device))
+    tested, *averaged = evaluate_together(networks, loader, precision, measure, after_batch)
+    return tested, averaged[0] if averaged else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -242,18 +250,27 @@ def evaluate_checkpoint(
 ) -> None:
     """--eval: print the accuracy of --resume's weights, and of its EMA if it has one."""
     state = checkpoint.load(args.resume) if args.resume else None
-    if args.resume:
-        load_weights(model.backbone, model_weights(state, args.resume), args.resume)
-    elif not args.finetune:
-        print_main("warning: --eval without --resume evaluates untrained weights")
-    results = evaluate(model, loader, precision, measure)
-    report(results, samples)
-    for name in measure.names:
-        print_main(f"{name} {results[name]:.6g}")
+    networks = {"network": model}
     if isinstance(state, dict) and "model_ema" in state:
-        weights = model_weights(state, args.resume, ema=True)
-        load_weights(model.backbone, weights, args.resume)
-        report(evaluate(model, loader, precision), samples, "EMA network")
+        if args.fsdp:
+            model.cpu()  # so that no GPU ever holds the copy
+        networks["EMA network"] = copy.deepcopy(model)
+    for network in networks.values():
+        if args.fsdp:
+            shard(network, precision.device)
+        if args.torchcompile:
+            compile_model(args.torchcompile, network)
+        if args.resume:
+            weights = model_weights(state, args.resume, ema=network is not model)
+            load_weights(network.backbone, weights, args.resume)
+    if not args.resume and not args.finetune:
+        print_main("warning: --eval without --resume evaluates untrained weights")
+    found = evaluate_together(list(networks.values()), loader, precision, measure)
+    for name, results in zip(networks, found, strict=True):
+        report(results, samples, name)
+        if name == "network":
+            for measured in measure.names:
+                print_main(f"{measured} {results[measured]:.6g}")
 
 
 def print_plan(args: Resolved, model: DiverseViT, precision: Precision, samples: int, run_state: RunState) -> None:

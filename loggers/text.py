@@ -16,7 +16,7 @@ LOG = "log.txt"
 class TextLog:
     """Writes log.txt after each epoch, before the checkpoint that holds the same lines.
 
-    A run that is killed between the two trains the epoch again when it is resumed, and writes the same line.
+    A run that is killed between the two evaluates the epoch again when it is resumed, and writes the same line.
 
     Args:
         path: the file.

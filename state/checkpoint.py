@@ -275,14 +275,14 @@ def newest(folder: Path) -> tuple[Path, Any] | None:
     Raises:
         UserError: there are checkpoints, but none is valid; starting afresh would lose the run.
     """
-    progress: list[tuple[tuple[int, int], Path]] = []
+    found_at: list[tuple[tuple[int, int], Path]] = []
     found = files(folder)
     for path in found:
         try:
-            progress.append((_progress(path), path))
+            found_at.append((progress(path), path))
         except UserError as error:
             print_main(f"warning: skipped: {error}")
-    for _, path in sorted(progress, key=lambda entry: entry[0], reverse=True):
+    for _, path in sorted(found_at, key=lambda entry: entry[0], reverse=True):
         try:
             return path, load(str(path))
         except UserError as error:
@@ -295,8 +295,12 @@ def newest(folder: Path) -> tuple[Path, Any] | None:
     return None
 
 
-def _progress(path: Path) -> tuple[int, int]:
-    """The last finished epoch, and the steps after it, without the values of the tensors."""
+def progress(path: Path) -> tuple[int, int]:
+    """The last finished epoch of a checkpoint, and the steps after it; tensors are not read.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or a damaged one.
+    """
     state = _read(str(path), with_tensors=False)
     epoch, step = (state.get("epoch"), state.get("step", 0)) if isinstance(state, dict) else (None, 0)
     if not isinstance(epoch, int) or not isinstance(step, int):

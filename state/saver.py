@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from errors import Interrupted
+from errors import Interrupted, UserError
 from state import checkpoint
 from state.run_state import RunState
 from utils import Signals, Vote, broadcast_object, is_main
@@ -52,6 +52,8 @@ class Saver:
         self.eval_batches = eval_batches
         run_state.running.finite.own_wish = self.wish
         self._last = time.monotonic()
+        self._saved: tuple[int, int] | None = None  # epoch and step, by this process
+        self._steps = 0  # of a whole epoch, once one is trained
         self._vote = Vote()
 
     def wish(self) -> int:
@@ -71,8 +73,17 @@ class Saver:
         if wish == self.STOP:
             self._stop()
 
+    def after_training(self) -> None:
+        """Save the epoch's training before its evaluation begins, so that nothing that happens there loses it.
+
+        This file is no older checkpoint that would be kept: what is saved after the evaluation takes its place.
+        """
+        self._steps = self.run_state.running.step
+        if self._saved != self._place:
+            self.save()
+
     def after_batch(self, batch: int) -> None:
-        """Stop for a signal during the evaluation, one batch after it came; the epoch's steps are all done.
+        """Stop for a signal during the evaluation, one batch after it came; the epoch's training is saved.
 
         Raises:
             Interrupted: as in `after_step`.
@@ -82,7 +93,6 @@ class Saver:
         wish = self._agreed()
         self._ask()
         if wish == self.STOP:
-            self.save()
             self._stop()
 
     def after_epoch(self, record: Mapping[str, Any]) -> None:
@@ -116,12 +126,27 @@ class Saver:
         self.run_state.check_weights()
         state = self.run_state.state_dict()
         broadcast_object(lambda: self._write(state, best))
+        self._saved = self._place
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
         assert self.folder is not None
         if best:
             checkpoint.save(state, self.folder / "checkpoint_best.pth")
-        checkpoint.save(state, self.folder / "checkpoint.pth", keep=self.keep)
+        latest = self.folder / "checkpoint.pth"
+        checkpoint.save(state, latest, keep=1 if self._awaits_evaluation(latest) else self.keep)
+
+    def _awaits_evaluation(self, path: Path) -> bool:
+        """Whether a file was saved between an epoch's last step and its evaluation."""
+        if not self._steps or not path.exists():
+            return False
+        try:
+            return checkpoint.progress(path)[1] == self._steps
+        except UserError:
+            return False  # it is damaged
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.run_state.epoch, self.run_state.running.step
 
     def _stop(self) -> None:
         where = f"stopped by a signal after {self.run_state.place}"

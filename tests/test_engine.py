@@ -18,7 +18,7 @@ from torch import nn
 import build
 import main
 from datasets import build_dataset
-from engine import Finite, Precision, Running, Updater, evaluate, train_one_epoch
+from engine import Finite, Precision, Running, Updater, evaluate, evaluate_together, train_one_epoch
 from errors import TrainingDiverged, UserError
 from loggers.progress import Progress
 from losses import Objective
@@ -329,6 +329,40 @@ def test_evaluation_counts_every_sample_once(tiny):
     assert results["weight.cno@all"] > 0
 
 
+class Once:
+    """Batches that can be read one time only."""
+
+    def __init__(self, data: list) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self):
+        data, self.data = self.data, None
+        return iter(data)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_models_are_evaluated_in_one_pass(tiny, dtype):
+    """Each gives the bits that it gives alone; the first one is measured; training's random numbers stay."""
+    precision = Precision(torch.device("cpu"), dtype)
+    measure = Diversity([parse_spec("patch.pairwise_cosine@last=1"), parse_spec("weight.cno=1")], depth=3)
+    models = [tiny(drop_path_rate=0.5)[0] for _ in range(3)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    models[0] = DiverseViT(models[0].backbone, measured=Needs(**measure.needs))
+    data = [random_batch(size, seed=size) for size in (5, 5, 3, 1)]
+    alone = [evaluate(model, data, precision, None if number else measure) for number, model in enumerate(models)]
+    told, state = [], torch.get_rng_state()
+    together = evaluate_together(models, Once(data), precision, measure, told.append)
+    assert together == alone and len({results["loss"] for results in together}) == 3
+    assert list(together[0]) == ["loss", "acc1", "acc5", *measure.names] and len(together[1]) == 3
+    assert told == [1, 2, 3, 4] and torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("classes", [3, 5, 6, 30])
 def test_top_1_and_top_5(tiny, classes):
     """Against ranks counted one by one; with at most five classes every image is among the first five."""
@@ -371,13 +405,13 @@ def rates(*argv: str) -> list[float]:
         seen.append(updater.optimizer.param_groups[0]["lr"])
         return {"loss": 0.0}
 
-    def evaluate(*given, **options):
-        return {"acc1": 0.0, "acc5": 0.0, "loss": 0.0}
+    def evaluate_together(networks, *others):
+        return [{"acc1": 0.0, "acc5": 0.0, "loss": 0.0} for _ in networks]
 
     val_set, _ = build_dataset(False, args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "train_one_epoch", train_one_epoch)
-        patch.setattr(main, "evaluate", evaluate)
+        patch.setattr(main, "evaluate_together", evaluate_together)
         model = DiverseViT(nn.Linear(2, 2))
         main.train(args, model, Objective(), Diversity([], 0), val_set, CPU, Signals())
     return seen
