@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import posixpath
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -174,7 +173,6 @@ def tar(root: Path, is_train: bool, args: Args) -> Found:
     return found
 
 
-@cache
 def _tar_half(path: Path, output_dir: str, single_class: bool) -> Found:
     """A tar file of class folders; the main process looks for all."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from errors import UserError
@@ -55,7 +54,6 @@ def _in_order(is_train: bool, own: list[str], others: list[str]) -> tuple[list[s
     return (own, others) if is_train else (others, own)
 
 
-@cache
 def _read(folder: Path, single_class: bool) -> tuple[Texts, list[int], list[str]]:
     """Paths, labels and classes of half a data set; the main process looks for all."""
 

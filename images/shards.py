@@ -14,7 +14,7 @@ from errors import UserError
 from images.archives import Places, contents, index_folders, load_stored, pick
 from images.folders import walk
 from images.found import Found, Samples, Texts
-from images.tar_index import PACKED_TARS, Members, read_members
+from images.tar_index import PACKED_TARS, Members, fingerprint, read_members
 from images.tree import Passed, check_tree, compare_classes, ending, few, is_hidden, order_note, sort_images
 from options.flags import Args
 from utils import broadcast_object, print_main
@@ -91,7 +91,6 @@ def _is_index(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-@cache
 def _shard_paths(root: Path) -> dict[str, list[Path]]:
     """The shards of each half; the main process looks for all."""
 
@@ -120,12 +119,16 @@ def _shard_paths(root: Path) -> dict[str, list[Path]]:
 
 
 def _read_half(root: Path, half: str, paths: Sequence[Path], args: Args) -> Shards:
-    return _shards_of(root, half, tuple(paths), args.output_dir, args.single_class)
+    """The samples of one half's shards, read once for both halves of the data set, unless the files change."""
+    state: bytes = broadcast_object(lambda: b"".join(fingerprint(path) for path in paths))
+    return _shards_of(root, half, tuple(paths), state, args.output_dir, args.single_class)
 
 
 @cache
-def _shards_of(root: Path, half: str, paths: tuple[Path, ...], output_dir: str, single_class: bool) -> Shards:
-    """The samples of one half's shards; the main process looks for all."""
+def _shards_of(
+    root: Path, half: str, paths: tuple[Path, ...], state: bytes, output_dir: str, single_class: bool
+) -> Shards:
+    """The samples of one half's shards, which are in this state; the main process looks for all."""
 
     def find() -> Shards:
         members = read_members(paths, f".{half}.index.npz", index_folders(root, output_dir))
@@ -253,8 +256,8 @@ def _by_folder(places: Places, folders: Sequence[str], root: Path, passed: Passe
     if not tree.order and len(places):
         name = places.names[0]
         raise UserError(
-            f"the shard {places[0].path} has {name} without {posixpath.splitext(name)[0]}.cls; a sample is an image "
-            "and its class index, or all images lie in class folders"
+            f"the shard {places[0].path} has {name} without {posixpath.splitext(name)[0]}.cls; a sample is an "
+            "image and its class index, or all images lie in class folders"
         )
     check_tree(tree, f"the shards in {root}", places.names)
     for number in tree.loose:

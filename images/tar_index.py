@@ -32,6 +32,13 @@ from utils import print_main, put_in_place
 VERSION = 1  # of the index's form
 EDGE = 65536  # bytes of a tar file's head and tail that its fingerprint covers
 REST = 2**20  # bytes behind the end mark that are looked at
+PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+)  # how gz, bz2, xz, zst, lz4 begin
 # What the names of compressed tar files end in
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
 LONGEST_LABEL = 1000  # bytes of a file `.cls` that are read
@@ -70,8 +77,13 @@ def scan(path: Path) -> Members:
     try:
         refuse_special(path)
         with open(path, "rb") as file:
+            if file.read(6).startswith(PACKED):
+                raise ValueError("it is compressed, so that its images cannot be read one by one; unpack it")
+            file.seek(0)
             rows = list(_walk(file, "", 0))
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+    except tarfile.TarError as error:
+        raise UserError(f"cannot read the tar file {path}: it is none, or is damaged ({reason(error)})") from error
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cannot read the tar file {path}: {reason(error)}") from error
     names, kinds, offsets, sizes, notes = zip(*rows, strict=True) if rows else ((), (), (), (), ())
     return Members(
