@@ -226,8 +226,8 @@ def _load(path: Path) -> dict[bytes, Members]:
     """The members of tar files by their fingerprints; empty if there is no index, or one that cannot be used."""
     try:
         refuse_special(path)
-        with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = {key: arrays[key] for key in arrays.files}
         return _of_arrays(found)
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, zlib.error):
         return {}  # its absence or damage costs time alone
@@ -272,6 +272,7 @@ def _save(index: Mapping[bytes, Members], name: str, folders: Sequence[Path]) ->
     np.savez_compressed(content, **_to_arrays(index))
     for folder in folders:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", delete=False) as file:
                 file.write(content.getbuffer())
             try:
