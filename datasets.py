@@ -129,6 +129,8 @@ def _check_names(classes: list[str], names: list[str]) -> list[str]:
 
 def _find(is_train: bool, args: Args) -> Found:
     name = args.data_set
+    if args.val_labels and name not in ("IMNET", "tar"):
+        raise UserError(f"--val-labels is for flat folders and tar files (IMNET, tar), not {name}: drop it")
     if name == "DIGITS":
         return digits(is_train, args.input_size)
     if name.startswith("hfds/"):
@@ -138,8 +140,6 @@ def _find(is_train: bool, args: Args) -> Found:
             f"--data-set {name} is a stream, whose images cannot be indexed; repeated augmentation, exact resume "
             "and exact evaluation need an index: unpack it into folders (IMNET) or a tar file of them (tar)"
         )
-    if args.val_labels and name not in ("IMNET", "tar"):
-        raise UserError(f"--val-labels is for flat folders and tar files (IMNET, tar), not {name}: drop it")
     reader = READERS.get("wds" if name.startswith("wds/") else name)
     if reader is None or name == "wds":
         raise UserError(f"--data-set {name} is not one of {', '.join(DATA_SETS)}.{did_you_mean(name, DATA_SETS)}")

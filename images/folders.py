@@ -39,6 +39,8 @@ def image_folder(root: Path, is_train: bool, args: Args) -> Found:
     folder, other = (train, val) if is_train else (val, train)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data-path must hold train/ and val/ with a folder per class")
+    if not is_train and args.val_labels and not is_flat(val):
+        raise UserError(f"{val} has class folders, which say what --val-labels would: drop the flag")
     if not is_train and (listed := args.val_labels or beside(val, root)) and is_flat(val):
         classes = class_folders(train, args.single_class) if train.is_dir() else None
         return _flat(val, Path(listed), classes)

@@ -197,7 +197,8 @@ def check_tree(tree: Tree, where: object, paths: Sequence[str]) -> None:
     if not tree.order:
         example = paths[tree.loose[0]]
         raise UserError(
-            f"{where} holds images that are in no class folder, e.g. {example}; it must hold one folder per class"
+            f"{where} holds images that are in no class folder, e.g. {example}; it must hold one folder per class, "
+            "or, for evaluation, their labels must stand in a file that --val-labels names"
         )
     if tree.empty:
         more = f" (and {len(tree.empty) - 1} more)" if len(tree.empty) > 1 else ""

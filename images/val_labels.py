@@ -96,11 +96,12 @@ def _of_devkit(numbers: list[str], listed: Path) -> list[str]:
         raise UserError(f"{listed} numbers its classes as ImageNet's devkit does, but there is no {meta}: {advice}")
     try:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
     except ImportError as error:
         raise UserError(f"reading {meta} needs scipy: pip install scipy, or give a list of synsets") from error
     try:
         synsets = loadmat(str(meta), squeeze_me=True)["synsets"]
         name_of = {str(int(each["ILSVRC2012_ID"])): str(each["WNID"]) for each in synsets}
         return [name_of[str(int(number))] for number in numbers]
-    except (*BAD_ARGUMENT, KeyError, OSError) as error:
+    except (*BAD_ARGUMENT, KeyError, OSError, MatReadError) as error:
         raise UserError(f"{meta} is not ImageNet's: {reason(error)}; {advice}") from error

@@ -170,6 +170,8 @@ def check_files(args: Args) -> None:
     for name, path in (("resume", resume), ("finetune", args.finetune), ("teacher-path", args.teacher_path)):
         if path and not path.startswith("https://") and not Path(path).is_file():
             raise UserError(f"--{name} {path}: no such file (and not an https address)")
+    if args.val_labels and not Path(args.val_labels).is_file():
+        raise UserError(f"--val-labels {args.val_labels}: no such file")
     if args.resume == "auto" and (args.eval or not args.output_dir):
         needs = "--eval needs one file" if args.eval else "give --output_dir"
         raise UserError(f"--resume auto looks for the newest checkpoint of a run in --output_dir: {needs}")
