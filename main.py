@@ -55,7 +55,7 @@ from options import config
 from options.config import Resolved
 from regularizers import Diversity
 from state import checkpoint
-from state.run_state import RunState
+from state.run_state import RunState, check_class_names
 from state.saver import Saver
 from utils import (
     Signals,
@@ -250,6 +250,8 @@ def evaluate_checkpoint(
 ) -> None:
     """--eval: print the accuracy of --resume's weights, and of its EMA if it has one."""
     state = checkpoint.load(args.resume) if args.resume else None
+    if isinstance(state, dict):
+        check_class_names(state.get("args"), args.class_names, args.resume)
     networks = {"network": model}
     if isinstance(state, dict) and "model_ema" in state:
         if args.fsdp:

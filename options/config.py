@@ -206,7 +206,7 @@ def write_args(args: Args, path: Path) -> None:
     for flag in REFERENCE_FLAGS:  # `reg` says the same
         del values[flag]
     lines = [f"# {name}: {value}" for name, value in provenance().items()]
-    text = "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=True)
+    text = "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=True, default_flow_style=None, width=116)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -214,6 +215,7 @@ class RunState:
     def _compare_args(self, saved: Any, step: int, path: str) -> None:
         """Refuse what cannot change; say which other flags the checkpoint's state overrules."""
         then = vars(saved) if isinstance(saved, argparse.Namespace) else saved or {}
+        check_class_names(saved, self.args.get("class_names", []), path)
         known = FIXED + OVERRULED + ORDER
         changed = {key: then[key] for key in known if key in then and then[key] != self.args.get(key)}
         for key, value in changed.items():
@@ -227,3 +229,26 @@ class RunState:
                 )
             if key in OVERRULED:
                 print_main(f"warning: --{name} {now} has no effect: the checkpoint's {value} goes on")
+
+
+def check_class_names(saved: Any, names: Sequence[str], path: str) -> None:
+    """Refuse data whose classes are not those that a checkpoint was trained on, where both have names.
+
+    Args:
+        saved: the flags in the checkpoint.
+        names: the classes of the data, in the order of their labels.
+        path: of the checkpoint.
+    Raises:
+        UserError: a label would mean another class.
+    """
+    flags = vars(saved) if isinstance(saved, argparse.Namespace) else saved or {}
+    trained = list(flags.get("class_names") or [])
+    if not trained or not names or trained == list(names):
+        return
+    label = next(n for n, pair in enumerate(zip_longest(trained, names)) if pair[0] != pair[1])
+    then, now = (each[label] if label < len(each) else "none" for each in (trained, list(names)))
+    raise UserError(
+        f"{path} was trained on other classes than the data has: class {label} of {len(trained)} was {then!r}, "
+        f"here class {label} of {len(names)} is {now!r}. Give the data that it was trained on, or start from its "
+        "weights with --finetune"
+    )
