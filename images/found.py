@@ -6,7 +6,8 @@ their memory. Arrays are shared for as long as nobody writes to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,11 @@ class Texts(Sequence[str]):
         number = range(len(self))[index]
         content = self._content[self._ends[number] : self._ends[number + 1]].tobytes()
         return self.prefix + content.decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        content = self._content.tobytes()
+        for start, end in pairwise(self._ends.tolist()):
+            yield self.prefix + content[start:end].decode("utf-8", "surrogateescape")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Their bytes, uint8, and where each begins and the last ends, int64 [N + 1]: what a file can hold."""

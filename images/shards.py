@@ -15,7 +15,7 @@ from images.archives import Places, contents, index_folders, load_stored, pick
 from images.folders import walk
 from images.found import Found, Samples, Texts
 from images.tar_index import PACKED_TARS, Members, fingerprint, read_members
-from images.tree import Passed, check_tree, compare_classes, ending, few, is_hidden, order_note, sort_images
+from images.tree import Passed, check_tree, compare_classes, ending, few, is_hidden, order_note, sort_images, split
 from options.flags import Args
 from utils import broadcast_object, print_main
 
@@ -178,17 +178,18 @@ def _samples(path: Path, members: Members, passed: Passed) -> Shard:
         UserError: a sample has two images.
     """
     held = contents(path, members, passed)
-    names = [name for name in held.rows if not any(is_hidden(part) for part in name.split("/"))]
-    stems = {name: posixpath.splitext(name)[0] for name in names}
-    labels = {stems[name]: members.notes[held.rows[name]] for name in names if ending(name) == ".cls"}
+    labels: dict[str, str] = {}
+    found: list[tuple[str, str]] = []  # names of images, without and with their endings
+    for name, row in held.rows.items():
+        key, kind = split(name)
+        if kind == ".cls" and not any(is_hidden(part) for part in name.split("/")):
+            labels[key] = members.notes[row]
+        elif not passed.file(name):
+            found.append((key, name))
     images: dict[str, tuple[str, int]] = {}
     alone: dict[str, tuple[str, int]] = {}
-    for name in held.rows:
-        if name in stems and ending(name) == ".cls":
-            continue
-        if passed.file(name):
-            continue
-        key, place = stems[name], (name, held.rows[name])
+    for key, name in found:
+        place = name, held.rows[name]
         if key in labels and key in images:
             raise UserError(f"the shard {path} has {key} twice; a sample is one image and its class index")
         if key in labels:

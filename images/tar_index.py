@@ -13,7 +13,6 @@ import posixpath
 import signal
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -273,12 +272,12 @@ def _save(index: Mapping[bytes, Members], name: str, folders: Sequence[Path]) ->
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", delete=False) as file:
-                file.write(content.getbuffer())
+            temporary = folder / f"{name}.{os.getpid()}.tmp"  # another run may write the same index
             try:
-                put_in_place(Path(file.name), folder / name)
+                temporary.write_bytes(content.getbuffer())
+                put_in_place(temporary, folder / name)
             finally:
-                Path(file.name).unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             return
         except OSError:
             continue

@@ -39,9 +39,17 @@ def endings() -> frozenset[str]:
     return frozenset(decoded | {".mpo"})  # which Pillow opens as a JPEG
 
 
-def ending(name: str) -> str:
+def split(path: str) -> tuple[str, str]:
+    """A path without its ending, and that, in small letters, with the dot; '' for none, or a hidden file."""
+    dot = path.rfind(".")
+    if dot <= path.rfind("/") + 1:
+        return path, ""
+    return path[:dot], path[dot:].lower()
+
+
+def ending(path: str) -> str:
     """What a file's name ends in, in small letters, with the dot; '' for none."""
-    return posixpath.splitext(name)[1].lower()
+    return split(path)[1]
 
 
 def is_image(name: str) -> bool:
