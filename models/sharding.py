@@ -148,6 +148,9 @@ def check_optimizer(name: str, build: Callable[[nn.Module], Optimizer], device: 
 def _steps_agree(build: Callable[[nn.Module], Optimizer], device: torch.device) -> bool:
     torch.manual_seed(0)  # on all processes
     plain = nn.Linear(48, 64, device=device)  # large enough for those that treat small matrices apart
+    plain.register_parameter(
+        "position", nn.Parameter(torch.zeros(1, 17, 48, device=device))
+    )  # on one process alone
     layers = [plain, copy.deepcopy(plain), copy.deepcopy(plain)]
     mesh = _mesh(device)
     for layer in layers[1:]:
@@ -165,5 +168,8 @@ def _steps_agree(build: Callable[[nn.Module], Optimizer], device: torch.device) 
             for parameter in layer.parameters():
                 parameter.grad = like(parameter, torch.randn(parameter.shape).to(device))
             optimizer.step()
-    expected, sharded, continued = (whole(layer.weight.detach()).cpu() for layer in layers)
-    return torch.equal(sharded, continued) and torch.allclose(sharded, expected, rtol=1e-4, atol=1e-6)
+    ends = [[whole(parameter.detach()).cpu() for parameter in layer.parameters()] for layer in layers]
+    return all(
+        torch.equal(sharded, continued) and torch.allclose(sharded, expected, rtol=1e-4, atol=1e-6)
+        for expected, sharded, continued in zip(*ends, strict=True)
+    )
