@@ -9,12 +9,9 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
-import zlib
-from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +27,7 @@ from torchvision.datasets import CIFAR100
 import datasets
 from datasets import build_dataset
 from errors import UserError
-from images.decode import ImageError, load_image
+from images.decode import ImageError
 from loaders import build_eval_loader
 
 ROOT = Path(__file__).parents[1]
@@ -677,125 +674,3 @@ def test_damaged_image_is_named_in_one_line(image_folder, num_workers):
     assert message.startswith(f"cannot decode image {path}: ")
     assert message.endswith("; repair or remove the file")
     assert "\n" not in message
-
-
-def jpeg(**options):
-    file = io.BytesIO()
-    photo().save(file, "JPEG", quality=95, **options)
-    return file.getvalue()
-
-
-def png_claiming(width, height):
-    """A PNG whose header promises a size, with next to no pixels behind it."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-    )
-
-
-def damaged_avif():
-    """An AVIF that does not say where its pixels are."""
-    Image.init()
-    if "AVIF" not in Image.SAVE:
-        return b"\0\0\0 ftypavif"  # a Pillow that cannot identify the whole one either
-    file = io.BytesIO()
-    photo().save(file, "AVIF")
-    return file.getvalue().replace(b"iloc", b"none")
-
-
-UNREADABLE = {
-    "empty": (b"", "unknown format"),
-    "text": (b"This is no image.\n", "unknown format"),
-    "header only": (b"\x89PNG\r\n\x1a\n\0\0\0", "unknown format|Truncated"),
-    "truncated": (jpeg()[:-400], "truncated"),
-    "enormous": (png_claiming(60_000, 50_000), r"3000000000 pixels\) exceeds limit"),
-    "fewer pixels than promised": (png_claiming(60, 50), "truncated"),
-    "damaged AVIF": (damaged_avif(), "Failed to decode|unknown format"),
-}
-
-
-@pytest.mark.parametrize(("content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
-def test_files_that_cannot_be_decoded(tmp_path, content, reason):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(content)
-    with pytest.raises(
-        ImageError, match=rf"^cannot decode image {path}: .*({reason}).*; repair or remove the file$"
-    ):
-        load_image(str(path))
-
-
-@pytest.mark.parametrize(
-    ("limit", "outcome"),
-    [
-        (
-            999,
-            pytest.raises(ImageError, match=r"a.png: .*2000 pixels\) exceeds limit of 1998 .*decompression bomb"),
-        ),
-        (1000, pytest.warns(Image.DecompressionBombWarning, match="exceeds limit of 1000")),  # Pillow's own
-        (2000, nullcontext()),
-    ],
-    ids=["refused", "warned", "read"],
-)
-def test_enormous_images(tmp_path, monkeypatch, limit, outcome):
-    """Up to Pillow's limit images are read, up to twice of it as well, with Pillow's warning."""
-    photo().save(tmp_path / "a.png")  # 50 x 40
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with outcome:
-        assert load_image(str(tmp_path / "a.png")).size == (50, 40)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(ImageError, match=r"cannot decode image .*/b.png: .*No such file"):
-        load_image(str(tmp_path / "b.png"))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_every_image_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    photo().convert(mode).save(path)
-    image = load_image(str(path))
-    assert (image.mode, image.size) == ("RGB", (50, 40))
-
-
-def test_cmyk_jpeg(tmp_path):
-    photo().convert("CMYK").save(tmp_path / "a.jpg", quality=100, subsampling=0)
-    error = np.asarray(load_image(str(tmp_path / "a.jpg"))).astype(int) - np.asarray(photo())
-    assert np.abs(error).max() < 12
-
-
-def test_sixteen_bit_grey(tmp_path):
-    levels = np.linspace(0, 65535, 2000).astype(np.uint16).reshape(40, 50)
-    for name, pixels in [("a.png", levels), ("little.tif", levels), ("big.tif", levels.astype(">u2"))]:
-        Image.fromarray(pixels).save(tmp_path / name)
-        loaded = np.asarray(load_image(str(tmp_path / name)))
-        np.testing.assert_array_equal(loaded, np.stack([levels // 256] * 3, axis=-1))
-
-
-@pytest.mark.parametrize("transparency", [3, bytes(range(256))], ids=["one entry", "all entries"])
-def test_palette_with_transparency(tmp_path, transparency):
-    image = photo().convert("P")
-    image.save(tmp_path / "a.png", transparency=transparency)
-    np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / "a.png"))), np.asarray(image.convert("RGB")))
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_exif_is_ignored(tmp_path, damaged):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    content = exif.tobytes()
-    content = content[:14] + b"\xff" * 20 if damaged else content
-    (tmp_path / "a.jpg").write_bytes(jpeg(exif=content))
-    (tmp_path / "plain.jpg").write_bytes(jpeg())
-    with pytest.warns(UserWarning, match="Corrupt EXIF data") if damaged else nullcontext():  # Pillow's own
-        loaded = load_image(str(tmp_path / "a.jpg"))
-    assert loaded.size == (50, 40)
-    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(load_image(str(tmp_path / "plain.jpg"))))
-
-
-def test_files_are_read_by_content_not_name(tmp_path):
-    photo().save(tmp_path / "a.jpg", "PNG")
-    np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / "a.jpg"))), np.asarray(photo()))
