@@ -22,6 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from errors import UserError
+from images.decode import ImageError
 from options.flags import Args
 
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
@@ -59,6 +60,32 @@ def build_transform(is_train: bool, args: Args) -> transforms.Compose:
     elif args.fast_resize:
         transform.transforms[0] = FastCrop(crop.size, crop.scale, crop.ratio, args.train_interpolation)
     return transform
+
+
+def resized_pixels(width: int, height: int, size: int) -> int:
+    """How many pixels the largest picture on the way from width x height to `--input-size` has.
+
+    That is the evaluation's: a training crop is never longer than 4/3 of its width, or 4/3 of its height. Up to
+    size 32 all of the image is brought to size x size, first the rows to that length, then the columns.
+    """
+    if size <= SMALL_INPUT:
+        return size * max(size, height)
+    shorter = int(256 / 224 * size)
+    return shorter * int(shorter * max(width, height) / min(width, height))
+
+
+def check_sides(name: str, width: int, height: int, size: int) -> None:
+    """Refuse an image so thin that resizing it, as `build_transform` does, would take gigabytes.
+
+    Raises:
+        ImageError: the resized image would have more pixels than Pillow's MAX_IMAGE_PIXELS.
+    """
+    pixels = resized_pixels(width, height, size)
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"cannot decode image {name}: it is too thin, {width} x {height}: resized for --input-size {size} it "
+            f"would have {pixels} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}; repair or remove the file"
+        )
 
 
 def _train_transform(args: Args) -> transforms.Compose:
@@ -138,6 +165,11 @@ class FastCrop(RandomResizedCropAndInterpolation):
 
     def __call__(self, img: Tensor) -> Image.Image:
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        height, width = max(height, 1), max(width, 1)  # of the smallest images timm may draw nothing,
+        top, left = (
+            min(top, img.shape[1] - height),
+            min(left, img.shape[2] - width),
+        )  # beyond the last row or column
         modes = self.interpolation if isinstance(self.interpolation, tuple) else (self.interpolation,)
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
         crop = img[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)

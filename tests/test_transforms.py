@@ -16,7 +16,17 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from errors import UserError
 from images import transforms
-from images.transforms import Erasing, FastCrop, build_transform, posterize, to_bytes, to_image
+from images.decode import ImageError
+from images.transforms import (
+    Erasing,
+    FastCrop,
+    build_transform,
+    check_sides,
+    posterize,
+    resized_pixels,
+    to_bytes,
+    to_image,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # Transforms
@@ -89,6 +99,55 @@ def test_evaluation_at_large_inputs(size):
 def test_evaluation_leaves_small_images_of_the_right_size_alone():
     image = photo(width=32, height=32)
     torch.testing.assert_close(build_transform(False, make_args(input_size=32))(image), to_tensor(image))
+
+
+THIN = [(1, 10_000), (10_000, 1), (1, 1), (1, 3), (3, 100_000), (100_000, 3)]
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_thin_images(size, fast, is_train, monkeypatch):
+    """Training crops even the thinnest; evaluation takes what `check_sides` lets pass."""
+    transform = build_transform(is_train, no_augmentation(data_set="IMNET", input_size=size, fast_resize=fast))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)
+    refused = set()
+    for width, height in THIN:
+        try:
+            check_sides("a.png", width, height, size)
+        except ImageError:
+            refused.add((width, height))
+        if is_train or (width, height) not in refused:
+            image = Image.new("RGB", (width, height), (9, 9, 9))
+            for _ in range(20 if is_train and size > 32 and width * height < 10_000 else 1):
+                assert transform(to_bytes(image) if fast else image).shape == (3, size, size)
+    long = {(1, 10_000), (10_000, 1), (3, 100_000), (100_000, 3)}
+    assert refused == (long if size > 32 else set())
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 400), (400, 300), (7, 5000), (5000, 7), (50, 50), (1, 999)])
+@pytest.mark.parametrize("size", [64, 224])
+def test_resized_pixels_are_those_that_the_evaluation_makes(size, width, height):
+    resize = build_transform(False, make_args(input_size=size)).transforms[0]
+    made = resize(Image.new("L", (width, height)))
+    assert resized_pixels(width, height, size) == made.width * made.height
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(10_000, 1, 224), (1, 10_000, 384), (2, 89_000_000 // 2, 16), (1, 2_000_000, 64)]
+)
+def test_too_thin_images_are_refused(monkeypatch, width, height, size):
+    message = rf"^cannot decode image a.png: it is too thin, {width} x {height}: .*; repair or remove the file$"
+    with pytest.raises(ImageError, match=message):
+        check_sides("a.png", width, height, size)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # how Pillow's own limit is lifted
+    check_sides("a.png", width, height, size)
+
+
+@pytest.mark.parametrize("size", [16, 32, 224, 384])
+def test_ordinary_images_are_not_too_thin(size):
+    for sides in [(500, 375), (1, 1), (20_000, 4000), (4000, 20_000), (3000, 100)]:
+        check_sides("a.png", *sides, size)
 
 
 @pytest.mark.parametrize(
