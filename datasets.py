@@ -23,10 +23,12 @@ from images.found import Found, Sample
 from images.hugging_face import hugging_face_set
 from images.lists import cifar, digits, inaturalist
 from images.shards import shards
+from images.torchvision_sets import torchvision_set
 from images.transforms import Box, build_transform, to_bytes
 from options.flags import DATA_SETS, Args
 
-STREAMS = ("tfds/", "hfids/")  # timm's other sources of data
+STREAMS = ("tfds", "hfids")  # timm's other sources of data
+PREFIXES = ("wds", "torch")  # of names with a part of their own
 
 Example = tuple[Tensor, int, list[Box]]  # uint8 [3, S, S], label, boxes to erase
 
@@ -73,6 +75,7 @@ READERS: Mapping[str, Callable[[Path, bool, Args], Found]] = {
     "IMNET": image_folder,
     "tar": tar,
     "wds": lambda root, is_train, args: shards(root / args.data_set.removeprefix("wds/"), is_train, args),
+    "torch": torchvision_set,
     "CIFAR": lambda root, is_train, args: cifar(root, is_train),
     "INAT": lambda root, is_train, args: inaturalist(root, is_train, 2018, args.inat_category),
     "INAT19": lambda root, is_train, args: inaturalist(root, is_train, 2019, args.inat_category),
@@ -128,24 +131,35 @@ def _check_names(classes: list[str], names: list[str]) -> list[str]:
 
 
 def _find(is_train: bool, args: Args) -> Found:
-    name = args.data_set
-    if args.val_labels and name not in ("IMNET", "tar"):
-        raise UserError(f"--val-labels is for flat folders and tar files (IMNET, tar), not {name}: drop it")
+    name, prefix = args.data_set, args.data_set.partition("/")[0]
+    _check_flags(args)
     if name == "DIGITS":
         return digits(is_train, args.input_size)
-    if name.startswith("hfds/"):
-        return hugging_face_set(name, is_train, args.data_path)
-    if name.startswith(STREAMS):
+    if prefix == "hfds" and name != prefix:
+        return hugging_face_set(args, is_train)
+    if prefix in STREAMS:
         raise UserError(
             f"--data-set {name} is a stream, whose images cannot be indexed; repeated augmentation, exact resume "
             "and exact evaluation need an index: unpack it into folders (IMNET) or a tar file of them (tar)"
         )
-    reader = READERS.get("wds" if name.startswith("wds/") else name)
-    if reader is None or name == "wds":
+    reader = READERS.get(prefix)
+    if reader is None or ("/" in name) != (prefix in PREFIXES):
         raise UserError(f"--data-set {name} is not one of {', '.join(DATA_SETS)}.{did_you_mean(name, DATA_SETS)}")
     if not args.data_path:
         raise UserError(f"--data-set {name} needs --data-path, the folder that holds the data")
     root = Path(args.data_path).expanduser()
-    if not root.is_dir():
+    if not root.is_dir() and not args.download:
         raise UserError(f"--data-path {args.data_path} is not a folder; give the folder that holds the data")
     return reader(root, is_train, args)
+
+
+def _check_flags(args: Args) -> None:
+    """Refuse flags of one reader where another one reads."""
+    for flag, value, takers in (
+        ("--val-labels", args.val_labels, ("IMNET", "tar")),
+        ("--image-key", args.image_key, ("hfds",)),
+        ("--target-key", args.target_key, ("hfds",)),
+        ("--download", args.download, ("torch",)),
+    ):
+        if value and args.data_set.partition("/")[0] not in takers:
+            raise UserError(f"{flag} is for --data-set {' and '.join(takers)}, not {args.data_set}: drop it")

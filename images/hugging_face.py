@@ -1,84 +1,282 @@
-"""Hugging Face's data sets, through timm's reader."""
+"""Hugging Face's data sets: which columns hold images and labels, and what both halves call the classes."""
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+import numpy as np
 from PIL import Image
 
-from errors import BAD_ARGUMENT, UserError, reason
-from images.decode import Found, decode
-from utils import broadcast_object
+from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
+from images.decode import decode
+from images.found import Found, Samples
+from images.tree import few
+from options.flags import Args
+from utils import broadcast_object, print_main
 
-EVALUATION_SPLITS = ("validation", "val", "test")  # of a Hugging Face set: the first that it has
+TRAINING_SPLITS = ("train", "training")  # the first that there is
+EVALUATION_SPLITS = ("validation", "val", "test")
+IMAGE_NAMES = ("image", "img")  # columns, where several are of the right type: the first that there is
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 NAME = "datasets"  # of Hugging Face's package, and of a file of this project
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def hugging_face_set(name: str, is_train: bool, root: str | None) -> Found:
-    """`hfds/NAME`: its split `train`, and for evaluation the first of EVALUATION_SPLITS that it has."""
-    source = name.removeprefix("hfds/"), root, ("train",) if is_train else EVALUATION_SPLITS
-    opened: list[Table] = []
-    broadcast_object(lambda: opened.append(Table(*source)))  # the main process fills the package's cache first
-    table = opened[0] if opened else Table(*source)
-    return Found(table.samples, table.num_classes, table.read)
+def hugging_face_set(args: Args, is_train: bool) -> Found:
+    """`hfds/NAME`, with the labels of its training split in both halves.
+
+    Raises:
+        UserError: it cannot be read, has no such columns, or its splits have different classes.
+    """
+    broadcast_object(lambda: _open_halves(args))  # the main process fills the package's cache first
+    train, val = _open_halves(args)
+    table, other = (train, val) if is_train else (val, train)
+    if table is None:
+        wanted, splits = ("training", TRAINING_SPLITS) if is_train else ("evaluation", EVALUATION_SPLITS)
+        raise UserError(f"--data-set {args.data_set} has no split for {wanted}: none of {', '.join(splits)}")
+    classes = common_classes(train or table, val or table, args.data_set)
+    if is_train or other is None:
+        print_main(
+            f"{args.data_set}: images of column {table.image_key!r}, labels of column {table.label_key!r}, "
+            f"{len(classes)} classes"
+        )
+    return Found(Samples(range(len(table)), table.labels_in(classes)), classes, table.read, table.name_of)
+
+
+def _open_halves(args: Args) -> tuple[Table | None, Table | None]:
+    source = args.data_set.removeprefix("hfds/"), args.data_path, args.image_key, args.target_key
+    train, val = (_first_split(*source, splits) for splits in (TRAINING_SPLITS, EVALUATION_SPLITS))
+    return train, val
+
+
+def _first_split(
+    name: str, root: str | None, image_key: str, target_key: str, splits: Sequence[str]
+) -> Table | None:
+    """The first of some splits that a data set has; None if it has none of them."""
+    for split in splits:
+        try:
+            return Table(name, root, split, image_key, target_key)
+        except NoSuchSplitError:
+            continue
+    return None
+
+
+class NoSuchSplitError(Exception):
+    """A data set lacks a split."""
 
 
 class Table:
-    """A split of a Hugging Face data set with the columns `image` and `label`.
+    """A split of a Hugging Face data set.
 
     Args:
         name: as the package's load_dataset takes it: of a data set on the hub, or a folder.
         root: the package's cache; its usual one if None.
-        splits: the first that there is will be read.
+        split: which rows.
+        image_key, target_key: the columns; '' chooses by type.
+
+    Attributes:
+        labels: of each row: class indices, or the classes' names.
+        classes: the names of class indices 0, 1, ...; None if the labels are plain numbers or texts.
     """
 
-    def __init__(self, name: str, root: str | None, splits: Sequence[str]) -> None:
-        self.source = name, root, splits
+    def __init__(self, name: str, root: str | None, split: str, image_key: str, target_key: str) -> None:
+        self.source = name, root, split, image_key, target_key
+        where = f"--data-set hfds/{name}"
         with hugging_face():
             if find_spec(NAME) is None:
-                raise UserError(f"--data-set hfds/{name} needs Hugging Face's package: pip install datasets")
-            try:
-                self.reader = _open_split(name, root, splits)
-                labels = list(self.reader.dataset[self.reader.label_key])
-            except BAD_ARGUMENT as error:
-                raise UserError(f"cannot read --data-set hfds/{name}: {reason(error)}") from error
-        self.num_classes = len(self.reader.class_to_idx)
-        if not self.num_classes or not all(label in range(self.num_classes) for label in labels):
-            raise UserError(f"--data-set hfds/{name} is not labelled by named classes; use another data set")
-        self.samples = list(enumerate(labels))
+                raise UserError(f"{where} needs Hugging Face's package: pip install datasets")
+            rows = _load(name, root, split)
+            features = rows.features
+            self.image_key = choose(image_key, "--image-key", features, IMAGE_NAMES, [_is_image], where)
+            self.label_key = choose(target_key, "--target-key", features, LABEL_NAMES, LABEL_TYPES, where)
+            self.classes = getattr(features[self.label_key], "names", None)
+            self.labels = _labels(rows[self.label_key], f"split {split!r} of {where}")
+            self._rows = rows.select_columns([self.image_key]).cast_column(self.image_key, _undecoded())
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __reduce__(self) -> tuple[type[Table], tuple[Any, ...]]:
         return Table, self.source  # a worker that is not forked opens it again
+
+    def labels_in(self, classes: Sequence[str]) -> np.ndarray:
+        """The rows' labels as positions in a list of classes, int32 [rows]."""
+        if self.classes is None and self.labels.dtype.kind == "i":
+            return self.labels.astype(np.int32)
+        position = {name: label for label, name in enumerate(classes)}
+        if self.classes is None:
+            return np.array([position[str(label)] for label in self.labels], np.int32)
+        return np.array([position[name] for name in self.classes], np.int32)[self.labels]
+
+    def name_of(self, row: int) -> str:
+        """What to call a row's image in a message."""
+        return f"{row} of hfds/{self.source[0]}, split {self.source[2]}"
 
     def read(self, row: int) -> Image.Image:
         """Decode the image of a row."""
 
         def read() -> IO[bytes]:
             with hugging_face():
-                file: IO[bytes] = self.reader[row][0]
-            return file
+                image = self._rows[row][self.image_key]
+            if image is None:
+                raise ValueError("there is none in this row")
+            return io.BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb")
 
-        return decode(read, f"{row} of hfds/{self.source[0]}")
+        return decode(read, self.name_of(row))
 
 
-def _open_split(name: str, root: str | None, splits: Sequence[str]) -> Any:
-    from timm.data.readers.reader_hfds import ReaderHfds
+# ------------------------------------------------------------------------------------------------------------
+# Columns
 
-    for split in splits[:-1]:
-        try:
-            return ReaderHfds(name, root=root, split=split)
-        except ValueError as error:
-            if "Unknown split" not in str(error):
-                raise
-    return ReaderHfds(name, root=root, split=splits[-1])
+
+def _is_image(feature: Any) -> bool:
+    return type(feature).__name__ == "Image"
+
+
+def _is_class_label(feature: Any) -> bool:
+    return type(feature).__name__ == "ClassLabel"
+
+
+def _is_integer(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string", "bool")
+
+
+LABEL_TYPES = [_is_class_label, _is_integer, _is_text]  # the first that there is
+
+
+def choose(
+    key: str,
+    flag: str,
+    features: Any,
+    names: Sequence[str],
+    types: Sequence[Callable[[Any], bool]],
+    where: str,
+) -> str:
+    """The column that a flag names; else the one of the first type that there is, or of the first name among them.
+
+    Raises:
+        UserError: there is none, it has another type, or there are several.
+    """
+    there = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    if key:
+        if key not in features:
+            raise UserError(
+                f"{where} has no column {key!r} for {flag}; it has {there}.{did_you_mean(key, features)}"
+            )
+        if not any(fits(features[key]) for fits in types):
+            raise UserError(f"{flag} {key} of {where} is of another type; its columns are {there}")
+        return key
+    for fits in types:
+        found = [name for name, feature in features.items() if fits(feature)]
+        named = [name for name in names if name in found]
+        if named or len(found) == 1:
+            return (named or found)[0]
+        if found:
+            raise UserError(
+                f"{where} has several columns that could be meant: {', '.join(found)}; choose by {flag}"
+            )
+    raise UserError(f"{where} has no column for {flag}; its columns are {there}")
+
+
+def _labels(column: Any, where: str) -> np.ndarray:
+    """The labels of a split's rows: int64, or texts.
+
+    Raises:
+        UserError: they are hidden, or no class indices.
+    """
+    values = list(column)
+    hidden = sum(value is None or (isinstance(value, int) and value == -1) for value in values)
+    if hidden:
+        raise UserError(
+            f"{where} hides {hidden} of its {len(values)} labels (-1 or none), as test splits do: use a data set "
+            "with a labelled split, or another column (--target-key)"
+        )
+    labels = np.array([str(value) if isinstance(value, (bool, str)) else value for value in values])
+    if labels.dtype.kind in "iu" and len(labels) and labels.min() < 0:
+        raise UserError(f"{where} has the label {labels.min()}, which is no class index")
+    return labels.astype(np.int64) if labels.dtype.kind in "iu" or not len(labels) else labels
+
+
+def common_classes(train: Table, val: Table, where: str) -> list[str]:
+    """The classes of both splits, in the order of the training split's labels.
+
+    Raises:
+        UserError: the splits have different classes.
+    """
+    if train.classes is not None and val.classes is not None:
+        if sorted(train.classes) != sorted(val.classes):
+            _differ(where, train.classes, val.classes)
+        return list(train.classes)
+    kinds = {(table.classes is None, table.labels.dtype.kind) for table in (train, val)}
+    if len(kinds) > 1:
+        _differ(where, _shown(train), _shown(val))
+    if train.labels.dtype.kind == "i":
+        most = max(int(table.labels.max(initial=-1)) for table in (train, val))
+        return [str(label) for label in range(most + 1)]
+    names = sorted({str(label) for label in train.labels})
+    if {str(label) for label in val.labels} - set(names):
+        _differ(where, names, _shown(val))
+    return names
+
+
+def _shown(table: Table) -> list[str]:
+    """A split's classes, or the labels that occur in it."""
+    return list(table.classes or (str(label) for label in np.unique(table.labels)))
+
+
+def _differ(where: str, train: Sequence[str], val: Sequence[str]) -> None:
+    only = sorted(set(val) - set(train)) or sorted(set(train) - set(val))
+    raise UserError(
+        f"the splits of --data-set {where} have different classes: {few(train)} in training, {few(val)} in "
+        f"evaluation; only one of them has {few(only)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The package, whose name is that of a file of this project
+
+
+def _load(name: str, root: str | None, split: str) -> Any:
+    """The rows of a split.
+
+    Raises:
+        NoSuchSplitError: there is none of this name.
+        UserError: the data set cannot be read.
+    """
+    package = import_module(NAME)
+
+    try:
+        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "dataset_info.json").is_file():
+            saved = package.load_from_disk(name)
+            if not hasattr(saved, "keys"):
+                saved = {"train": saved}
+            if split not in saved:
+                raise NoSuchSplitError(split)
+            return saved[split]
+        return package.load_dataset(name, split=split, cache_dir=root)
+    except BAD_ARGUMENT as error:
+        if "Unknown split" in str(error):
+            raise NoSuchSplitError(split) from error
+        raise UserError(f"cannot read --data-set hfds/{name}: {reason(error)}") from error
+
+
+def _undecoded() -> Any:
+    package = import_module(NAME)
+
+    return package.Image(decode=False)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Names(tuple[str, ...]):
         return "/" in str(name) or super().__contains__(name)
 
 
-DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME"])
+DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME", "torch/NAME"])
 AMP_DTYPES = ("float32", "bfloat16", "float16")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
@@ -106,10 +106,15 @@ class Args:
         "IMNET",
         "IMNET: folders train (or train_new) and val; tar: the same in train.tar and val.tar; wds/FOLDER: "
         "WebDataset's shards; CIFAR (CIFAR-100), INAT, INAT19, DIGITS; hfds/NAME: a Hugging Face data set of that "
-        "name, or in that folder",
+        "name, or in that folder; torch/NAME: torchvision's cifar10, mnist, fashion_mnist, ...",
         choices=DATA_SETS,
         metavar="NAME",
     )
+    image_key: str = flag(
+        "", "column of the images (hfds/); by default the one of that type", "--image-key", "--input-key"
+    )
+    target_key: str = flag("", "column of the labels (hfds/); by default the one of that type")
+    download: bool = switch(False, on="fetch the data set, if it is missing (torch/)")
     val_labels: str = flag(
         "",
         "labels of evaluation images that lie in no class folders (IMNET, tar): LOC_val_solution.csv, lines of a "

@@ -178,5 +178,5 @@ def test_a_list_where_none_is_needed(tmp_path):
     listed = kaggle_csv(tmp_path / "a.csv")
     with pytest.raises(UserError, match="val has class folders, which say what --val-labels would: drop the flag"):
         read(tmp_path, val_labels=str(listed))
-    with pytest.raises(UserError, match="--val-labels is for flat folders and tar files"):
+    with pytest.raises(UserError, match="--val-labels is for --data-set IMNET and tar, not DIGITS: drop it"):
         build_dataset(False, no_augmentation(val_labels=str(listed)))
