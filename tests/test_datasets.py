@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
-import re
 import shutil
-import subprocess
 import sys
 import tarfile
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +16,9 @@ import pytest
 import torch
 from pictures import imnet, make_args, no_augmentation, photo, save_photo, to_pixels, to_tensor
 from PIL import Image
-from processes import PATIENCE
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR100
 
-import datasets
 from datasets import build_dataset
 from errors import UserError
 from images.decode import ImageError
@@ -492,157 +486,7 @@ def test_shards_of_a_class_that_is_not_trained(shards):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Hugging Face data sets, and streams
-
-FAKE = '''
-"""Stands for Hugging Face's package: reads folders of images, and imports a part of itself with every row."""
-import pathlib
-from types import SimpleNamespace
-
-
-class Image:
-    def __init__(self, decode):
-        assert not decode
-
-
-class Table:
-    def __init__(self, folder):
-        labels = sorted(each.name for each in folder.iterdir())
-        self.files = [(file, labels.index(file.parent.name)) for file in sorted(folder.glob("*/*"))]
-        features = {"label": SimpleNamespace(names=labels, str2int=labels.index)}
-        splits = {folder.name: SimpleNamespace(num_examples=len(self.files))}
-        self.info = SimpleNamespace(features=features, splits=splits)
-
-    def cast_column(self, name, feature):
-        assert name == "image" and isinstance(feature, Image)
-        return self
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, key):
-        if key == "label":
-            return [label for _, label in self.files]
-        from datasets.part import load
-        file, label = self.files[key]
-        return {"image": {"path": str(file), "bytes": load(file)}, "label": label}
-
-
-def load_dataset(name, split, cache_dir, trust_remote_code=False):
-    folder = pathlib.Path(name, split)
-    if not folder.is_dir():
-        raise ValueError(f'Unknown split "{split}". Should be one of [].')
-    return Table(folder)
-'''
-
-READ = """
-import sys
-
-import datasets
-from pictures import no_augmentation
-from workers import SteadyLoader
-from loaders import build_eval_loader, collate
-
-args = no_augmentation(data_set="hfds/" + sys.argv[1], num_workers=2)
-if __name__ == "__main__":
-    images, classes = datasets.build_dataset(False, args)
-    assert sys.modules["datasets"] is datasets and images.decode(0)[0].mode == "RGB"
-    for method in ("fork", "spawn"):
-        batches = list(SteadyLoader(images, num_workers=2, collate_fn=collate, multiprocessing_context=method))
-        labels, sums = zip(*((batch.labels.item(), batch.images.sum().item()) for batch in batches))
-        print(classes, *labels, sum(sums))
-    assert sys.modules["datasets"] is datasets
-"""
-
-
-def has_hugging_face():
-    return bool(list(metadata.distributions(name="datasets")))
-
-
-@pytest.fixture(params=["stand-in", "package"])
-def hub(request, tmp_path):
-    """A folder whose name has capitals, and an environment in which it is a Hugging Face data set."""
-    if request.param == "package" and not has_hugging_face():
-        pytest.skip("needs Hugging Face's package: pip install datasets")
-    folder = tmp_path / "Org" / "Name"
-    for split, count in (("train", 20), ("test", 3)):
-        for label, name in enumerate(["cat", "dog"]):
-            for number in range(count):
-                save_photo(folder / split / name / f"{number}.png", seed=100 * label + number)
-    (tmp_path / "package" / "datasets").mkdir(parents=True)
-    (tmp_path / "package" / "datasets" / "__init__.py").write_text(FAKE)
-    (tmp_path / "package" / "datasets" / "part.py").write_text("def load(path): return path.read_bytes()")
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    if request.param == "stand-in":
-        paths.insert(2, str(tmp_path / "package"))
-    env = {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return folder, os.environ | env
-
-
-def test_hugging_face_sets_are_read_in_this_process_and_by_workers(hub, tmp_path):
-    """The package has the name of datasets.py; both are found where they should be."""
-    folder, env = hub
-    (tmp_path / "script.py").write_text(READ)
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(folder)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    expected = [
-        to_tensor(photo(seed).resize((16, 16), Image.Resampling.BICUBIC)) for seed in (0, 1, 2, 100, 101, 102)
-    ]
-    line = " ".join(map(str, [2, 0, 0, 0, 1, 1, 1, sum(int(image.sum()) for image in expected)]))
-    assert run.stdout.splitlines()[-2:] == [line] * 2
-
-
-def test_a_run_on_a_hugging_face_set(hub, tmp_path):
-    """main.py from the project's folder, where `import datasets` would find its own."""
-    folder, env = hub
-    argv = [
-        "--data-set",
-        f"hfds/{folder}",
-        "--model",
-        "deit_tiny_patch16_224",
-        "--input-size",
-        "16",
-        "--device",
-        "cpu",
-    ]
-    argv += ["--model-kwargs", "patch_size=8", "embed_dim=24", "depth=1", "num_heads=2", "--batch-size", "8"]
-    argv += ["--epochs", "1", "--num_workers", "1", "--no-repeated-aug", "--output_dir", str(tmp_path / "run")]
-    command = [sys.executable, "-W", "ignore", "main.py", *argv]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "40 training images" in run.stdout and "on the 6 test images" in run.stdout
-
-
-def test_hugging_face_sets_that_cannot_be_used(hub, tmp_path):
-    folder, env = hub
-    (tmp_path / "script.py").write_text(
-        "import sys\nfrom pictures import make_args\nfrom datasets import build_dataset\n"
-        "build_dataset(sys.argv[2] == 'train', make_args(data_set='hfds/' + sys.argv[1]))"
-    )
-    (folder / "test").rename(folder / "other")
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    for name, half, message in (
-        (folder, "test", "cannot read --data-set hfds/.*Name: "),
-        (tmp_path / "empty", "train", "--data-set hfds/.*empty"),
-    ):
-        command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(name), half]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert re.match(f"errors.UserError: .*{message}", run.stderr.splitlines()[-1]), run.stderr[-3000:]
-
-
-@pytest.mark.skipif(has_hugging_face(), reason="Hugging Face's package is installed")
-def test_hugging_face_sets_without_the_package():
-    with pytest.raises(
-        UserError, match=r"^--data-set hfds/a/B needs Hugging Face's package: pip install datasets$"
-    ):
-        build_dataset(True, make_args(data_set="hfds/a/B"))
-    assert sys.modules["datasets"] is datasets
+# Streams, and names
 
 
 @pytest.mark.parametrize("name", ["tfds/mnist", "hfids/a/B"])
@@ -654,7 +498,7 @@ def test_streams_are_refused(name):
 
 
 def test_unknown_prefix():
-    with pytest.raises(UserError, match=r"--data-set hfd/a is not one of CIFAR, .*, tar, wds/FOLDER, hfds/NAME"):
+    with pytest.raises(UserError, match=r"--data-set hfd/a is not one of CIFAR, .*, hfds/NAME, torch/NAME"):
         build_dataset(True, make_args(data_set="hfd/a"))
 
 
