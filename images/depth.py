@@ -144,5 +144,7 @@ def _check_fits(image: Any) -> None:
     for name, value in re.findall(rb"(BZERO|BSCALE) *= *([^ /]+)", header):
         if float(value.replace(b"D", b"E")) != (name == b"BSCALE"):
             raise UnknownPixels(f"FITS with a {name.decode()} of {value.decode()}, which Pillow passes over")
-    if image.tile and image.tile[0].codec_name != "raw" and image.mode != "L":
-        raise UnknownPixels("compressed FITS of more than 8 bits")
+    if image.mode == "F" and not (image.tile and str(image.tile[0].args[0]).endswith("BF")):
+        raise UnknownPixels(
+            "FITS of compressed floats, or read by a Pillow before 13 that takes their bytes in reverse"
+        )
