@@ -24,7 +24,7 @@ from images.hugging_face import hugging_face_set
 from images.lists import cifar, digits, inaturalist
 from images.shards import shards
 from images.torchvision_sets import torchvision_set
-from images.transforms import Box, build_transform, to_bytes
+from images.transforms import Box, build_transform, check_sides, to_bytes
 from options.flags import DATA_SETS, Args
 
 STREAMS = ("tfds", "hfids")  # timm's other sources of data
@@ -41,6 +41,8 @@ class LabelledImages(Dataset[Example]):
         transform: makes uint8 [3, S, S] of a decoded image.
         read: decodes an image.
         as_bytes: `--fast-resize`: decoded images are uint8 [3, H, W], not PIL images.
+        name: what to call what `read` takes, in a message.
+        input_size: for which the transform resizes images; too thin ones are refused. 0: it does not.
     """
 
     def __init__(
@@ -49,19 +51,29 @@ class LabelledImages(Dataset[Example]):
         transform: Callable[[Any], Tensor],
         read: Callable[[Any], Image.Image] = load_image,
         as_bytes: bool = False,
+        name: Callable[[Any], str] = str,
+        input_size: int = 0,
     ) -> None:
         self.samples = samples
         self.transform = transform
         self.read = read
         self.as_bytes = as_bytes
+        self.name = name
+        self.input_size = input_size
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def decode(self, index: int) -> tuple[Any, int]:
-        """An image, ready for the transform, and its label."""
+        """An image, ready for the transform, and its label.
+
+        Raises:
+            ImageError: it cannot be decoded, or is too thin to be resized.
+        """
         source, label = self.samples[index]
         image = self.read(source)
+        if self.input_size:
+            check_sides(self.name(source), *image.size, self.input_size)
         return to_bytes(image) if self.as_bytes else image, label
 
     def __getitem__(self, index: int) -> Example:
@@ -103,7 +115,9 @@ def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, list[str]
         )
     if args.class_names:
         classes = _check_names(classes, args.class_names)
-    images = LabelledImages(found.samples, transform, found.read, args.fast_resize)
+    images = LabelledImages(
+        found.samples, transform, found.read, args.fast_resize, name=found.name, input_size=args.input_size
+    )
     return images, classes
 
 

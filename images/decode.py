@@ -1,18 +1,16 @@
-"""From the bytes of a file to an RGB image; and half of a data set, as a list of what images can be read from."""
+"""From the bytes of a file to an RGB image."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
 from errors import LocalError
 from images.depth import UnknownPixels, check_format, to_grey
-
-Sample = tuple[Any, int]  # what an image can be read from, label
 
 
 class ImageError(LocalError):
@@ -75,11 +73,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; Pillow warns about the direct way
     return image.convert("RGB")
-
-
-class Found(NamedTuple):
-    """Half of a data set: its samples, how many classes it has, and how its images are read."""
-
-    samples: Sequence[Sample]
-    num_classes: int
-    read: Callable[[Any], Image.Image] = load_image

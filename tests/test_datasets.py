@@ -518,3 +518,16 @@ def test_damaged_image_is_named_in_one_line(image_folder, num_workers):
     assert message.startswith(f"cannot decode image {path}: ")
     assert message.endswith("; repair or remove the file")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("width", "height"), [(10000, 1), (1, 10000)])
+@pytest.mark.parametrize("fast_resize", [False, True])
+@pytest.mark.parametrize("is_train", [False, True])
+def test_a_very_thin_image_is_refused_by_name(image_folder, width, height, fast_resize, is_train):
+    """Resizing it for evaluation would take gigabytes."""
+    path = image_folder / ("train" if is_train else "val") / "cat" / "0.png"
+    Image.new("RGB", (width, height)).save(path)
+    args = imnet(image_folder, input_size=224, fast_resize=fast_resize)
+    images, _ = build_dataset(is_train, args)
+    with pytest.raises(ImageError, match=rf"cannot decode image {path}: it is too thin, {width} x {height}"):
+        images.decode(0)
