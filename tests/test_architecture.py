@@ -21,7 +21,7 @@ FLOORS = (
     ("options.config", "losses", "datasets"),
     ("loaders", "engine"),
     ("state",),
-    ("build", "warmup", "export"),
+    ("build", "warmup", "export", "check_data"),
     ("main",),
     ("hubconf",),
 )
