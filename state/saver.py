@@ -52,8 +52,8 @@ class Saver:
         self.eval_batches = eval_batches
         run_state.running.finite.own_wish = self.wish
         self._last = time.monotonic()
-        self._saved: tuple[int, int] | None = None  # epoch and step, by this process
-        self._steps = 0  # of a whole epoch, once one is trained
+        self._saved: tuple[int, int] | None = None  # where the run was when it was last saved: epoch and step
+        self._trained: tuple[int, int] | None = None  # where it was when it last began an evaluation
         self._vote = Vote()
 
     def wish(self) -> int:
@@ -76,11 +76,12 @@ class Saver:
     def after_training(self) -> None:
         """Save the epoch's training before its evaluation begins, so that nothing that happens there loses it.
 
-        This file is no older checkpoint that would be kept: what is saved after the evaluation takes its place.
+        What is saved after the evaluation takes the place of this file, so that no older checkpoint goes for it.
         """
-        self._steps = self.run_state.running.step
-        if self._saved != self._place:
+        self._trained = self._place
+        if self._saved != self._trained:
             self.save()
+        self._ask()
 
     def after_batch(self, batch: int) -> None:
         """Stop for a signal during the evaluation, one batch after it came; the epoch's training is saved.
@@ -136,11 +137,11 @@ class Saver:
         checkpoint.save(state, latest, keep=1 if self._awaits_evaluation(latest) else self.keep)
 
     def _awaits_evaluation(self, path: Path) -> bool:
-        """Whether a file was saved between an epoch's last step and its evaluation."""
-        if not self._steps or not path.exists():
+        """Whether a file holds this epoch as it was before its evaluation; a resumed run may find one."""
+        if self._trained is None or not path.exists():
             return False
         try:
-            return checkpoint.progress(path)[1] == self._steps
+            return checkpoint.progress(path) == self._trained
         except UserError:
             return False  # it is damaged
 

@@ -1,6 +1,7 @@
-"""main.py, but the last process kills itself once, in the middle of the second epoch.
+"""main.py, but the last process kills itself once, in the middle of an epoch or of its evaluation.
 
-Started by tests/test_resume.py through torchrun, with main.py's flags.
+Started by tests/test_resume.py, with main.py's flags. DIES says when: "EPOCH step STEP", or "EPOCH batch BATCH" for
+the evaluation; both are counted from 1.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ import main
 from state.saver import Saver
 from utils import rank, world_size
 
-saver_after_step = Saver.after_step
+EPOCH, KIND, NUMBER = os.environ["DIES"].split()
 
 
-def after_step(self: Saver, step: int) -> None:
-    saver_after_step(self, step)
-    assert self.folder is not None
-    marker = Path(self.folder) / "died"
-    if self.run_state.epoch == 0 and step == 7 and rank() == world_size() - 1 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def then_die(hook: str) -> None:
+    """Let the saver's hook kill the process, when it is told of that number in that epoch."""
+    original = getattr(Saver, hook)
+
+    def deadly(self: Saver, number: int) -> None:
+        original(self, number)
+        assert self.folder is not None
+        marker = Path(self.folder) / "died"
+        now = self.run_state.epoch + 2 == int(EPOCH) and number == int(NUMBER)
+        if now and rank() == world_size() - 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Saver, hook, deadly)
 
 
-Saver.after_step = after_step  # type: ignore[method-assign]
+then_die("after_step" if KIND == "step" else "after_batch")
 sys.exit(main.main())

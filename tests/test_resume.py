@@ -42,12 +42,14 @@ ENV = {key: value for key, value in os.environ.items() if not key.startswith(("S
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def command(folder: Path, processes: int, *extra: str, restarts: int = 0) -> list[str]:
+def command(
+    folder: Path, processes: int, *extra: str, restarts: int = 0, main: Path = ROOT / "main.py"
+) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         launcher += [f"--max-restarts={restarts}"]
-    return [*launcher, str(ROOT / "main.py"), *FLAGS, "--output_dir", str(folder), "--resume", "auto", *extra]
+    return [*launcher, str(main), *FLAGS, "--output_dir", str(folder), "--resume", "auto", *extra]
 
 
 def finish(folder: Path, processes: int, *extra: str) -> str:
@@ -63,6 +65,19 @@ def finish(folder: Path, processes: int, *extra: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def die(folder: Path, processes: int, when: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """The run, whose last process kills itself: see dying_main.py."""
+    return subprocess.run(
+        command(folder, processes, restarts=restarts, main=ROOT / "tests" / "dying_main.py"),
+        env={**ENV, "PYTHONPATH": str(ROOT), "DIES": when},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
 def interrupt(
@@ -151,6 +166,18 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, whole, processes):
     assert_same_run(tmp_path, whole(processes))
 
 
+@pytest.mark.parametrize(("processes", "epoch"), [(1, 1), (1, 3), (2, 2)])
+def test_killed_during_an_evaluation(tmp_path, whole, processes, epoch):
+    """Nothing is trained again: the run goes on with the evaluation, of model and EMA."""
+    done = die(tmp_path, processes, f"{epoch} batch 2")
+    total = 1437 // 256 * 256 // 32 // processes
+    assert done.returncode != 0 and f"Epoch {epoch}/3  [{total}/{total}]" in done.stdout, done.stderr[-3000:]
+    assert (tmp_path / "died").exists() and done.stdout.count("Max accuracy") == epoch - 1
+    shown = finish(tmp_path, processes)
+    assert f"Epoch {epoch}/3" not in shown and shown.count("Max accuracy") == 4 - epoch
+    assert_same_run(tmp_path, whole(processes))
+
+
 @pytest.mark.parametrize(("processes", "name"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGUSR1)])
 def test_stopped_by_a_signal(tmp_path, whole, processes, name):
     """The step is finished, a checkpoint is written, and the exit code says so."""
@@ -182,10 +209,7 @@ def test_compiled(tmp_path):
 
 def test_torchrun_restarts_what_died(tmp_path, whole):
     """A process kills itself once; --max-restarts=1 starts all of them again, and --resume auto goes on."""
-    launch = command(tmp_path, 2, restarts=1)
-    launch[launch.index(str(ROOT / "main.py"))] = str(ROOT / "tests" / "dying_main.py")
-    env = {**ENV, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = die(tmp_path, 2, "2 step 7", restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "died").exists() and "epoch 1 is done, and 4 steps after it" in done.stdout
     assert_same_run(tmp_path, whole(2))

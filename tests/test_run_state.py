@@ -155,6 +155,43 @@ def test_a_signal_during_the_evaluation(tmp_path, monkeypatch, call):
     assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
 
 
+def places(folder: Path) -> list[tuple[int, int]]:
+    """The last finished epoch and the steps after it: of checkpoint.pth, checkpoint.1.pth, ..."""
+    numbered = sorted(folder.glob("checkpoint.[0-9].pth"))
+    return [checkpoint.progress(path) for path in [folder / "checkpoint.pth", *numbered]]
+
+
+STEPS = 1437 // 256 * 256 // 64  # of an epoch of RUN
+
+
+@pytest.mark.parametrize(
+    ("interval", "older"),
+    [
+        ("0", [(1, 0), (0, 0)]),
+        ("8", [(1, 16), (1, 8), (1, 0)]),
+        ("10", [(1, 10), (1, 0), (0, 10)]),  # the last step is saved anyway
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_epoch_is_saved_before_its_evaluation(tmp_path, monkeypatch, interval, older, fails):
+    """That file gives way to the epoch's last one, also if the evaluation failed; none of the older ones does."""
+    found, evaluate_together = [], engine.evaluate_together
+
+    def watched(*args, **kwargs):
+        found.append(places(tmp_path))
+        if fails and len(found) == 3:
+            raise UserError("a bad image")
+        return evaluate_together(*args, **kwargs)
+
+    monkeypatch.setattr(main, "evaluate_together", watched)
+    argv = [*RUN, "--epochs", "3", "--save-interval-steps", interval, "--checkpoint-hist", "4"]
+    argv += ["--resume", "auto", "--output_dir", str(tmp_path)]
+    codes = [main.main(argv) for _ in range(2 if fails else 1)]
+    assert codes == ([2, 0] if fails else [0])
+    assert found[2:] == [[(1, STEPS), *older]] * len(codes)
+    assert places(tmp_path) == [(2, 0), *older]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What is never saved
 
@@ -313,6 +350,29 @@ def test_bad_images_are_counted_exactly_across_a_stop(images_with_faults, tmp_pa
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))[: 300 // 32 * 32].tolist()
     bad = {2, 50, 250}  # positions of the three files in the sorted folders
     assert log_of(tmp_path / "whole")[0]["train_bad_images"] == len(bad & set(order))
+
+
+def test_a_bad_validation_image_costs_no_training(images_with_faults, tmp_path, capfd):
+    """It is found in the first epoch's evaluation; once it is repaired, the run goes on from there."""
+    argv = ["--data-path", str(images_with_faults), *VIT, "--batch-size", "32", "--epochs", "2", "--resume", "auto"]
+    argv += ["--no-repeated-aug", "--skip-bad-images", "--print-freq", "1", "--model-ema-decay", "0.9"]
+    argv += ["--output_dir"]
+    assert main.main([*argv, str(tmp_path / "whole")]) == 0
+    image = images_with_faults / "val" / "1" / "007.png"
+    content = image.read_bytes()
+    image.write_bytes(content[:200])
+    capfd.readouterr()
+    assert main.main([*argv, str(tmp_path / "run")]) == 2
+    shown = capfd.readouterr()
+    assert "Epoch 1/2  [9/9]" in shown.out and "Acc@1" not in shown.out
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("main.py: error")]
+    assert f"cannot decode image {image}" in line and "--skip-bad-images" not in line
+    assert not (tmp_path / "run" / "log.txt").exists()
+    image.write_bytes(content)
+    assert main.main([*argv, str(tmp_path / "run")]) == 0
+    shown = capfd.readouterr()
+    assert "Epoch 1/2" not in shown.out and "Epoch 2/2  [9/9]" in shown.out
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
 def test_deterministic_runs(tmp_path, monkeypatch):
