@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,13 @@ import torch
 from conftest import TINY
 from PIL import Image
 from processes import PATIENCE
+from torch import nn
 
-from models import build_model
+from datasets import build_dataset
+from engine import Precision, evaluate_together
+from loaders import build_eval_loader
+from models import DiverseViT, build_model
+from options import config
 
 ROOT = Path(__file__).parents[1]
 NO_LAUNCHER = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "MASTER_"))}
@@ -119,24 +125,41 @@ def flags(folder: Path) -> list[str]:
 
 def test_accuracy_is_the_same_on_1_2_and_3_processes(folder):
     """Every sample counts once, whatever the number of processes."""
-    argv = [*flags(folder), "--eval", "--resume", str(folder / "weights.pth"), "--dist-eval"]
+    argv = [*flags(folder), "--eval", "--resume", str(folder / "weights.pth")]
     argv += ["--measure", "patch.pairwise_cosine@last"]
     outputs = []
-    for processes in (1, 2, 3):
-        process = torchrun(processes, "main.py", *argv)
+    for processes, how in ((1, []), (2, []), (3, []), (3, ["--no-dist-eval"])):
+        process = torchrun(processes, "main.py", *argv, *how)
         assert process.returncode == 0, process.stderr[-3000:]
         outputs.append(process.stdout)
     assert re.search(r"\* Acc@1 \d+\.\d{3} Acc@5 100\.000 loss 1\.\d{3}", outputs[0]), outputs[0]
     assert "on the 17 test images" in outputs[0] and "patch.pairwise_cosine@last 0." in outputs[0]
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
+
+
+def test_an_evaluation_reads_each_image_once():
+    """Over eight processes, for model and EMA together; --no-dist-eval lets every process read all of them."""
+
+    def read(*how: str) -> Counter[int]:
+        args = config.resolve(["--data-set", "DIGITS", "--input-size", "16", "--num_workers", "0", *how])
+        images, _ = build_dataset(False, args)
+        decoded: Counter[int] = Counter()
+        decode = images.decode
+        images.decode = lambda index: decoded.update([index]) or decode(index)
+        networks = [DiverseViT(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))) for _ in range(2)]
+        for rank in range(8):
+            loader = build_eval_loader(args, images, 8, rank, torch.device("cpu"))
+            evaluate_together(networks, loader, Precision(torch.device("cpu")))
+        return decoded
+
+    assert read() == dict.fromkeys(range(360), 1)
+    assert read("--no-dist-eval") == dict.fromkeys(range(360), 8)
 
 
 def test_two_processes_train_as_one_run(folder, tmp_path):
     """torchrun end to end: one log, one checkpoint, the global batch and rate of both processes."""
     argv = [*flags(folder), "--no-repeated-aug", "--epochs", "1", "--output_dir", str(tmp_path / "run")]
-    process = torchrun(
-        2, "main.py", *argv, "--mixing_coef", "1", "--weight_mha_cond_orth_coef", "5e-4", "--dist-eval"
-    )
+    process = torchrun(2, "main.py", *argv, "--mixing_coef", "1", "--weight_mha_cond_orth_coef", "5e-4")
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("Max accuracy") == 1 and "global batch 4" in process.stdout
     assert "2 process(es)" in process.stdout
@@ -146,7 +169,7 @@ def test_two_processes_train_as_one_run(folder, tmp_path):
 
 def test_every_process_averages_the_same_weights(folder, tmp_path):
     """The EMA that two processes evaluate together is the one in the checkpoint."""
-    argv = [*flags(folder), "--no-repeated-aug", "--epochs", "1", "--output_dir", str(tmp_path), "--dist-eval"]
+    argv = [*flags(folder), "--no-repeated-aug", "--epochs", "1", "--output_dir", str(tmp_path)]
     process = torchrun(2, "main.py", *argv, "--model-ema-decay", "0.9")
     assert process.returncode == 0, process.stderr[-3000:]
     trained = re.findall(r"Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+", process.stdout)
@@ -154,12 +177,18 @@ def test_every_process_averages_the_same_weights(folder, tmp_path):
     assert trained == re.findall(r"Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+", alone.stdout) and len(trained) == 2
 
 
+def test_shards_are_evaluated_together_as_alone():
+    """Model and EMA in one pass, in DDP's processes and in shards, with shares of different sizes."""
+    process = torchrun(2, "tests/one_pass.py")
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
 def test_a_mistake_of_one_process_is_reported_by_it(folder, tmp_path):
     """A damaged image in the second process's share."""
     shutil.copytree(folder, tmp_path / "copy")
     for path in sorted((tmp_path / "copy" / "val").glob("*/*.png"))[1::2]:
         path.write_bytes(b"no image")
-    argv = [*flags(tmp_path / "copy"), "--eval", "--dist-eval", "--resume", str(folder / "weights.pth")]
+    argv = [*flags(tmp_path / "copy"), "--eval", "--resume", str(folder / "weights.pth")]
     process = torchrun(2, "main.py", *argv)
     assert process.returncode != 0
     assert process.stderr.count("main.py: error: cannot decode image") == 1, process.stderr[-3000:]
