@@ -21,8 +21,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, Sampler, SequentialSampler, default_collate
 
+import utils
 from datasets import Example, LabelledImages
 from errors import UserError
+from exchange import Exchange
 from images.decode import ImageError
 from images.transforms import Erasing
 from options.flags import Args
@@ -50,7 +52,8 @@ class SeededDataset(Dataset[Example]):
         positions: samples of this process in an epoch.
 
     Attributes:
-        replaced: bool [positions], which samples of the running epoch stand in for a bad image. Workers set it.
+        replaced: bool [positions], which samples that this process makes in the running epoch stand in for a bad
+            image. Workers set it.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class SeededDataset(Dataset[Example]):
         with keep_random_state():
             for index, run in groupby(draws, key=lambda draw: draw.image):
                 copies = list(run)
-                decoded, label = self._decode(index, [draw.position for draw in copies])
+                decoded, label = self._decode(index, [draw.made for draw in copies])
                 for draw in copies:
                     seed_generators(draw.entropy)
                     image = self.dataset.transform(decoded)
@@ -87,14 +90,14 @@ class SeededDataset(Dataset[Example]):
                     examples.append((image, label, boxes))
         return examples
 
-    def _decode(self, index: int, positions: list[int]) -> tuple[Any, int]:
-        """The image that samples at `positions` ask for, or the one that stands in for it, and its label."""
+    def _decode(self, index: int, made: list[int]) -> tuple[Any, int]:
+        """The image that the samples `made` ask for, or the one that stands in for it, and its label."""
         try:
             return self.dataset.decode(index)
         except ImageError as error:
             if not self.skip_bad:
                 raise ImageError(f"{error}, or give --skip-bad-images") from error
-            self.replaced[positions] = True
+            self.replaced[made] = True
             return self._decode_next(index, error)
 
     def _decode_next(self, index: int, error: ImageError) -> tuple[Any, int]:
@@ -172,11 +175,13 @@ class DeviceLoader:
     Args:
         loader: yields Batches.
         device: where they go.
+        exchange: hands samples over between processes, once they are there.
     """
 
-    def __init__(self, loader: SteadyLoader, device: torch.device) -> None:
+    def __init__(self, loader: SteadyLoader, device: torch.device, exchange: Exchange | None = None) -> None:
         self.loader = loader
         self.device = device
+        self.exchange = exchange
         self._mean, self._std = MEAN.to(device), STD.to(device)
 
     def __len__(self) -> int:
@@ -206,7 +211,7 @@ class DeviceLoader:
         )
         images = normalise(pixels, self._mean, self._std)
         erase(images, batch.boxes, noise)
-        return images, labels
+        return (images, labels) if self.exchange is None else (self.exchange(images), self.exchange(labels))
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Place each batch before the one before it is handed over."""
@@ -237,13 +242,19 @@ class TrainLoader(DeviceLoader):
         loader: reads `samples` in the order of `sampler`.
         device: where batches go.
         samples: the training set.
-        sampler: this process's share of it.
+        sampler: which of them this process makes.
+        exchange: as in DeviceLoader.
     """
 
     def __init__(
-        self, loader: SteadyLoader, device: torch.device, samples: SeededDataset, sampler: ResumableSampler
+        self,
+        loader: SteadyLoader,
+        device: torch.device,
+        samples: SeededDataset,
+        sampler: ResumableSampler,
+        exchange: Exchange | None = None,
     ) -> None:
-        super().__init__(loader, device)
+        super().__init__(loader, device, exchange)
         self._samples, self._sampler = samples, sampler
 
     @property
@@ -269,13 +280,20 @@ def build_train_loader(
 ) -> TrainLoader:
     """This process's training batches: `--batch-size` images each, shuffled, the incomplete last one dropped.
 
+    With repeated augmentation the processes of a group make neighbouring samples, and exchange them.
+
     Raises:
         UserError: the set is too small for one step, or for repeated augmentation.
     """
     order: RASampler | DistributedSampler[Any]
+    exchange = None
     if args.repeated_aug:
-        together = args.batch_size if args.group_repeats else 0
-        order = RASampler(dataset, world_size, rank, seed=args.seed, together=together)
+        if world_size == utils.world_size() > 1 and not args.group_repeats:
+            exchange = Exchange(args.batch_size, world_size, rank, device)
+        together = args.batch_size if args.group_repeats or exchange is not None else 0
+        order = RASampler(
+            dataset, world_size, rank, seed=args.seed, together=together, handed_over=exchange is not None
+        )
     else:
         order = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
     if len(order) < args.batch_size * args.grad_accum_steps:
@@ -290,7 +308,8 @@ def build_train_loader(
     samples = SeededDataset(dataset, boxes, args.skip_bad_images, len(order))
     sampler = ResumableSampler(order)
     options = {"batch_size": args.batch_size, "drop_last": True}
-    return TrainLoader(_loader(args, samples, sampler, rank, device, **options), device, samples, sampler)
+    loader = _loader(args, samples, sampler, rank, device, **options)
+    return TrainLoader(loader, device, samples, sampler, exchange)
 
 
 def build_eval_loader(

@@ -40,6 +40,8 @@ class RASampler(Sampler[int]):
         together: `--group-repeats`: the batch size B of a process. Each batch of B R entries over all processes is
             then cut into R pieces of B neighbours, instead of being dealt out entry by entry: the same entries,
             but copies of an image stay together. 0: dealt out.
+        handed_over: with `together`: the processes exchange what they made (exchange.py), and train on the entries
+            that are dealt out.
         seed: equal on all processes. (The reference seeds with the epoch alone: `seed` 0.)
     Raises:
         UserError: N < 256, for which an epoch would be empty.
@@ -55,6 +57,7 @@ class RASampler(Sampler[int]):
         num_repeats: int = 3,
         seed: int = 0,
         together: int = 0,
+        handed_over: bool = False,
     ) -> None:
         if len(dataset) < GRANULE:
             raise utils.UserError(
@@ -71,6 +74,7 @@ class RASampler(Sampler[int]):
         self.num_repeats = num_repeats
         self.seed = seed
         self.together = together
+        self.handed_over = handed_over
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -105,13 +109,15 @@ class Draw(NamedTuple):
 
     Attributes:
         image: its index in the data set.
-        position: of the sample in this process's epoch, from 0.
+        position: of the sample in the epoch of the process that trains on it, from 0.
+        made: its position among those that this process makes, from 0.
         entropy: (seed, epoch, position over all processes), for numpy's SeedSequence; different for any two
             samples of a run, also for copies of one image and on different processes.
     """
 
     image: int
     position: int
+    made: int
     entropy: tuple[int, int, int]
 
 
@@ -136,9 +142,10 @@ class ResumableSampler(Sampler[Draw]):
             places: Iterable[int] = self.order.places().tolist()
         else:
             places = range(rank, replicas * len(self), replicas)
+        handed_over = isinstance(self.order, RASampler) and self.order.handed_over
         return (
-            Draw(image, position, (seed, epoch, place))
-            for position, (image, place) in islice(enumerate(zip(self.order, places, strict=True)), start, None)
+            Draw(image, place // replicas if handed_over else made, made, (seed, epoch, place))
+            for made, (image, place) in islice(enumerate(zip(self.order, places, strict=True)), start, None)
         )
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ FLOORS = (
     ("utils", "options.parser", "options.yaml_file", "options"),
     ("regularizers", "loggers", "mixing"),
     ("options.flags",),
-    ("images", "models", "samplers", "workers"),
+    ("images", "models", "samplers", "workers", "exchange"),
     ("options.config", "losses", "datasets"),
     ("loaders", "engine"),
     ("state",),

@@ -150,7 +150,7 @@ def test_processes_augment_differently(digits):
 def test_data_sets_can_be_sent_to_spawned_workers(digits):
     train, _ = build_loaders(make_args(resplit=True, skip_bad_images=True), *digits, 1, 0)
     copy = pickle.loads(pickle.dumps(train.loader.dataset))
-    draw = Draw(7, 5, (0, 0, 5))
+    draw = Draw(7, 5, 5, (0, 0, 5))
     assert torch.equal(copy[draw][0], train.loader.dataset[draw][0])
     assert copy[draw][1] == train.loader.dataset[draw][1]
 
@@ -178,7 +178,7 @@ def test_samples_drawn_in_this_process_leave_its_random_state_alone(aa):
 def test_a_sample_that_fails_leaves_the_random_state_alone():
     before = global_random_state()
     with pytest.raises(IndexError):
-        SeededDataset(LabelledDraws(2))[Draw(2, 0, (0, 0, 0))]
+        SeededDataset(LabelledDraws(2))[Draw(2, 0, 0, (0, 0, 0))]
     assert global_random_state() == before
 
 
@@ -361,7 +361,7 @@ def test_copies_of_an_image_in_one_process_are_augmented_differently(digits):
 
 def test_seeding_leaves_accelerators_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' streams were seeded"))
-    SeededDataset(LabelledDraws(2))[Draw(1, 0, (0, 0, 0))]
+    SeededDataset(LabelledDraws(2))[Draw(1, 0, 0, (0, 0, 0))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -516,6 +516,28 @@ def test_grouping_changes_no_global_batch_of_real_processes(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["1", "2", "4", "8"]
+
+
+def test_exchanged_samples_are_those_of_the_reference_in_its_order(tmp_path):
+    """2, 3 and 4 processes, each with its own loader and with an exchange: every batch is equal bit for bit."""
+    for label in ("a", "b"):
+        for number in range(160):
+            save_photo(tmp_path / "train" / label / f"{number:03}.bmp", seed=number, width=8, height=8)
+        for number in (3, 4, 90):
+            (tmp_path / "train" / label / f"{number:03}.bmp").write_bytes(b"damaged")
+    run = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", str(ROOT / "tests" / "exchanged_batches.py")),
+            *(str(tmp_path / "store"), str(tmp_path)),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["2", "3", "4"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -695,7 +717,7 @@ def indices_of(batches, root):
 def skipping(root, monkeypatch, **changes):
     """Arguments and training set of the damaged folder; the images come out as they are stored."""
     changes = {"input_size": 8, "repeated_aug": False, "batch_size": 10, "skip_bad_images": True} | changes
-    args = imnet(root, **changes)
+    args = imnet(root, single_class=True, **changes)
     monkeypatch.setattr(datasets, "build_transform", lambda is_train, args: build_transform(False, args))
     return args, build_dataset(True, args)[0]
 
@@ -782,7 +804,7 @@ def test_bad_images_are_errors_unless_they_are_to_be_skipped(damaged_folder, mon
 
 def test_evaluation_never_skips(damaged_folder):
     (damaged_folder / "train").rename(damaged_folder / "val")
-    args = imnet(damaged_folder, skip_bad_images=True)
+    args = imnet(damaged_folder, single_class=True, skip_bad_images=True)
     val, _ = build_dataset(False, args)
     with pytest.raises(ImageError, match=r"repair or remove the file$"):
         list(build_eval_loader(args, val, 1, 0, CPU))
