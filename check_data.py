@@ -7,7 +7,7 @@ image once; what it amounts to is the last line.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
@@ -53,30 +53,24 @@ class Seen(NamedTuple):
 
 
 class Faults(Dataset[str]):
-    """What is wrong with each image of a data set; '' if nothing is.
+    """What is wrong with each image of a data set; '' if nothing is."""
 
-    Args:
-        read: raises ImageError for an index whose image cannot be read.
-        images: how many there are.
-    """
-
-    def __init__(self, read: Callable[[int], object], images: int) -> None:
-        self.read = read
+    def __init__(self, images: LabelledImages) -> None:
         self.images = images
 
     def __len__(self) -> int:
-        return self.images
+        return len(self.images)
 
     def __getitem__(self, index: int) -> str:
         try:
-            self.read(index)
+            self.images.decode(index)
         except ImageError as error:
             return reason(error)
         return ""
 
 
 def check_data(args: Args) -> None:
-    """Read all images: those for training are decoded, those for validation also resized, as evaluation does.
+    """Decode all images of both halves.
 
     Raises:
         UserError: some cannot be read, and are listed on stdout; or the data set itself cannot.
@@ -85,19 +79,14 @@ def check_data(args: Args) -> None:
     launch = find_launch(args.world_size)
     init_distributed(launch, torch.device("cpu"), args.dist_url, args.dist_timeout)
     val_set, classes = build_dataset(False, args)
-    train_set, _ = build_dataset(
-        True, replace(args, class_names=named(classes))
-    )  # or it is refused, as in training
-    halves: dict[str, tuple[LabelledImages, Callable[[int], object]]] = {
-        "training": (train_set, train_set.decode),
-        "validation": (val_set, val_set.__getitem__),
-    }
+    train_set, _ = build_dataset(True, replace(args, class_names=named(classes)))
+    halves = {"training": train_set, "validation": val_set}
     workers = default_workers() if args.num_workers is None else args.num_workers
     with Signals() as signals:
-        seen = [look(half, Faults(read, len(images)), workers, signals) for half, (images, read) in halves.items()]
+        seen = [look(half, Faults(images), workers, signals) for half, images in halves.items()]
         found = gather_to_main(seen)
     total = broadcast_object(lambda: list_bad(chain.from_iterable(found)))
-    counts = " and ".join(f"{len(images):,} {half}" for half, (images, _) in halves.items())
+    counts = " and ".join(f"{len(images):,} {half}" for half, images in halves.items())
     conclude(total, counts)
 
 

@@ -1,4 +1,4 @@
-"""Two models, evaluated in one pass and one after the other: equal bits, also in shards. See test_distributed.py."""
+"""Two models, evaluated in one pass and one after the other: equal bits, also in shards (test_distributed.py)."""
 
 from __future__ import annotations
 
