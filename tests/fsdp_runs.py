@@ -31,7 +31,7 @@ FLAGS += ["--model-kwargs", "patch_size=4", "embed_dim=24", "depth=2", "num_head
 FLAGS += ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--emb_contrast_cross_coef", "0.5"]
 FLAGS += ["--attn_cos_within_coef", "1e-4", "--weight_mha_cond_orth_coef", "5e-4", "--model-ema-decay", "0.9"]
 FLAGS += ["--measure", "patch.cno@last", "--measure", "weight.so@all", "--drop", "0.1", "--clip-grad", "1"]
-FLAGS += ["--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "0", "--epochs", "2", "--dist-eval"]
+FLAGS += ["--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "0", "--epochs", "2"]
 FLAGS += ["--save-interval-steps", "7", "--checkpoint-hist", "4"]
 TWO = ["--batch-size", "64"]  # ten steps an epoch
 SHARDS = ["--fsdp", "--grad-checkpointing"]

@@ -102,7 +102,7 @@ REFERENCE = [
     ("--start_epoch", "start_epoch", int, 0, None, False),
     ("--eval", "eval", "on", False, None, False),
     ("--teacher_eval", "teacher_eval", "on", False, None, False),
-    ("--dist-eval", "dist_eval", "on", False, None, False),
+    ("--dist-eval", "dist_eval", "on", True, None, False),  # off in the reference, where it is not exact
     ("--num_workers", "num_workers", int, None, None, False),
     ("--pin-mem", "pin_mem", "on", True, None, False),
     ("--no-pin-mem", "pin_mem", "off", True, None, False),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from processes import PATIENCE
 
 import build
 import main
+from datasets import LabelledImages
 from models import build_model
 from models.weights import model_weights
 from options import config
@@ -102,6 +104,35 @@ def test_eval_prints_the_accuracy_lines(trained, capsys):
     assert expected in shown
     assert f"Accuracy of the network on the 360 test images: {last['test_acc1']:.1f}%" in shown
     assert f"Accuracy of the EMA network on the 360 test images: {last['ema_test_acc1']:.1f}%" in shown
+
+
+@pytest.mark.parametrize("how", [[], ["--torchcompile", "aot_eager"]])
+def test_eval_reads_each_image_once_for_model_and_ema(trained, tmp_path, capsys, monkeypatch, how):
+    """Against checkpoints that hold the one or the other: the same lines."""
+    argv = [*RUN, "--eval", "--measure", "patch.pairwise_cosine@last", *how, "--resume"]
+    alone = []
+    for key in ("model", "model_ema"):
+        torch.save({"model": weights_of(trained, key)}, tmp_path / f"{key}.pth")
+        assert main.main([*argv, str(tmp_path / f"{key}.pth")]) == 0
+        alone.append(capsys.readouterr().out.splitlines())
+    decoded, decode = [], LabelledImages.decode
+    monkeypatch.setattr(LabelledImages, "decode", lambda self, index: decoded.append(index) or decode(self, index))
+    assert main.main([*argv, str(trained / "checkpoint.pth")]) == 0
+    ema_lines = [line.replace("network", "EMA network") for line in alone[1][:2]]
+    assert capsys.readouterr().out.splitlines() == alone[0] + ema_lines
+    assert sorted(decoded) == list(range(360))
+
+
+def test_an_epoch_reads_each_validation_image_once(tmp_path, monkeypatch):
+    """Also where the EMA is kept in host memory."""
+    decoded, decode = Counter(), LabelledImages.decode
+    monkeypatch.setattr(
+        LabelledImages,
+        "decode",
+        lambda self, index: decoded.update([len(self)]) or decode(self, index),
+    )
+    assert main.main([*RUN, "--epochs", "2", "--model-ema-force-cpu", "--output_dir", str(tmp_path)]) == 0
+    assert decoded[360] == 2 * 360 and "ema_test_acc1" in log_of(tmp_path)[1]
 
 
 def test_eval_measures_redundancy_of_any_weights(trained, tmp_path, capsys):
@@ -196,7 +227,7 @@ def test_teacher_eval(tmp_path, capsys):
         ["--drop", "0.1", "--drop-path", "0", "--clip-grad", "1", "--no-model-ema"],
         ["--amp-dtype", "bfloat16"],
         ["--model-ema-force-cpu", "--opt", "momentum", "--print-freq", "3"],
-        ["--smoothing", "0", "--color-jitter", "0", "--num_workers", "1", "--no-pin-mem", "--dist-eval"],
+        ["--smoothing", "0", "--color-jitter", "0", "--num_workers", "1", "--no-pin-mem", "--no-dist-eval"],
         ["--model", "deit_small_layer24_patch16_224_diverse"],
         ["--reg", "patch.gradient_diversity=1e-3", "--reg", "attn.mhs@all=0.1", "--reg", "weight.mgd@last=1e-4"],
     ],
@@ -417,7 +448,7 @@ def test_a_fresh_run_sets_the_old_log_aside(tmp_path):
     ],
 )
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, file, message):
-    """Full for one file after the other: before training begins, and at its end."""
+    """Full for one file after the other: before training begins, before its evaluation, and after it."""
     checkpoint.save({"epoch": 1}, tmp_path / "checkpoint.pth")
     fsync = os.fsync
 
@@ -429,7 +460,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, fi
     monkeypatch.setattr(os, "fsync", full)
     error = one_error(capsys, [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)])
     assert message.format(folder=tmp_path) in error
-    assert checkpoint.load(str(tmp_path / "checkpoint.pth")) == {"epoch": 1}
+    evaluated = file in ("log.txt.tmp", "checkpoint_best.pth.tmp")  # then the epoch's training is saved
+    assert checkpoint.progress(tmp_path / "checkpoint.pth") == ((-1, 20) if evaluated else (1, 0))
     assert not list(tmp_path.glob("*.tmp"))
 
 
