@@ -145,7 +145,7 @@ class Args:
     )
     group_repeats: bool = switch(
         False,
-        on="keep the copies of an image in one process, where it is decoded once; the global batch stays the same",
+        on="keep the copies of an image in the process that makes them; the global batch stays the same",
     )
     fast_resize: bool = switch(
         False,
