@@ -19,14 +19,15 @@ from PIL import Image
 from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
 from images.decode import decode
 from images.found import Found, Samples
-from images.tree import few
+from images.tree import few, order_note
 from options.flags import Args
 from utils import broadcast_object, print_main
 
 TRAINING_SPLITS = ("train", "training")  # the first that there is
 EVALUATION_SPLITS = ("validation", "val", "test")
 IMAGE_NAMES = ("image", "img")  # columns, where several are of the right type: the first that there is
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels", "class", "target")
+MOST_CLASSES = 100_000  # of labels that are plain numbers
 NAME = "datasets"  # of Hugging Face's package, and of a file of this project
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,19 +38,24 @@ def hugging_face_set(args: Args, is_train: bool) -> Found:
     Raises:
         UserError: it cannot be read, has no such columns, or its splits have different classes.
     """
-    broadcast_object(lambda: _open_halves(args))  # the main process fills the package's cache first
-    train, val = _open_halves(args)
+    opened: list[tuple[Table | None, Table | None]] = []
+    broadcast_object(lambda: opened.append(_open_halves(args)))  # the main process fills the package's cache first
+    train, val = opened[0] if opened else _open_halves(args)
     table, other = (train, val) if is_train else (val, train)
     if table is None:
         wanted, splits = ("training", TRAINING_SPLITS) if is_train else ("evaluation", EVALUATION_SPLITS)
         raise UserError(f"--data-set {args.data_set} has no split for {wanted}: none of {', '.join(splits)}")
     classes = common_classes(train or table, val or table, args.data_set)
+    labels = table.labels_in(classes)
     if is_train or other is None:
+        absent = [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
         print_main(
             f"{args.data_set}: images of column {table.image_key!r}, labels of column {table.label_key!r}, "
-            f"{len(classes)} classes"
+            f"{len(classes)} classes" + (f"; no image of {few(absent)} in {table.source[2]}" if absent else "")
         )
-    return Found(Samples(range(len(table)), table.labels_in(classes)), classes, table.read, table.name_of)
+        if note := order_note(classes):
+            print_main(note)
+    return Found(Samples(range(len(table)), labels), classes, table.read, table.name_of)
 
 
 def _open_halves(args: Args) -> tuple[Table | None, Table | None]:
@@ -96,11 +102,24 @@ class Table:
                 raise UserError(f"{where} needs Hugging Face's package: pip install datasets")
             rows = _load(name, root, split)
             features = rows.features
-            self.image_key = choose(image_key, "--image-key", features, IMAGE_NAMES, [_is_image], where)
+            self.image_key = choose(image_key, "--image-key", features, IMAGE_NAMES, IMAGE_TYPES, where)
             self.label_key = choose(target_key, "--target-key", features, LABEL_NAMES, LABEL_TYPES, where)
-            self.classes = getattr(features[self.label_key], "names", None)
-            self.labels = _labels(rows[self.label_key], f"split {split!r} of {where}")
+            own = _own_names(name, root, split, self.label_key)
+            self.classes = own or getattr(features[self.label_key], "names", None)
+            column = rows.select_columns([self.label_key]).with_format("arrow")[:][self.label_key]
+            self.labels = _labels(column, f"split {split!r} of {where}")
+            if not target_key:
+                self._refuse_identifiers(where)
             self._rows = rows.select_columns([self.image_key]).cast_column(self.image_key, _undecoded())
+
+    def _refuse_identifiers(self, where: str) -> None:
+        """A column that only its type speaks for, with another value in each row, holds no labels."""
+        guessed = self.classes is None and self.label_key not in LABEL_NAMES
+        if guessed and 2 < len(self.labels) == len(np.unique(self.labels)):
+            raise UserError(
+                f"column {self.label_key!r} of {where} is the only one that could hold labels, but differs in "
+                "every row, as identifiers do: name the column of the labels by --target-key"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,6 +161,13 @@ def _is_image(feature: Any) -> bool:
     return type(feature).__name__ == "Image"
 
 
+def _is_encoded(feature: Any) -> bool:
+    """The bytes of files, as parquet holds them that other programs wrote: plain, or beside the files' names."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"} and _is_encoded(feature["bytes"])
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
 def _is_class_label(feature: Any) -> bool:
     return type(feature).__name__ == "ClassLabel"
 
@@ -154,7 +180,8 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("string", "large_string", "bool")
 
 
-LABEL_TYPES = [_is_class_label, _is_integer, _is_text]  # the first that there is
+IMAGE_TYPES = [_is_image, _is_encoded]  # the first that there is
+LABEL_TYPES = [_is_class_label, _is_integer, _is_text]
 
 
 def choose(
@@ -165,7 +192,7 @@ def choose(
     types: Sequence[Callable[[Any], bool]],
     where: str,
 ) -> str:
-    """The column that a flag names; else the one of the first type that there is, or of the first name among them.
+    """The column that a flag names; else the first of the usual names; else the one of the first type there is.
 
     Raises:
         UserError: there is none, it has another type, or there are several.
@@ -179,11 +206,18 @@ def choose(
         if not any(fits(features[key]) for fits in types):
             raise UserError(f"{flag} {key} of {where} is of another type; its columns are {there}")
         return key
+    usual = [name for name in names if name in features]
+    for name in usual:
+        if any(fits(features[name]) for fits in types):
+            return name
+    if usual:
+        raise UserError(
+            f"column {usual[0]!r} of {where} is of another type; choose by {flag}; its columns are {there}"
+        )
     for fits in types:
         found = [name for name, feature in features.items() if fits(feature)]
-        named = [name for name in names if name in found]
-        if named or len(found) == 1:
-            return (named or found)[0]
+        if len(found) == 1:
+            return found[0]
         if found:
             raise UserError(
                 f"{where} has several columns that could be meant: {', '.join(found)}; choose by {flag}"
@@ -192,22 +226,25 @@ def choose(
 
 
 def _labels(column: Any, where: str) -> np.ndarray:
-    """The labels of a split's rows: int64, or texts.
+    """The labels of a split's rows, an arrow column: int64, or texts.
 
     Raises:
         UserError: they are hidden, or no class indices.
     """
-    values = list(column)
-    hidden = sum(value is None or (isinstance(value, int) and value == -1) for value in values)
+    hidden = column.null_count
+    labels: np.ndarray = column.drop_null().to_numpy()
+    if labels.dtype.kind == "i":
+        hidden += int((labels == -1).sum())
     if hidden:
         raise UserError(
-            f"{where} hides {hidden} of its {len(values)} labels (-1 or none), as test splits do: use a data set "
+            f"{where} hides {hidden} of its {len(column)} labels (-1 or none), as test splits do: use a data set "
             "with a labelled split, or another column (--target-key)"
         )
-    labels = np.array([str(value) if isinstance(value, (bool, str)) else value for value in values])
-    if labels.dtype.kind in "iu" and len(labels) and labels.min() < 0:
+    if labels.dtype.kind not in "iu":
+        return np.array([str(label) for label in labels], np.str_)
+    if labels.min(initial=0) < 0:
         raise UserError(f"{where} has the label {labels.min()}, which is no class index")
-    return labels.astype(np.int64) if labels.dtype.kind in "iu" or not len(labels) else labels
+    return labels.astype(np.int64)
 
 
 def common_classes(train: Table, val: Table, where: str) -> list[str]:
@@ -225,6 +262,11 @@ def common_classes(train: Table, val: Table, where: str) -> list[str]:
         _differ(where, _shown(train), _shown(val))
     if train.labels.dtype.kind == "i":
         most = max(int(table.labels.max(initial=-1)) for table in (train, val))
+        if most >= MOST_CLASSES:
+            raise UserError(
+                f"--data-set {where} has the label {most} in column {train.label_key!r}: these are no class "
+                "indices 0, 1, ...; choose another column (--target-key), or number the classes"
+            )
         return [str(label) for label in range(most + 1)]
     names = sorted({str(label) for label in train.labels})
     if {str(label) for label in val.labels} - set(names):
@@ -259,7 +301,7 @@ def _load(name: str, root: str | None, split: str) -> Any:
     package = import_module(NAME)
 
     try:
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "dataset_info.json").is_file():
+        if _is_saved(name):
             saved = package.load_from_disk(name)
             if not hasattr(saved, "keys"):
                 saved = {"train": saved}
@@ -267,10 +309,56 @@ def _load(name: str, root: str | None, split: str) -> Any:
                 raise NoSuchSplitError(split)
             return saved[split]
         return package.load_dataset(name, split=split, cache_dir=root)
-    except BAD_ARGUMENT as error:
+    except (*BAD_ARGUMENT, import_module(f"{NAME}.exceptions").DatasetsError) as error:
         if "Unknown split" in str(error):
             raise NoSuchSplitError(split) from error
-        raise UserError(f"cannot read --data-set hfds/{name}: {reason(error)}") from error
+        raise UserError(f"cannot read --data-set hfds/{name}: {reason(error.__cause__ or error)}") from error
+
+
+def _own_names(name: str, root: str | None, split: str, key: str) -> list[str] | None:
+    """The classes' names as the files of a split have them, in a folder of parquet or arrow files; else None.
+
+    load_dataset gives all splits the features of one of them, and keeps the labels' numbers. So where another split
+    has the names in another order, its labels would change their meaning.
+
+    Raises:
+        UserError: the files of the split do not agree.
+    """
+    package = import_module(NAME)
+    if not Path(name).is_dir() or _is_saved(name):
+        return None
+    files = package.load_dataset_builder(name, cache_dir=root).config.data_files or {}
+    first: tuple[str, list[str]] | None = None
+    for file in files.get(split, ()):
+        names = getattr(_features(file).get(key), "names", None)
+        if names and first and names != first[1]:
+            raise UserError(
+                f"{first[0]} and {file} have different classes, or another order of them, in column {key!r}: "
+                f"{few(first[1])} and {few(names)}; write the split anew with one list of classes"
+            )
+        first = first or (names and (file, names))
+    return first[1] if first else None
+
+
+def _features(file: str) -> Any:
+    """The features that a parquet or arrow file carries; none if it is another file."""
+    arrow, package = import_module("pyarrow"), import_module(NAME)
+    if file.endswith(".parquet"):
+        schema = import_module("pyarrow.parquet").read_schema(file)
+    elif file.endswith(".arrow"):
+        with arrow.memory_map(file) as opened:
+            try:
+                schema = arrow.ipc.open_stream(opened).schema
+            except arrow.ArrowInvalid:
+                schema = arrow.ipc.open_file(file).schema
+    else:
+        return {}
+    return package.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    return any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
 
 
 def _undecoded() -> Any:
