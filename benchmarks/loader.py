@@ -206,19 +206,20 @@ def private_memory() -> float:
 
 def growth(samples: Sequence[Any]) -> float:
     """MiB by which a worker's private memory grows over an epoch of shuffled samples."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    loader = DataLoader(Kept(samples), 128, sampler=order, num_workers=1, collate_fn=lambda found: found[0])
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(
+        Kept(samples), 128, shuffle=True, generator=generator, num_workers=1, collate_fn=lambda found: found[0]
+    )
     found = [memory for memory in loader if memory]
     return float(found[-1] - found[0])
 
 
 def measure_memory(flags: argparse.Namespace) -> None:
     """Print how a worker's memory grows with the samples as they are kept, and as a list of paths and labels."""
-    names = [f"n{number % 1000:08}/n{number % 1000:08}_{number}.JPEG" for number in range(flags.samples)]
-    labels = [number % 1000 for number in range(flags.samples)]
-    as_list = list(zip((f"/data/imagenet/train/{name}" for name in names), labels, strict=True))
-    kept = growth(Samples(Texts(names, "/data/imagenet/train/"), labels))
-    listed = growth(as_list)
+    names = (f"n{number % 1000:08}/n{number % 1000:08}_{number}.JPEG" for number in range(flags.samples))
+    samples = Samples(Texts(names, "/data/imagenet/train/"), np.arange(flags.samples) % 1000)
+    kept = growth(samples)  # before there are lists, which a worker would have in its memory, too
+    listed = growth(list(samples))
     print(f"{flags.samples:,} samples, one worker, one epoch, {machine(CPU)}")
     print(f"arrays: {kept:.1f} MiB more private memory; a list of tuples: {listed:.1f} MiB")
     write(flags.json, CPU, {"samples": flags.samples, "growth_mib": {"arrays": kept, "list": listed}})
