@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from pictures import make_args, no_augmentation, photo, save_photo, to_tensor
 from PIL import Image
 from processes import PATIENCE
+from pyarrow import parquet
 
 import datasets as ours
 from datasets import build_dataset
@@ -207,6 +209,54 @@ def test_no_column_at_all(package, tmp_path):
         build(tmp_path / "set")
 
 
+def test_usual_names_come_before_types(package, tmp_path):
+    """An identifier is an integer, and the label a text."""
+    columns = {"id": {"train": [5, 6, 7], "validation": [8, 9]}}
+    columns["label"] = {"train": ["dog", "cat", "dog"], "validation": ["cat", "cat"]}
+    write(
+        package, tmp_path / "set", HALVES, lambda p: {"id": p.Value("int64"), "label": p.Value("string")}, **columns
+    )
+    images, classes = build(tmp_path / "set")
+    assert classes == ["cat", "dog"] and labels_of(images) == [1, 0, 1]
+
+
+def test_identifiers_are_no_labels(package, tmp_path):
+    columns = {"id": {"train": [0, 1, 2], "validation": [3, 4]}}
+    write(package, tmp_path / "set", HALVES, lambda p: {"id": p.Value("int64")}, **columns)
+    with pytest.raises(
+        UserError, match=r"column 'id' of .*set is the only one that could hold labels, but differs"
+    ):
+        build(tmp_path / "set")
+    assert labels_of(build(tmp_path / "set", target_key="id")[0]) == [0, 1, 2]
+
+
+def test_a_usual_name_of_another_type_is_not_passed_over(package, tmp_path):
+    columns = {"label": {"train": [[0], [1], [0, 1]], "validation": [[0], [1]]}, "width": PLAIN}
+
+    def kinds(p):
+        return {"label": p.Sequence(p.Value("int64")), "width": p.Value("int64")}
+
+    write(package, tmp_path / "set", HALVES, kinds, **columns)
+    with pytest.raises(UserError, match=r"column 'label' of .* is of another type; choose by --target-key"):
+        build(tmp_path / "set")
+
+
+@pytest.mark.parametrize("form", ["bytes", "bytes and path"])
+def test_parquet_of_other_programs(package, tmp_path, form):
+    """Without Hugging Face's own description, images are bytes."""
+    (tmp_path / "set").mkdir()
+    contents = []
+    for seed in (1, 2, 3):
+        save_photo(tmp_path / "one.png", seed=seed)
+        contents.append((tmp_path / "one.png").read_bytes())
+    column = contents if form == "bytes" else [{"bytes": content, "path": "one.png"} for content in contents]
+    table = pyarrow.table({"img": column, "labels": [1, 0, 1]})
+    parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    images, classes = build(tmp_path / "set")
+    assert classes == ["0", "1"] and labels_of(images) == [1, 0, 1]
+    np.testing.assert_array_equal(np.asarray(images.decode(2)[0]), np.asarray(photo(3)))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Labels and splits
 
@@ -228,26 +278,66 @@ def test_numbers_and_texts_are_labels(package, tmp_path, kind, train, val, class
         assert found == classes and labels_of(images) == labels
 
 
-def test_splits_with_names_in_another_order_mean_the_same(package, tmp_path, monkeypatch):
-    """load_dataset gives all splits the features of one, so each split is a set of its own here."""
-    tables = {}
-    for half, names in (("train", ["cat", "dog", "eel"]), ("validation", ["eel", "cat", "dog"])):
-        with hugging_face.hugging_face():
-            features = package.Features({"label": package.ClassLabel(names=names), "image": package.Image()})
-            columns = {"label": PLAIN[half], "image": [photo(seed) for seed in HALVES[half]]}
-            tables[half] = package.Dataset.from_dict(columns, features=features)
+CAT_DOG_EEL = {"train": ["cat", "dog", "eel"], "validation": ["eel", "cat", "dog"]}  # the names in two orders
+SAID = {"train": ["dog", "cat", "eel"], "validation": ["dog", "eel"]}  # the labels of the rows, by name
+
+
+def tables_of(package, names=CAT_DOG_EEL, said=SAID):
+    """A data set a split, each with its own order of names."""
     with hugging_face.hugging_face():
-        package.DatasetDict({"train": tables["train"]}).save_to_disk(str(tmp_path / "set"))
-    load = hugging_face._load
-    monkeypatch.setattr(
-        hugging_face,
-        "_load",
-        lambda name, root, split: tables[split] if split in tables else load(name, root, split),
-    )
-    assert labels_of(build(tmp_path / "set")[0]) == [1, 0, 2]
-    images, classes = build(tmp_path / "set", is_train=False)
-    assert classes == ["cat", "dog", "eel"]
-    assert labels_of(images) == [1, 2]  # dog, eel: 2 and 0 of ["eel", "cat", "dog"]
+        return {
+            half: package.Dataset.from_dict(
+                {"label": said[half], "image": [photo(seed) for seed in range(len(said[half]))]},
+                features=package.Features(
+                    {"label": package.ClassLabel(names=names[half]), "image": package.Image()}
+                ),
+            )
+            for half in said
+        }
+
+
+@pytest.mark.parametrize("form", ["parquet", "parquet in folders", "arrow", "save_to_disk"])
+def test_splits_with_names_in_another_order_mean_the_same(package, tmp_path, form):
+    """load_dataset gives all splits the features of one of them, and keeps the numbers: dog would become cat."""
+    folder = tmp_path / "set"
+    tables = tables_of(package)
+    with hugging_face.hugging_face():
+        if form == "save_to_disk":
+            package.DatasetDict(tables).save_to_disk(str(folder))
+        for half, table in tables.items():
+            if form == "arrow":
+                table.save_to_disk(str(folder / half))
+            elif form == "parquet":
+                table.to_parquet(str(folder / f"{half}.parquet"))
+            elif form == "parquet in folders":
+                table.to_parquet(str(folder / half / "0.parquet"))
+    for is_train, half in ((True, "train"), (False, "validation")):
+        images, classes = build(folder, is_train)
+        assert classes == ["cat", "dog", "eel"]
+        assert [classes[label] for label in labels_of(images)] == SAID[half]
+
+
+def test_files_of_one_split_must_agree(package, tmp_path):
+    (tmp_path / "set").mkdir()
+    for number, table in enumerate(tables_of(package).values()):
+        with hugging_face.hugging_face():
+            table.to_parquet(str(tmp_path / "set" / f"train-{number}.parquet"))
+    with pytest.raises(
+        UserError, match=r"train-0.parquet and .*train-1.parquet have different classes, or another"
+    ):
+        build(tmp_path / "set")
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_names_that_only_one_split_has(package, tmp_path, is_train):
+    names = {"train": ["cat", "dog", "eel"], "validation": ["cat", "dog", "emu"]}
+    with hugging_face.hugging_face():
+        package.DatasetDict(tables_of(package, names, {"train": ["cat"], "validation": ["dog"]})).save_to_disk(
+            str(tmp_path / "set")
+        )
+    both = r"'cat', 'dog', 'eel' in training, 'cat', 'dog', 'emu' in evaluation; only one of them has 'emu'"
+    with pytest.raises(UserError, match=both):
+        build(tmp_path / "set", is_train)
 
 
 def test_splits_with_other_names_are_refused(package, tmp_path):
@@ -256,6 +346,26 @@ def test_splits_with_other_names_are_refused(package, tmp_path):
     for is_train in (True, False):
         with pytest.raises(UserError, match=r"'cat', 'dog' in training, 'dog', 'emu' in evaluation; only .* 'emu'"):
             build(tmp_path / "set", is_train)
+
+
+def test_classes_without_images_and_numbers_that_are_no_indices(package, tmp_path, capsys):
+    columns = {"label": {"train": [1, 3, 1], "validation": [2, 1]}}
+    write(package, tmp_path / "set", HALVES, lambda p: {"label": p.Value("int64")}, **columns)
+    build(tmp_path / "set")
+    assert "column 'label', 4 classes; no image of '0', '2' in train" in capsys.readouterr().out
+    columns = {"label": {"train": [1, 20190512, 1], "validation": [2, 1]}}
+    write(package, tmp_path / "other", HALVES, lambda p: {"label": p.Value("int64")}, **columns)
+    with pytest.raises(UserError, match=r"has the label 20190512 in column 'label': these are no class indices"):
+        build(tmp_path / "other", is_train=False)
+
+
+@pytest.mark.parametrize("content", [b"PAR1 is how parquet begins PAR1", b""])
+def test_damaged_files_are_one_line(package, tmp_path, content):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"^cannot read --data-set hfds/.*set: .+") as caught:
+        build(tmp_path / "set")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
