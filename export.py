@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -37,6 +38,8 @@ EXTRAS = ("onnx", "onnxscript", "onnxruntime")
 OPSETS = range(18, 24)  # ONNX operator sets that torch's exporter writes by itself
 ATTENTION_OPSET = 23  # the first one with an operator for fused attention
 ONE_FILE = 2**31 - 2**24  # bytes of weights that fit, with the graph, into one ONNX file
+
+LABELS = "label_names"  # timm's key for the classes' names, in every format; a JSON list beside what is no JSON
 
 # Where timm leaves fused attention off unless the environment says TIMM_FUSED_ATTN=2.
 EXPERIMENTAL = frozenset(f"timm.models.{name}" for name in ("swin_transformer", "visformer", "xcit"))
@@ -108,7 +111,11 @@ class Exported:
 
 
 def to_timm(
-    model: nn.Module, folder: Path, input_size: int, model_args: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: Path,
+    input_size: int,
+    model_args: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Exported:
     """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -118,6 +125,7 @@ def to_timm(
     Args:
         model: a timm model, or the DiverseViT around it.
         model_args: what the constructor was given (current versions of timm remember that by themselves).
+        class_names: in the order of the logits, for the configuration's `label_names`; none leaves it out.
     Raises:
         UserError: the folder cannot be written to, or timm does not rebuild the same model from it.
     """
@@ -132,31 +140,37 @@ def to_timm(
     }
     backbone.default_cfg = backbone.pretrained_cfg
     with _staged(folder) as staging, _explained(backbone, "timm", (SafetensorError,)):
-        save_for_hf(backbone, str(staging), model_args=dict(model_args or {}), safe_serialization=True)
+        config = {LABELS: list(class_names)} if class_names else {}
+        arguments = dict(model_args or {})
+        save_for_hf(backbone, str(staging), config, model_args=arguments, safe_serialization=True)
         again = timm.create_model(f"local-dir:{staging}", pretrained=True).eval()
         difference = _compare(again, backbone, input_size, SAME, "timm's model")
     load = f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
     return Exported((folder / "model.safetensors", folder / "config.json"), difference, load)
 
 
-def to_torch(model: nn.Module, folder: Path, input_size: int) -> Exported:
+def to_torch(model: nn.Module, folder: Path, input_size: int, class_names: Sequence[str] = ()) -> Exported:
     """Write model.pt2, a program for `torch.export.load(FILE).module()`, which needs torch alone, on the CPU.
 
     Args:
         model: a timm model, or the DiverseViT around it.
+        class_names: in the order of the logits, as the extra file `label_names`, a JSON list.
     Raises:
         UserError: the folder cannot be written to, or torch.export cannot follow this model.
     """
     backbone = plain_backbone(model)
     with _staged(folder) as staging, _explained(backbone, "torch"):
-        torch.export.save(_trace(backbone, input_size), staging / "model.pt2")
+        extra = {LABELS: json.dumps(list(class_names))} if class_names else {}
+        torch.export.save(_trace(backbone, input_size), staging / "model.pt2", extra_files=extra)
         again = torch.export.load(staging / "model.pt2").module()
         difference = _compare(again, backbone, input_size, ROUNDING, "model.pt2")
     path = folder / "model.pt2"
     return Exported((path,), difference, f'model = torch.export.load("{path}").module()')
 
 
-def to_onnx(model: nn.Module, folder: Path, input_size: int, opset: int | None = None) -> Exported:
+def to_onnx(
+    model: nn.Module, folder: Path, input_size: int, opset: int | None = None, class_names: Sequence[str] = ()
+) -> Exported:
     """Write model.onnx, with input `images` and output `logits`.
 
     Weights of two gigabytes and more, which no ONNX file can hold, stand beside it in model.onnx.data.
@@ -164,6 +178,7 @@ def to_onnx(model: nn.Module, folder: Path, input_size: int, opset: int | None =
     Args:
         model: a timm model, or the DiverseViT around it.
         opset: ONNX's operator set, torch's choice by default; from 23 on fused attention stays one node.
+        class_names: in the order of the logits, as the file's metadata `label_names`, a JSON list.
     Raises:
         UserError: the folder cannot be written to, the optional packages are missing, or torch's exporter or ONNX
             Runtime does not support this model.
@@ -185,6 +200,8 @@ def to_onnx(model: nn.Module, folder: Path, input_size: int, opset: int | None =
             external_data=size > ONE_FILE,
             verbose=False,
         )
+        if class_names:
+            _add_metadata(onnx, staging / "model.onnx", LABELS, json.dumps(list(class_names)))
         onnx.checker.check_model(str(staging / "model.onnx"), full_check=True)
         session = runtime.InferenceSession(str(staging / "model.onnx"), providers=["CPUExecutionProvider"])
 
@@ -204,10 +221,10 @@ def export(trained: Trained, folder: Path, form: str, opset: int | None = None) 
         UserError: as to_timm, to_torch and to_onnx do.
     """
     if form == "timm":
-        return to_timm(trained.backbone, folder, trained.input_size, trained.model_args)
+        return to_timm(trained.backbone, folder, trained.input_size, trained.model_args, trained.class_names)
     if form == "torch":
-        return to_torch(trained.backbone, folder, trained.input_size)
-    return to_onnx(trained.backbone, folder, trained.input_size, opset)
+        return to_torch(trained.backbone, folder, trained.input_size, trained.class_names)
+    return to_onnx(trained.backbone, folder, trained.input_size, opset, trained.class_names)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -258,6 +275,13 @@ def _unfused(backbone: nn.Module) -> nn.Module:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     return unfused
+
+
+def _add_metadata(onnx: Any, path: Path, key: str, value: str) -> None:
+    """Add an entry to an ONNX file's metadata; weights beside it stay where they are."""
+    model = onnx.load(str(path), load_external_data=False)
+    onnx.helper.set_model_props(model, {**{each.key: each.value for each in model.metadata_props}, key: value})
+    path.write_bytes(model.SerializeToString())
 
 
 @torch.no_grad()

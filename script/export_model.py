@@ -57,14 +57,16 @@ def size_of(path: Path) -> str:
 def describe(trained: Trained, source: str) -> str:
     """What is exported, and how images are to be prepared for it."""
     from export import preprocessing
+    from images.tree import few
 
     took = {"ema": "the EMA's weights (model_ema)", "model": "the trained weights (model)"}[trained.weights]
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
+    names = f" ({few(trained.class_names)})" if trained.class_names else ""
     steps = ", ".join(f"{name} {value}" for name, value in preprocessing(trained.input_size).items())
     return (
         f"{trained.name} from {source}: {took}\n"
-        f"{parameters:,} parameters, {trained.backbone.num_classes} classes, images {shape}\n"
+        f"{parameters:,} parameters, {trained.backbone.num_classes} classes{names}, images {shape}\n"
         f"preprocessing: {steps}"
     )
 

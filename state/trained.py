@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from models import VARIANTS, build_model, check_name
 from models.weights import StateDict, load_weights, model_weights
 from state import checkpoint
 
-WEIGHTS = ("auto", "ema", "model")
 DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
 
 
@@ -29,6 +28,7 @@ class Trained:
         model_args: what its constructor takes besides the architecture's own values, without dropout rates.
         input_size: S, the image size in pixels.
         weights: 'ema' or 'model', which of the checkpoint's weights these are.
+        class_names: in the order of the logits; none if the classes have no names.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Trained:
     model_args: dict[str, Any]
     input_size: int
     weights: str
+    class_names: Sequence[str] = ()
 
 
 def read_trained(
@@ -80,12 +81,23 @@ def read_trained(
         num_classes = _count_classes(name, tensors, path)
     if num_classes is not None:
         options["num_classes"] = num_classes
-    backbone = build_model(name, **{"img_size": size, **options})
+    backbone: Any = build_model(name, **{"img_size": size, **options})
     advice = "Check --model, --model-kwargs, --input-size and --num-classes"
     load_weights(backbone, tensors, path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
-    return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model")
+    names = _class_names(flags, backbone.num_classes, path)
+    return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model", names)
+
+
+def _class_names(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple[str, ...]:
+    """The classes' names as the checkpoint's flags have them; none for '0', '1', ..., which are no names."""
+    names = tuple(str(name) for name in flags.get("class_names") or ())
+    if names and len(names) != num_classes:
+        raise UserError(
+            f"{path} has {len(names)} class names, but {num_classes} classes: correct its args' class_names"
+        )
+    return () if names == tuple(str(label) for label in range(num_classes)) else names
 
 
 def _uses_ema(state: Any, weights: str, path: str) -> bool:

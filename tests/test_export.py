@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import datasets
 import export as exporting
 from errors import UserError
-from images.folders import DIGITS_TRAIN
+from images.lists import DIGITS_TRAIN
 from images.transforms import build_transform
 from loaders import normalise
 from models import DiverseViT, Needs, build_model
@@ -449,6 +449,66 @@ def test_the_command_says_what_it_did(tmp_path, monkeypatch):
         names = {"timm": timm, "torch": torch}
         exec(load, names)
         assert logits_of(names["model"], torch.zeros(3, 3, PIXELS, PIXELS)).shape == (3, CLASSES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The classes' names
+
+ANIMALS = ["cat", "dog", "Käfer", "été, late", 'a "b"']  # CLASSES of them, some that quoting could break
+
+NAMES_OUTSIDE = """
+import json, timm, torch, onnx
+labels = {"label_names": ""}
+torch.export.load("out/model.pt2", extra_files=labels)
+found = {"torch": json.loads(labels["label_names"] or "null")}
+config = timm.create_model("local-dir:out", pretrained=True).pretrained_cfg
+found["timm"] = config.get("label_names")
+properties = {each.key: each.value for each in onnx.load("out/model.onnx").metadata_props}
+found["onnx"] = json.loads(properties.get("label_names", "null"))
+print(json.dumps(found))
+"""
+
+
+def rewritten(path: Path, **flags: object) -> None:
+    """The same checkpoint with other saved flags."""
+    state = checkpoint.load(str(path))
+    checkpoint.save({**state, "args": {**state["args"], **flags}}, path)
+
+
+@pytest.mark.parametrize("names", [ANIMALS, [], [str(label) for label in range(CLASSES)]])
+def test_names_of_classes_go_along(tmp_path, capsys, names):
+    """In every format, where the classes have names; '0', '1', ... are none."""
+    save_checkpoint("tiny", tmp_path / "x.pth")
+    rewritten(tmp_path / "x.pth", class_names=names)
+    arguments = [str(tmp_path / "x.pth"), str(tmp_path / "out"), "--formats", *exporting.FORMATS]
+    assert SCRIPT.main(arguments) == 0
+    assert ("5 classes ('cat', 'dog', 'Käfer' and 2 more), images" in capsys.readouterr().out) == (names == ANIMALS)
+    command = [sys.executable, "-I", "-c", NAMES_OUTSIDE]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert run.returncode == 0, run.stderr
+    expected = ANIMALS if names == ANIMALS else None
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert (found["timm"] or None, found["torch"], found["onnx"]) == (expected, expected, expected)
+    written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert written.get("label_names") == expected
+
+
+def test_names_stay_with_weights_beside_an_onnx_file(tmp_path, monkeypatch, images):
+    monkeypatch.setattr(exporting, "ONE_FILE", 0)
+    backbone = randomise(build_model("deit_tiny_patch16_224", **TINY), seed=0)
+    exported = exporting.to_onnx(backbone, tmp_path, PIXELS, class_names=ANIMALS)
+    assert [path.name for path in exported.files] == ["model.onnx", "model.onnx.data"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["label_names"]) == ANIMALS
+    logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    torch.testing.assert_close(logits, logits_of(backbone, images), atol=1e-4, rtol=1e-4)
+
+
+def test_more_names_than_classes_are_refused(tmp_path, capsys):
+    save_checkpoint("tiny", tmp_path / "x.pth")
+    rewritten(tmp_path / "x.pth", class_names=[*ANIMALS, "emu"])
+    said = refused(capsys, tmp_path / "x.pth", tmp_path / "out")
+    assert "x.pth has 6 class names, but 5 classes: correct its args' class_names" in said
 
 
 def refused(capsys, *arguments: object) -> str:

@@ -26,7 +26,6 @@ from options import config, flags
 from options.flags import Args
 from options.parser import KeyValues, Parser, declared, flag, switch
 from regularizers import catalogue
-from state import trained
 
 ROOT = Path(__file__).parents[1]
 
@@ -372,4 +371,4 @@ def test_the_export_answers_at_once(light):
 
 
 def test_choices_of_the_export_are_those_it_knows():
-    assert export.FORMATS == flags.FORMATS and trained.WEIGHTS == flags.WEIGHTS
+    assert export.FORMATS == flags.FORMATS
