@@ -52,6 +52,12 @@ def torchvision_set(root: Path, is_train: bool, args: Args) -> Found:
     found = open_set(False)
     pixels, labels = found.data, np.asarray(found.targets)
     labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST's first column is the digit
+    inside = labels.min(initial=0) >= 0 and labels.max(initial=0) < len(found.classes)
+    if len(pixels) != len(labels) or not inside:
+        raise UserError(
+            f"--data-set {args.data_set} in {root} is damaged: {len(pixels)} images, {len(labels)} labels "
+            f"{'' if inside else 'beyond the classes '}in one half; remove it, and give --download"
+        )
     samples = Samples(np.asarray(pixels), labels)  # [N, H, W] or [N, H, W, 3]
     return Found(samples, [str(label) for label in found.classes], _read, partial(_name, args.data_set))
 

@@ -87,6 +87,19 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("labels", "said"),
+    [([1, 2, 3], "12 images, 3 labels"), ([11] * 12, "12 labels beyond the classes")],
+)
+def test_labels_that_do_not_fit_the_images(idx, labels, said):
+    """MNIST's format has no checksums."""
+    root, name, _ = idx
+    (path,) = root.glob("*/raw/train-labels-idx1-ubyte")
+    path.write_bytes(struct.pack(">II", 2049, len(labels)) + bytes(labels))
+    with pytest.raises(UserError, match=rf"torch/{name} in .* is damaged: {said}"):
+        build(root, name)
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
         ("imagenet", "has another reader here: use --data-set IMNET"),
