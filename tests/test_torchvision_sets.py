@@ -88,7 +88,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [([1, 2, 3], "12 images, 3 labels"), ([11] * 12, "12 labels beyond the classes")],
+    [([1, 2, 3], "12 images, 3 labels"), ([11] * 12, "12 images, 12 labels beyond the classes")],
 )
 def test_labels_that_do_not_fit_the_images(idx, labels, said):
     """MNIST's format has no checksums."""
