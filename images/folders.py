@@ -32,7 +32,8 @@ def image_folder(root: Path, is_train: bool, args: Args) -> Found:
     Raises:
         UserError: they are not there, not of this form, or do not agree.
     """
-    top = next((root / place for place in PLACES if (root / place / "train").is_dir()), root)
+    halves = ("train", "train_new", "val")
+    top = next((root / place for place in PLACES if any((root / place / half).is_dir() for half in halves)), root)
     train, val = top / "train", top / "val"
     if (top / "train_new").is_dir():
         train = top / "train_new"

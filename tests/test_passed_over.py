@@ -111,6 +111,21 @@ def test_folders_that_lead_back_end_in_time(tmp_path, capsys, links):
     assert "folders that were read already" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """Nothing of it is left out; the tests' user may read everything, so the system's answer is played."""
+    small_set(tmp_path)
+    look = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return look(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"cannot read the folder .*train/dog: Permission denied; make it readable"):
+        build(tmp_path)
+
+
 def test_a_top_that_leads_to_itself_alone(tmp_path):
     for half in ("train", "val"):
         (tmp_path / half).mkdir()

@@ -75,6 +75,14 @@ def test_imagenet_as_kaggle_packs_it(tmp_path, place, capsys):
     )
 
 
+def test_kaggles_evaluation_half_alone(tmp_path):
+    write(tmp_path / "ILSVRC" / "Data" / "CLS-LOC")
+    (tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "train").rename(tmp_path / "gone")
+    kaggle_csv(tmp_path / "LOC_val_solution.csv")
+    images, classes = build_dataset(False, no_augmentation(data_set="IMNET", data_path=str(tmp_path)))
+    assert classes == SYNSETS and len(images) == 5
+
+
 def test_the_list_that_a_flag_names(imagenet, tmp_path):
     listed = kaggle_csv(tmp_path / "elsewhere.csv")
     assert read(imagenet, val_labels=str(listed)) == TRUTH
