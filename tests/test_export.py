@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY
+from pictures import make_args
 from PIL import Image
 from processes import PATIENCE
 from timm.data import create_transform
@@ -270,8 +271,7 @@ def test_preprocessing_of_a_written_model(world):
 
     transform = create_transform(**world.outside["tiny"]["config"])
     pixels = (load_digits().images[DIGITS_TRAIN] * (255 / 16)).round().astype("uint8")
-    args = argparse.Namespace(data_set="DIGITS", input_size=PIXELS, fast_resize=False)
-    evaluated, _ = datasets.build_dataset(False, args)
+    evaluated, _ = datasets.build_dataset(False, make_args(input_size=PIXELS))
     assert torch.equal(transform(Image.fromarray(pixels).convert("RGB")), normalise(evaluated[0][0]))
 
 
@@ -591,7 +591,7 @@ def test_a_failed_export_keeps_the_old_files(tmp_path, monkeypatch):
     exporting.to_torch(backbone, tmp_path, PIXELS)
     old = (tmp_path / "model.pt2").read_bytes()
 
-    def dies(program, path):
+    def dies(program, path, extra_files):
         Path(path).write_bytes(b"half a file")
         raise KeyboardInterrupt
 
