@@ -244,6 +244,6 @@ def order_note(classes: Sequence[str]) -> str:
     if wrong is None:
         return ""
     return (
-        f"note: the class folders are named by numbers, but sorted as text, as in torchvision: label {wrong} is "
-        f"folder {classes[wrong]}, not {by_number[wrong]}"
+        f"note: the classes are named by numbers, but sorted as text, as in torchvision: label {wrong} is "
+        f"{classes[wrong]}, not {by_number[wrong]}"
     )

@@ -287,8 +287,8 @@ def test_class_folders_of_numbers_are_sorted_as_text_and_that_is_said(tmp_path, 
         write_tree(tmp_path / half, {f"{number}/0.png": number for number in range(11)})
     build_dataset(True, imnet(tmp_path))
     said = capsys.readouterr().out
-    assert "note: the class folders are named by numbers, but sorted as text" in said
-    assert "label 2 is folder 10, not 2" in said
+    assert "note: the classes are named by numbers, but sorted as text" in said
+    assert "label 2 is 10, not 2" in said
     for half in ("train", "val"):
         shutil.rmtree(tmp_path / half / "10")
     build_dataset(True, imnet(tmp_path))
