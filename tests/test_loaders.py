@@ -766,7 +766,7 @@ def test_all_copies_of_a_bad_image_are_replaced_and_counted(damaged_folder, monk
 @pytest.mark.parametrize("repeated_aug", [True, False])
 def test_replaced_images_are_augmented_alike_by_any_worker_and_from_any_start(damaged_folder, repeated_aug):
     changes = {"data_set": "IMNET", "data_path": damaged_folder, "input_size": 24, "reprob": 0.5, "batch_size": 16}
-    args = make_args(**changes, skip_bad_images=True, repeated_aug=repeated_aug)
+    args = make_args(**changes, single_class=True, skip_bad_images=True, repeated_aug=repeated_aug)
     train_set, _ = build_dataset(True, args)
     loader = build_train_loader(args, train_set, 1, 0, CPU)
     bad = positions_of_bad_images(loader, 3)
