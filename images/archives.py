@@ -17,7 +17,6 @@ from images.found import Found, Samples, Texts
 from images.tar_index import FOLDER, LINK, PACKED_TARS, SPARSE, SPECIAL, Members, read_members
 from images.tree import (
     Passed,
-    Tree,
     check_tree,
     compare_classes,
     is_image,
@@ -141,14 +140,6 @@ def _target(name: str, links: Mapping[str, str]) -> str:
 # Tar files of folders
 
 
-class Half(NamedTuple):
-    """What a half of a data set holds; `tree.order` counts in `names`."""
-
-    names: list[str]
-    places: Places
-    tree: Tree
-
-
 def tar(root: Path, is_train: bool, args: Args) -> Found:
     """`train.tar` and `val.tar`: each holds one folder, or one tar file, of images per class.
 
@@ -192,12 +183,15 @@ def _tar_half(path: Path, output_dir: str, single_class: bool) -> Found:
 
 def _flat_tar(train: Path, val: Path, is_train: bool, args: Args) -> Found:
     """As `tar`, where `val.tar` is flat and --val-labels names the list of its labels."""
-    classes = _tar_half(train, args.output_dir, args.single_class).classes if train.is_file() else None
-    if is_train:
-        return _tar_half(train, args.output_dir, args.single_class)
+    trained = _tar_half(train, args.output_dir, args.single_class) if train.is_file() else None
+    if is_train and trained is not None:
+        return trained
+    classes = trained.classes if trained is not None else None
 
     def find() -> Found:
-        names, places, _, passed = _tar_images(val, args.output_dir)
+        names, places, folders, passed = _tar_images(val, args.output_dir)
+        if len(sort_images(names, folders).classes) > 1:
+            raise UserError(f"{val} has class folders, which say what --val-labels would: drop the flag")
         labelled, labels, known = label_flat(names, Path(args.val_labels), classes)
         if passed.counts:
             print_main(f"skipped in {val}: {passed}")

@@ -186,5 +186,9 @@ def test_a_list_where_none_is_needed(tmp_path):
     listed = kaggle_csv(tmp_path / "a.csv")
     with pytest.raises(UserError, match="val has class folders, which say what --val-labels would: drop the flag"):
         read(tmp_path, val_labels=str(listed))
+    for half in ("train", "val"):
+        subprocess.run(["tar", "cf", f"{half}.tar", half], cwd=tmp_path, check=True)
+    with pytest.raises(UserError, match=r"val\.tar has class folders, which say what --val-labels would"):
+        read(tmp_path, "tar", val_labels=str(listed))
     with pytest.raises(UserError, match="--val-labels is for --data-set IMNET and tar, not DIGITS: drop it"):
         build_dataset(False, no_augmentation(val_labels=str(listed)))
