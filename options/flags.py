@@ -14,7 +14,7 @@ from typing import Any
 
 from errors import UserError, is_first_on_machine
 from mixing import MODES
-from options.parser import Formatter, KeyValues, Parser, flag, switch
+from options.parser import Formatter, KeyValues, Parser, Resume, flag, switch
 from options.yaml_file import read_config
 
 
@@ -39,6 +39,10 @@ FROM_0, FROM_1, ABOVE_0 = (0, LARGEST), (1, LARGEST), (1e-9, LARGEST)
 SHARE = (0, 1)
 SEEDS = (0, 2**31)
 
+# What a resumed run makes of another value, in short. A flag that says which images come next, or what an epoch's
+# means are means of, cannot change within an epoch.
+STAYS, SAVED, EPOCH, NOW, FREE = Resume
+
 DIVERSITY = "diversity (all off by default: plain DeiT)"
 AS_REG = "the reference's spelling of --reg "
 
@@ -48,62 +52,72 @@ class Args:
     """The flags' values. A flag with `group` opens a group of --help."""
 
     mixing_coef: float = flag(
-        0, AS_REG + "patch.mixing=C: classify every patch token as well", "--mixing_coef", group=DIVERSITY
+        0, EPOCH, AS_REG + "patch.mixing=C: classify every patch token as well", "--mixing_coef", group=DIVERSITY
     )
-    emb_cos_within_coef: float = flag(0, AS_REG + "patch.cosine@last=C", "--emb_cos_within_coef")
-    emb_contrast_cross_coef: float = flag(0, AS_REG + "patch.contrastive@first:last=C", "--emb_contrast_cross_coef")
-    attn_cos_within_coef: float = flag(0, AS_REG + "attn.cosine@0=C", "--attn_cos_within_coef")
-    weight_mha_cond_orth_coef: float = flag(0, AS_REG + "weight.cno@all=C", "--weight_mha_cond_orth_coef")
+    emb_cos_within_coef: float = flag(0, EPOCH, AS_REG + "patch.cosine@last=C", "--emb_cos_within_coef")
+    emb_contrast_cross_coef: float = flag(
+        0, EPOCH, AS_REG + "patch.contrastive@first:last=C", "--emb_contrast_cross_coef"
+    )
+    attn_cos_within_coef: float = flag(0, EPOCH, AS_REG + "attn.cosine@0=C", "--attn_cos_within_coef")
+    weight_mha_cond_orth_coef: float = flag(0, EPOCH, AS_REG + "weight.cno@all=C", "--weight_mha_cond_orth_coef")
     reg: list[str] = flag(
         [],
+        EPOCH,
         "add a diversity term (repeatable); 0 switches off a term of the config file",
         action="append",
         metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]=COEF",
     )
     measure: list[str] = flag(
         [],
+        NOW,
         "measure redundancy on the evaluation set after each epoch, without training on it (repeatable)",
         action="append",
         metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]",
     )
 
     model: str = flag(
-        "deit_base_patch16_224", "any timm model; _diverse and layer24 names of the reference", group="model"
+        "deit_base_patch16_224", STAYS, "any timm model; _diverse and layer24 names of the reference", group="model"
     )
     model_kwargs: dict[str, Any] = flag(
         {},
+        STAYS,
         "arguments of the model's constructor, e.g. patch_size=4 depth=6",
         nargs="*",
         action=KeyValues,
         metavar="KEY=VALUE",
     )
-    input_size: int = flag(224, "image size in pixels", limits=FROM_1)
-    drop: float = flag(0.0, "dropout after the position embedding and in the blocks' projections", limits=SHARE)
-    drop_path: float = flag(0.1, "stochastic depth rate of the last block", limits=SHARE)
-    model_ema: bool = switch(True, on="keep a moving average of the weights (the default)", off="keep none")
-    model_ema_decay: float = flag(0.99996, "decay of the moving average, per step", limits=SHARE)
-    model_ema_force_cpu: bool = switch(False, on="keep the average in host memory")
+    input_size: int = flag(224, STAYS, "image size in pixels", limits=FROM_1)
+    drop: float = flag(
+        0.0, NOW, "dropout after the position embedding and in the blocks' projections", limits=SHARE
+    )
+    drop_path: float = flag(0.1, NOW, "stochastic depth rate of the last block", limits=SHARE)
+    model_ema: bool = switch(True, NOW, on="keep a moving average of the weights (the default)", off="keep none")
+    model_ema_decay: float = flag(0.99996, NOW, "decay of the moving average, per step", limits=SHARE)
+    model_ema_force_cpu: bool = switch(False, FREE, on="keep the average in host memory")
     amp_dtype: str = flag(
         "auto",
+        NOW,
         "autocast's dtype; auto: on CUDA bfloat16 where it has it, else float16; elsewhere float32",
         choices=["auto", *AMP_DTYPES],
     )
     torchcompile: str = flag(
         "",
+        FREE,
         "compile the forward pass and the loss before the first step (inductor if no backend is named)",
         nargs="?",
         const="inductor",
         metavar="BACKEND",
     )
     grad_checkpointing: bool = switch(
-        False, on="recompute the blocks in the backward pass: less memory, about a third more time"
+        False, FREE, on="recompute the blocks in the backward pass: less memory, about a third more time"
     )
 
     data_path: str | None = flag(
-        None, "folder of the data set (DIGITS needs none; hfds/: a cache, if given)", group="data"
+        None, FREE, "folder of the data set (DIGITS needs none; hfds/: a cache, if given)", group="data"
     )
     data_set: str = flag(
         "IMNET",
+        EPOCH,
         "IMNET: folders train (or train_new) and val; tar: the same in train.tar and val.tar; wds/FOLDER: "
         "WebDataset's shards; CIFAR (CIFAR-100), INAT, INAT19, DIGITS; hfds/NAME: a Hugging Face data set of that "
         "name, or in that folder; torch/NAME: torchvision's cifar10, mnist, fashion_mnist, ...",
@@ -111,107 +125,121 @@ class Args:
         metavar="NAME",
     )
     image_key: str = flag(
-        "", "column of the images (hfds/); by default the one of that type", "--image-key", "--input-key"
+        "", EPOCH, "column of the images (hfds/); by default the one of that type", "--image-key", "--input-key"
     )
-    target_key: str = flag("", "column of the labels (hfds/); by default the one of that type")
-    download: bool = switch(False, on="fetch the data set, if it is missing (torch/)")
+    target_key: str = flag("", EPOCH, "column of the labels (hfds/); by default the one of that type")
+    download: bool = switch(False, FREE, on="fetch the data set, if it is missing (torch/)")
     val_labels: str = flag(
         "",
+        NOW,
         "labels of evaluation images that lie in no class folders (IMNET, tar): LOC_val_solution.csv, lines of a "
         "file name and a class, or a class a line in the order of the file names",
         metavar="FILE",
     )
-    single_class: bool = switch(False, on="allow a data set with one class")
+    single_class: bool = switch(False, FREE, on="allow a data set with one class")
     class_names: list[str] = flag(
         [],
+        STAYS,
         "names of the classes in the order of their labels: checked against the data's own, or given to classes "
         "that have none; checkpoints, args.yaml and exports keep them",
         nargs="+",
         metavar="CLASS",
     )
-    inat_category: str = flag("name", "which label of iNaturalist", choices=list(INAT_CATEGORIES))
-    batch_size: int = flag(128, "images per process; evaluation takes 1.5 times as many", limits=FROM_1)
+    inat_category: str = flag("name", STAYS, "which label of iNaturalist", choices=list(INAT_CATEGORIES))
+    batch_size: int = flag(128, EPOCH, "images per process; evaluation takes 1.5 times as many", limits=FROM_1)
     num_workers: int | None = flag(
         None,
+        FREE,
         "loader processes per process; by default ten, but not more than its share of the cores",
         "--num_workers",
         limits=FROM_0,
     )
-    pin_mem: bool = switch(True, on="pin host memory for faster transfer to CUDA (the default)", off="do not pin")
+    pin_mem: bool = switch(
+        True, FREE, on="pin host memory for faster transfer to CUDA (the default)", off="do not pin"
+    )
     repeated_aug: bool = switch(
         True,
+        EPOCH,
         on="three differently augmented copies of each image (the default)",
         off="each image once an epoch",
     )
     group_repeats: bool = switch(
         False,
+        EPOCH,
         on="keep the copies of an image in the process that makes them; the global batch stays the same",
     )
     fast_resize: bool = switch(
         False,
+        EPOCH,
         on="crop and resize with torch instead of Pillow: faster, with other bytes (of 255 a crop's differ by 0.04 "
         "on average and up to 7, those of an image resized for evaluation by 0.004 and up to 1)",
     )
     skip_bad_images: bool = switch(
         False,
+        NOW,
         on="train on the next image where one cannot be decoded; in evaluation, whose accuracy that would change, "
         "it is always an error",
     )
     check_data: bool = switch(
-        False, on="read every image of both halves once, list those that cannot be read, and stop"
+        False, FREE, on="read every image of both halves once, list those that cannot be read, and stop"
     )
 
-    color_jitter: float = flag(0.4, "colour jitter; timm applies it only where --aa is off", group="augmentation")
-    aa: str = flag("rand-m9-mstd0.5-inc1", "RandAugment or AutoAugment policy; none: off")
-    smoothing: float = flag(0.1, "label smoothing")
-    train_interpolation: str = flag("bicubic", "random, bilinear or bicubic")
-    reprob: float = flag(0.25, "probability of random erasing")
-    remode: str = flag("pixel", "what is put into the erased box: const, rand or pixel")
-    recount: int = flag(1, "number of erased boxes")
-    resplit: bool = switch(False, on="erase nothing in the first half of each batch")
+    color_jitter: float = flag(
+        0.4, EPOCH, "colour jitter; timm applies it only where --aa is off", group="augmentation"
+    )
+    aa: str = flag("rand-m9-mstd0.5-inc1", EPOCH, "RandAugment or AutoAugment policy; none: off")
+    smoothing: float = flag(0.1, EPOCH, "label smoothing")
+    train_interpolation: str = flag("bicubic", EPOCH, "random, bilinear or bicubic")
+    reprob: float = flag(0.25, EPOCH, "probability of random erasing")
+    remode: str = flag("pixel", EPOCH, "what is put into the erased box: const, rand or pixel")
+    recount: int = flag(1, EPOCH, "number of erased boxes")
+    resplit: bool = switch(False, EPOCH, on="erase nothing in the first half of each batch")
 
-    mixup: float = flag(0.8, "Mixup's Beta parameter; 0: no Mixup", group="Mixup and CutMix")
-    cutmix: float = flag(1.0, "CutMix's Beta parameter; 0: no CutMix")
-    cutmix_minmax: list[float] | None = flag(None, "range of the box's sides; overrides --cutmix", nargs="+")
-    mixup_prob: float = flag(1.0, "probability of mixing at all")
-    mixup_switch_prob: float = flag(0.5, "probability of CutMix where both are on")
+    mixup: float = flag(0.8, EPOCH, "Mixup's Beta parameter; 0: no Mixup", group="Mixup and CutMix")
+    cutmix: float = flag(1.0, EPOCH, "CutMix's Beta parameter; 0: no CutMix")
+    cutmix_minmax: list[float] | None = flag(None, EPOCH, "range of the box's sides; overrides --cutmix", nargs="+")
+    mixup_prob: float = flag(1.0, EPOCH, "probability of mixing at all")
+    mixup_switch_prob: float = flag(0.5, EPOCH, "probability of CutMix where both are on")
     mixup_mode: str = flag(
-        "batch", "draw for each batch, each pair of partners, or each image", choices=list(MODES)
+        "batch", EPOCH, "draw for each batch, each pair of partners, or each image", choices=list(MODES)
     )
 
-    opt: str = flag("adamw", "any optimizer that timm knows", group="optimizer")
-    opt_eps: float = flag(1e-8, "epsilon", limits=FROM_0)
-    opt_betas: list[float] | None = flag(None, "betas; the optimizer's own by default", nargs="+")
+    opt: str = flag("adamw", STAYS, "any optimizer that timm knows", group="optimizer")
+    opt_eps: float = flag(1e-8, NOW, "epsilon", limits=FROM_0)
+    opt_betas: list[float] | None = flag(None, NOW, "betas; the optimizer's own by default", nargs="+")
     grad_accum_steps: int = flag(
-        1, "batches whose gradients make one step; the global batch grows by it", limits=FROM_1
+        1, EPOCH, "batches whose gradients make one step; the global batch grows by it", limits=FROM_1
     )
     nonfinite: str = flag(
         "skip",
+        NOW,
         "a step that is not finite on any process: skip drops it on all, stop ends the run",
         choices=["skip", "stop"],
     )
-    nonfinite_patience: int = flag(10, "that many dropped steps in a row end the run", limits=FROM_1)
-    clip_grad: float | None = flag(None, "largest norm of the whole gradient; none by default", limits=ABOVE_0)
-    momentum: float = flag(0.9, "momentum of SGD and its kin", limits=SHARE)
-    weight_decay: float = flag(0.05, "weight decay; none on biases, norms and embeddings", limits=FROM_0)
+    nonfinite_patience: int = flag(10, NOW, "that many dropped steps in a row end the run", limits=FROM_1)
+    clip_grad: float | None = flag(None, NOW, "largest norm of the whole gradient; none by default", limits=ABOVE_0)
+    momentum: float = flag(0.9, NOW, "momentum of SGD and its kin", limits=SHARE)
+    weight_decay: float = flag(0.05, NOW, "weight decay; none on biases, norms and embeddings", limits=FROM_0)
 
-    epochs: int = flag(300, "epochs to train", group="schedule", limits=FROM_1)
-    start_epoch: int = flag(0, "first epoch; --resume sets it", "--start_epoch", limits=FROM_0)
-    lr: float = flag(5e-4, "learning rate for a global batch of 512 images", limits=FROM_0)
+    epochs: int = flag(300, NOW, "epochs to train", group="schedule", limits=FROM_1)
+    start_epoch: int = flag(0, SAVED, "first epoch; --resume sets it", "--start_epoch", limits=FROM_0)
+    lr: float = flag(5e-4, NOW, "learning rate for a global batch of 512 images", limits=FROM_0)
     scale_lr_flag: bool = switch(
         True,
+        NOW,
         off={
             "--scale_lr_flag": "take --lr as it is, whatever the batch",
             "--unscale-lr": "the same as --scale_lr_flag, by a clearer name",
         },
     )
-    sched: str = flag("cosine", "timm's schedule", choices=list(SCHEDULES))
-    warmup_epochs: int = flag(5, "epochs of linear warm-up", limits=FROM_0)
-    warmup_lr: float = flag(1e-6, "rate the warm-up starts from", limits=FROM_0)
-    min_lr: float = flag(1e-5, "rate the schedule ends with", limits=FROM_0)
-    decay_epochs: float = flag(30, "epochs between decays (step)", limits=ABOVE_0)
+    sched: str = flag("cosine", STAYS, "timm's schedule", choices=list(SCHEDULES))
+    warmup_epochs: int = flag(5, NOW, "epochs of linear warm-up", limits=FROM_0)
+    warmup_lr: float = flag(1e-6, NOW, "rate the warm-up starts from", limits=FROM_0)
+    min_lr: float = flag(1e-5, NOW, "rate the schedule ends with", limits=FROM_0)
+    decay_epochs: float = flag(30, NOW, "epochs between decays (step)", limits=ABOVE_0)
     decay_rate: float = flag(
         0.1,
+        NOW,
         "factor of a decay (step, plateau), power (poly)",
         "--decay-rate",
         "--dr",
@@ -219,54 +247,70 @@ class Args:
         limits=ABOVE_0,
     )
     cooldown_epochs: int = flag(
-        10, "part of the schedule after its end; never trained, as in the reference", limits=FROM_0
+        10, NOW, "part of the schedule after its end; never trained, as in the reference", limits=FROM_0
     )
-    patience_epochs: int = flag(10, "epochs without a better top-1 before a decay (plateau)", limits=FROM_0)
+    patience_epochs: int = flag(10, NOW, "epochs without a better top-1 before a decay (plateau)", limits=FROM_0)
     lr_noise: list[float] | None = flag(
-        None, "noise on the rate from, and up to, these shares of the epochs", nargs="+"
+        None, NOW, "noise on the rate from, and up to, these shares of the epochs", nargs="+"
     )
-    lr_noise_pct: float = flag(0.67, "largest relative noise", limits=ABOVE_0)
-    lr_noise_std: float = flag(1.0, "deviation of the noise", limits=FROM_0)
+    lr_noise_pct: float = flag(0.67, NOW, "largest relative noise", limits=ABOVE_0)
+    lr_noise_std: float = flag(1.0, NOW, "deviation of the noise", limits=FROM_0)
 
-    teacher_model: str = flag("regnety_160", "any timm model", group="distillation and fine-tuning")
-    teacher_path: str = flag("", "the teacher's checkpoint: a file or an https address")
-    distillation_type: str = flag("none", "how the teacher is followed", choices=["none", "soft", "hard"])
-    distillation_alpha: float = flag(0.5, "share of the distillation loss", limits=SHARE)
-    distillation_tau: float = flag(1.0, "temperature of soft distillation", limits=ABOVE_0)
-    teacher_eval: bool = switch(False, on={"--teacher_eval": "evaluate the teacher and stop"})
-    finetune: str = flag("", "start from this checkpoint's weights: a file or an https address")
+    teacher_model: str = flag("regnety_160", EPOCH, "any timm model", group="distillation and fine-tuning")
+    teacher_path: str = flag("", FREE, "the teacher's checkpoint: a file or an https address")
+    distillation_type: str = flag("none", EPOCH, "how the teacher is followed", choices=["none", "soft", "hard"])
+    distillation_alpha: float = flag(0.5, EPOCH, "share of the distillation loss", limits=SHARE)
+    distillation_tau: float = flag(1.0, EPOCH, "temperature of soft distillation", limits=ABOVE_0)
+    teacher_eval: bool = switch(False, FREE, on={"--teacher_eval": "evaluate the teacher and stop"})
+    finetune: str = flag("", SAVED, "start from this checkpoint's weights: a file or an https address")
 
-    config: str = flag("", "flags by name, and regularizers", "-c", "--config", group="run", metavar="FILE.yaml")
-    output_dir: str = flag("", "where checkpoints and logs go; none are written by default", "--output_dir")
-    device: str = flag("auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
+    config: str = flag(
+        "", FREE, "flags by name, and regularizers", "-c", "--config", group="run", metavar="FILE.yaml"
+    )
+    output_dir: str = flag("", FREE, "where checkpoints and logs go; none are written by default", "--output_dir")
+    device: str = flag("auto", FREE, "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
     deterministic: bool = switch(
-        False, on="use deterministic algorithms only: equal runs are equal bit for bit, on CUDA more slowly"
+        False, FREE, on="use deterministic algorithms only: equal runs are equal bit for bit, on CUDA more slowly"
     )
-    seed: int = flag(0, "of initialisation, data order, augmentation and mixing", limits=SEEDS)
+    seed: int = flag(0, EPOCH, "of initialisation, data order, augmentation and mixing", limits=SEEDS)
     resume: str = flag(
         "",
+        FREE,
         "continue from this checkpoint: a file, an https address, or auto: the newest in --output_dir, if any",
     )
-    save_interval_steps: int = flag(0, "steps between checkpoints within an epoch; 0: only after it", limits=FROM_0)
-    save_interval_minutes: float = flag(0.0, "minutes between checkpoints; 0: only after each epoch", limits=FROM_0)
-    checkpoint_hist: int = flag(2, "checkpoints to keep: checkpoint.pth, then checkpoint.1.pth, ...", limits=FROM_1)
-    eval: bool = switch(False, on="evaluate (--resume FILE) and stop")
-    print_freq: int = flag(10, "steps between progress lines", limits=FROM_1)
+    save_interval_steps: int = flag(
+        0, FREE, "steps between checkpoints within an epoch; 0: only after it", limits=FROM_0
+    )
+    save_interval_minutes: float = flag(
+        0.0, FREE, "minutes between checkpoints; 0: only after each epoch", limits=FROM_0
+    )
+    checkpoint_hist: int = flag(
+        2, FREE, "checkpoints to keep: checkpoint.pth, then checkpoint.1.pth, ...", limits=FROM_1
+    )
+    eval: bool = switch(False, FREE, on="evaluate (--resume FILE) and stop")
+    print_freq: int = flag(10, FREE, "steps between progress lines", limits=FROM_1)
 
     dist_eval: bool = switch(
         True,
+        FREE,
         group="processes (torchrun's and SLURM's variables are read by themselves)",
         on="share the evaluation among the processes, exactly (the default)",
         off="let every process evaluate all images; the numbers are the same",
     )
     fsdp: bool = switch(
-        False, on="keep parameters, gradients, optimizer and EMA in shards over all processes (FSDP2)"
+        False, FREE, on="keep parameters, gradients, optimizer and EMA in shards over all processes (FSDP2)"
     )
     world_size: int = flag(
-        1, "number of processes, where the launcher sets RANK but no WORLD_SIZE", "--world_size", limits=FROM_1
+        1,
+        FREE,
+        "number of processes, where the launcher sets RANK but no WORLD_SIZE",
+        "--world_size",
+        limits=FROM_1,
     )
-    dist_url: str = flag("env://", "rendezvous address", "--dist_url")
-    dist_timeout: float = flag(1800.0, "seconds that processes wait for one that may have died", limits=FROM_1)
+    dist_url: str = flag("env://", FREE, "rendezvous address", "--dist_url")
+    dist_timeout: float = flag(
+        1800.0, FREE, "seconds that processes wait for one that may have died", limits=FROM_1
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------

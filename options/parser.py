@@ -1,13 +1,13 @@
 """From a table of flags to a command line. Nothing is imported here that takes time.
 
 The table is a dataclass, and each of its fields is a flag. The annotation gives the type; `flag` or `switch` says
-what it and the default do not:
+what it and the default do not, and what a resumed run makes of another value:
 
     @dataclass
     class Args:
-        epochs: int = flag(300, "epochs to train", group="schedule", limits=(1, 1000))    # --epochs N
-        opt_betas: list[float] | None = flag(None, "the optimizer's", nargs="+")          # --opt-betas X [X ...]
-        pin_mem: bool = switch(True, on="pin host memory", off="do not pin")              # --pin-mem, --no-pin-mem
+        epochs: int = flag(300, NOW, "epochs to train", limits=(1, 1000))           # --epochs N
+        opt_betas: list[float] | None = flag(None, NOW, "the optimizer's", nargs="+")  # --opt-betas X [X ...]
+        pin_mem: bool = switch(True, FREE, on="pin host memory", off="do not pin")  # --pin-mem, --no-pin-mem
 
 Every name works in both spellings (--batch-size, --batch_size).
 """
@@ -18,6 +18,7 @@ import argparse
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -30,6 +31,16 @@ METAVARS = {float: "X", int: "N", str: "TEXT"}
 
 # ------------------------------------------------------------------------------------------------------------
 # A row of the table
+
+
+class Resume(Enum):
+    """What a flag's value is worth when a run is resumed with another one than it had."""
+
+    STAYS = "must stay"
+    SAVED = "the checkpoint's holds"
+    EPOCH = "the new one holds from the next epoch on; within an epoch it must stay"
+    NOW = "the new one holds from here on"
+    FREE = "free: it does not change what is trained"
 
 
 @dataclass(frozen=True)
@@ -51,42 +62,57 @@ class Flag:
         options: one, or several for a switch.
         group: a title, if this flag opens a group of --help. The flags after it stand in the same group.
         limits: smallest and largest value, if there are any.
+        resume: what a resumed run makes of another value.
     """
 
     options: tuple[Option, ...]
+    resume: Resume
     group: str = ""
     limits: Limits | None = None
 
 
-def flag(default: T, help: str, *names: str, group: str = "", limits: Limits | None = None, **keywords: Any) -> T:
+def flag(
+    default: T,
+    resume: Resume,
+    help: str,
+    *names: str,
+    group: str = "",
+    limits: Limits | None = None,
+    **keywords: Any,
+) -> T:
     """A flag with a value.
 
     Args:
         names: on the command line, where they are not the field's alone. --help shows the spelling given here.
-        group, limits: see `Flag`.
+        resume, group, limits: see `Flag`.
         keywords: argparse's choices, metavar, nargs, const or action.
     """
     if "choices" in keywords:
         keywords.setdefault("metavar", None)  # --help shows the choices
     option = Option(names or ("--{}",), {"help": help, **keywords})
-    return _field(default, Flag((option,), group, limits))
+    return _field(default, Flag((option,), resume, group, limits))
 
 
 def switch(
-    default: bool, *, on: str | Mapping[str, str] = "", off: str | Mapping[str, str] = "", group: str = ""
+    default: bool,
+    resume: Resume,
+    *,
+    on: str | Mapping[str, str] = "",
+    off: str | Mapping[str, str] = "",
+    group: str = "",
 ) -> bool:
     """A flag without a value.
 
     Args:
         on, off: help text of the option that sets it (--NAME), and of the one that unsets it (--no-NAME), each if
             there is one; or names, with their help texts.
-        group: see `Flag`.
+        resume, group: see `Flag`.
     """
     options = []
     for action, name, help in (("store_true", "--{}", on), ("store_false", "--no-{}", off)):
         texts = help if isinstance(help, Mapping) else {name: help} if help else {}
         options += [Option((name,), {"help": text, "action": action}) for name, text in texts.items()]
-    return _field(default, Flag(tuple(options), group))
+    return _field(default, Flag(tuple(options), resume, group))
 
 
 def _field(default: Any, declared: Flag) -> Any:
