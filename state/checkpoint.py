@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from errors import UserError
-from utils import flush, print_main, write_atomically
+from utils import print_main, put_in_place, write_atomically
 
 # What reading arbitrary bytes may raise besides OSError, found by fuzzing: tests/test_checkpoint.py
 UNREADABLE = (
@@ -106,15 +106,23 @@ def _keep_previous(path: Path, keep: int) -> None:
     free = next((i for i in range(1, keep - 1) if not numbered[i].exists()), keep - 1)
     for i in range(free, 1, -1):
         os.replace(numbered[i - 1], numbered[i])
-    spare = numbered[1].with_name(numbered[1].name + ".tmp")
+    give_name(path, numbered[1])
+
+
+def give_name(path: Path, other: Path) -> None:
+    """Let `other` name the content of `path` as well, whole at any moment; it is not written again.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    spare = other.with_name(other.name + ".tmp")
     spare.unlink(missing_ok=True)
     try:
         try:
             os.link(path, spare)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, spare)
-            flush(spare)
-        os.replace(spare, numbered[1])
+        put_in_place(spare, other)
     finally:
         spare.unlink(missing_ok=True)
 
