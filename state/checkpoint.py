@@ -49,6 +49,7 @@ UNREADABLE = (
     MemoryError,
 )
 
+LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAMES = re.compile(r"checkpoint(\.[1-9]\d*|_best)?\.pth")  # what `newest` looks at
 _LEFTOVERS = "checkpoint*.tmp"  # what a save that was killed leaves behind
 _VALUES = (type(None), bool, int, float, str)
@@ -113,18 +114,27 @@ def give_name(path: Path, other: Path) -> None:
     """Let `other` name the content of `path` as well, whole at any moment; it is not written again.
 
     Raises:
-        OSError: the disk is full or failing.
+        UserError: the disk is full or failing, or the folder cannot be written to.
     """
     spare = other.with_name(other.name + ".tmp")
-    spare.unlink(missing_ok=True)
     try:
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, spare)
-        put_in_place(spare, other)
-    finally:
         spare.unlink(missing_ok=True)
+        try:
+            _link_or_copy(path, spare)
+            put_in_place(spare, other)
+        finally:
+            spare.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot save {other}: {error.strerror or error}; what was there before is still there"
+        ) from error
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, other)
 
 
 def _check_plain(value: Any, where: str) -> None:
