@@ -50,8 +50,8 @@ def build_backbone(args: Args, num_classes: int) -> Any:
         use_grad_checkpointing(backbone)
     if args.finetune:
         weights = model_weights(checkpoint.load(args.finetune), args.finetune)
-        fresh = load_for_finetuning(backbone, weights, args.finetune)
-        print_main(f"fine-tuning from {args.finetune}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+        adapted = load_for_finetuning(backbone, weights, args.finetune)
+        print_main("; ".join(filter(None, [f"fine-tuning from {args.finetune}", str(adapted)])))
     return backbone
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from errors import UserError
+from models.foreign import StateDict, classifiers, fit_positions, resample, second_heads, timms_names
 from models.sharding import like
 
-StateDict = dict[str, Tensor]
-
-HEADS = ("head.weight", "head_dist.weight")
+SHOWN = 4  # names that a message lists
 ADVICE = "Check --model, --input-size and --data-set; --finetune accepts another head and image size"
 
 
@@ -53,7 +51,8 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
         problems = []
         if shapes:
             name = shapes[0]
-            classes = " (classes, features)" if name in HEADS else ""
+            heads = [f"{head}.weight" for head in classifiers(model)]
+            classes = " (classes, features)" if name in heads else ""
             there, here = list(weights[name].shape), list(own[name].shape)
             problems.append(f"{name} is {there}{classes} there and {here} in the model")
         if missing:
@@ -64,35 +63,57 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
     model.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
 
 
-def load_for_finetuning(model: nn.Module, weights: StateDict, path: str) -> list[str]:
-    """Load weights of the same architecture, with another number of classes or image size.
+class Adapted(NamedTuple):
+    """What became of weights that did not fit a model in every tensor.
 
-    A head of another shape keeps its fresh initialisation; position embeddings are interpolated (bicubic).
+    Attributes:
+        new: the model's parameters that keep their fresh initialisation.
+        resampled: those that were brought to another size.
+        dropped: of the weights, for which the model has no place: a second head, a distillation token.
+    """
 
-    Returns:
-        The names of the parameters that were not loaded.
+    new: list[str]
+    resampled: list[str]
+    dropped: list[str]
+
+    def __str__(self) -> str:
+        found = ((kind, getattr(self, kind)) for kind in self._fields)
+        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in found if names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def load_for_finetuning(model: nn.Module, weights: StateDict, path: str, antialias: bool = False) -> Adapted:
+    """Load weights of the same architecture, with another number of classes or image size, or without distillation.
+
+    A head of another shape, and a distillation token that the weights do not have, keep their fresh initialisation.
+    Position embeddings and tables are interpolated. The names may be those of the architecture's published files.
+
+    Args:
+        weights: a state dict, which is left as it is.
+        antialias: for position embeddings, where the grid becomes smaller: timm does so, DeiT does not.
     Raises:
         UserError: the weights are not this architecture's.
     """
-    own, weights = model.state_dict(), dict(weights)
-    heads = [*HEADS, *(name.replace("weight", "bias") for name in HEADS)]
-    for name in [name for name in heads if name in own]:
-        if name in weights and weights[name].shape != own[name].shape:
-            del weights[name]
-    position = weights.get("pos_embed")
-    if position is not None and "pos_embed" in own and position.shape[1] != own["pos_embed"].shape[1]:
-        prefix = own["pos_embed"].shape[1] - model.patch_embed.num_patches  # type: ignore[union-attr]
-        grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
-        side = math.isqrt(max(position.shape[1] - int(prefix), 0))
-        if side**2 != position.shape[1] - int(prefix):
-            raise UserError(
-                f"{path} has {position.shape[1]} position embeddings, which are no square grid after this model's "
-                f"{prefix} prefix tokens: choose the model that the weights were trained with"
-            )
-        weights["pos_embed"] = resample_abs_pos_embed(
-            position, new_size=grid, num_prefix_tokens=int(prefix), antialias=False
-        )
-    not_loaded = [name for name in own if name not in weights]
-    fresh = {name: own[name] for name in not_loaded if name.startswith("head")}
-    load_weights(model, {**weights, **fresh}, path)
-    return not_loaded
+    own = model.state_dict()
+    there = timms_names(model, fit_positions(model, weights, path, antialias), path)
+    heads = {f"{head}.{part}" for head in classifiers(model) for part in ("weight", "bias")}
+    optional = tuple(f"{name}." for name in second_heads(model))
+    for name in [name for name in own if name in there and there[name].shape != own[name].shape]:
+        if name in heads:
+            del there[name]
+        else:
+            there[name] = resample(name, there[name], own[name], antialias)
+
+    def may_differ(name: str) -> bool:
+        return name in heads or name == "dist_token" or name.startswith(optional)
+
+    new = [name for name in own if name not in there and may_differ(name)]
+    dropped = [name for name in there if name not in own and may_differ(name)]
+    fitting = {name: value for name, value in there.items() if name not in dropped}
+    load_weights(model, {**fitting, **{name: own[name] for name in new}}, path)
+    resampled = [name for name in fitting if name in weights and weights[name].shape != fitting[name].shape]
+    return Adapted(new, resampled, dropped)

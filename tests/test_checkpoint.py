@@ -41,7 +41,7 @@ from engine import Precision, Updater, train_one_epoch
 from errors import UserError
 from losses import Objective
 from models import DiverseViT, build_model
-from models.weights import load_for_finetuning, model_weights
+from models.weights import model_weights
 from state import checkpoint
 from state.run_state import RunState
 
@@ -833,36 +833,3 @@ def test_a_file_without_weights(tiny):
         model_weights([1, 2], "x.pth")
     weights = {"module.head.weight": torch.zeros(2), "_orig_mod.head.bias": torch.zeros(2)}
     assert list(model_weights({"state_dict": weights}, "x.pth")) == ["head.weight", "head.bias"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Fine-tuning
-
-
-def test_fine_tuning_to_other_classes_and_images(tiny):
-    source, _ = tiny()
-    target = build_model("deit_tiny_patch16_224", **TINY | {"img_size": 48, "num_classes": 7})
-    weights = source.backbone.state_dict()
-    head = target.head.weight.clone()
-    assert load_for_finetuning(target, weights, "x.pth") == ["head.weight", "head.bias"]
-    assert torch.equal(target.head.weight, head)
-    assert torch.equal(target.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
-    grid = weights["pos_embed"][:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    larger = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
-    assert torch.equal(target.pos_embed[:, 0], weights["pos_embed"][:, 0])
-    torch.testing.assert_close(target.pos_embed[:, 1:], larger.permute(0, 2, 3, 1).reshape(1, 36, 24))
-    assert weights["head.weight"].shape == (5, 24)  # the caller's weights are left alone
-
-
-def test_fine_tuning_keeps_a_fitting_head(tiny):
-    source, _ = tiny(seed=0)
-    target, _ = tiny(seed=1)
-    assert load_for_finetuning(target.backbone, source.backbone.state_dict(), "x.pth") == []
-    assert same(target.backbone.state_dict(), source.backbone.state_dict())
-
-
-def test_fine_tuning_from_another_architecture_is_refused(tiny):
-    source, _ = tiny()
-    deeper = build_model("deit_tiny_patch16_224", **TINY | {"depth": 4})
-    with pytest.raises(UserError, match=r"x.pth does not fit .*parameters are missing, first blocks.3"):
-        load_for_finetuning(deeper, source.backbone.state_dict(), "x.pth")

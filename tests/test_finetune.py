@@ -1,0 +1,285 @@
+"""Fine-tuning: every family, to other classes, another image size and both, against what timm itself loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from families import CLASSES, FAMILIES
+from torch import Tensor
+
+from errors import UserError
+from models import build_model
+from models.weights import load_for_finetuning
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+NAMES = {"volo": "volo_d1_224", "mvitv2": "mvitv2_tiny", "mvitv2_cls": "mvitv2_base_cls"}  # built by their classes
+TAKES_ANY_SIZE = ("naflex", "pvt_v2")  # without an image size of their own
+# What timm does not resample, or not as DeiT does: computed again below.
+OURS = ("pos_embed", "attention_biases")
+
+
+def make(name: str, seed: int, **changes: Any) -> Any:
+    """A family's model in float32, with random values in its tables, as timm builds it."""
+    built: Any = FAMILIES[name].make
+    arguments = {**built.keywords, **changes}
+    if name.startswith(TAKES_ANY_SIZE):
+        arguments.pop("img_size", None)
+    torch.manual_seed(seed)
+    model = built.func(*built.args, **arguments)
+    if name in NAMES:
+        config = timm.get_pretrained_cfg(NAMES[name])
+        assert config is not None
+        model.pretrained_cfg = config.to_dict()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def as_timm_loads(name: str, weights: Mapping[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    """What `timm.create_model(..., pretrained=True)` makes of the weights; {} where it cannot."""
+    built: Any = FAMILIES[name].make
+    if name in NAMES:
+        return {}
+    arguments = {**built.keywords, **changes}
+    if name.startswith(TAKES_ANY_SIZE):
+        arguments.pop("img_size", None)
+    side = FAMILIES[name].pixels
+    source = {"state_dict": dict(weights), "num_classes": CLASSES, "input_size": (3, side, side)}
+    try:
+        model = timm.create_model(*built.args, pretrained=True, pretrained_cfg_overlay=source, **arguments)
+    except RuntimeError:  # of the position embeddings of hiera, cait, ... timm resamples none
+        return {}
+    return dict(model.state_dict())
+
+
+def positions(there: Tensor, here: Tensor, antialias: bool) -> Tensor:
+    """[1, T + n n, D] or [1, n, n, D] to the other size, one prefix row after the other."""
+    if there.ndim == 4:
+        grid = there.permute(0, 3, 1, 2)
+        shape = (here.shape[1], here.shape[2])
+        return F.interpolate(grid, shape, mode="bicubic", antialias=antialias).permute(0, 2, 3, 1)
+    prefix = next(t for t in range(6) if all(float((p.shape[1] - t) ** 0.5).is_integer() for p in (there, here)))
+    rows = [there[:, number] for number in range(prefix)]
+    n, m = (round((p.shape[1] - prefix) ** 0.5) for p in (there, here))
+    grid = there[:, prefix:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (m, m), mode="bicubic", antialias=antialias)
+    rows += list(grid.permute(2, 3, 0, 1).flatten(0, 1))
+    return torch.stack(rows, dim=1)
+
+
+def biases(there: Tensor, here: Tensor) -> Tensor:
+    """LeViT's [H, n n], one head after the other."""
+    n, m = (round(each.shape[1] ** 0.5) for each in (there, here))
+    heads = [F.interpolate(row.view(1, 1, n, n), (m, m), mode="bicubic", antialias=True) for row in there]
+    return torch.stack([head.flatten() for head in heads])
+
+
+CHANGES = {
+    "same": lambda pixels: {},
+    "classes": lambda pixels: {"num_classes": 7},
+    "larger": lambda pixels: {"img_size": pixels * 3 // 2 if pixels != 64 else 128},
+    "smaller": lambda pixels: {"img_size": pixels // 2},
+    "both": lambda pixels: {"num_classes": 7, "img_size": pixels * 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # of timm's own run
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, change: str) -> None:
+    changes: Callable[[int], dict[str, Any]] = CHANGES[change]
+    wanted = changes(FAMILIES[name].pixels)
+    source, target = make(name, 0), make(name, 1, **wanted)
+    weights = {key: value.clone() for key, value in source.state_dict().items()}
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    adapted = load_for_finetuning(target, weights, "x.pth")
+    after, timms = target.state_dict(), as_timm_loads(name, weights, **wanted)
+    heads = [key for key in before if key.split(".")[0] in ("head", "head_dist", "aux_head")]
+    heads = [key for key in heads if before[key].shape != weights[key].shape]
+    assert sorted(adapted.new) == sorted(heads) and bool(heads) == ("num_classes" in wanted)
+    assert adapted.dropped == []
+    assert set(adapted.resampled) == {
+        key for key in after if after[key].shape != weights[key].shape and key not in heads
+    }
+    for key, value in after.items():
+        if key in heads:
+            expected = before[key]
+        elif value.shape == weights[key].shape:
+            expected = weights[key]
+        elif key.endswith("pos_embed"):
+            expected = positions(weights[key], value, antialias=False)
+        elif key.endswith("attention_biases"):
+            expected = biases(weights[key], value)
+        elif key.endswith(("rel_pos_h", "rel_pos_w")):  # mvitv2, [n, d]
+            expected = F.interpolate(weights[key].T[None], value.shape[0], mode="linear")[0].T
+        else:
+            expected = timms[key]
+            assert not torch.equal(expected, before[key]), key
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+        if key in timms and key not in heads and not key.endswith(OURS):
+            assert torch.equal(value, timms[key]), key
+    assert all(torch.equal(weights[key], value) for key, value in source.state_dict().items())
+    images = torch.randn(2, 3, *[wanted.get("img_size", FAMILIES[name].pixels)] * 2)
+    with torch.no_grad():
+        logits = target(images)
+    assert logits.shape == (2, wanted.get("num_classes", CLASSES)) and logits.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the same numbers must come of, as ever
+
+
+def tiny(name: str = "deit_tiny_patch16_224", seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    return build_model(name, **{**TINY, **changes})
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_other_classes_and_images_of_a_plain_model() -> None:
+    source, target = tiny(), tiny(seed=1, img_size=48, num_classes=7)
+    weights, head = source.state_dict(), target.head.weight.clone()
+    adapted = load_for_finetuning(target, weights, "x.pth")
+    assert adapted == (["head.weight", "head.bias"], ["pos_embed"], [])
+    assert str(adapted) == "new: head.weight, head.bias; resampled: pos_embed"
+    assert torch.equal(target.head.weight, head)
+    assert torch.equal(target.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
+    grid = weights["pos_embed"][:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    larger = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
+    assert torch.equal(target.pos_embed[:, 0], weights["pos_embed"][:, 0])
+    assert torch.equal(target.pos_embed[:, 1:], larger.permute(0, 2, 3, 1).reshape(1, 36, 24))
+    assert weights["head.weight"].shape == (5, 24)  # the caller's weights are left alone
+
+
+def test_a_fitting_head_is_kept() -> None:
+    source, target = tiny(), tiny(seed=1)
+    assert load_for_finetuning(target, source.state_dict(), "x.pth") == ([], [], [])
+    assert same(target.state_dict(), source.state_dict())
+
+
+def test_weights_without_a_head() -> None:
+    source, target = tiny(num_classes=0), tiny(seed=1)
+    assert load_for_finetuning(target, source.state_dict(), "x.pth").new == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 4}, r"x.pth does not fit .*parameters are missing, first blocks.2"),
+        ({"depth": 1}, r"x.pth does not fit .* are unknown to the model, first blocks.1.norm1.weight"),
+        ({"embed_dim": 48}, r"x.pth does not fit .*cls_token is \[1, 1, 24\] there and \[1, 1, 48\] in the model"),
+        ({"class_token": False, "global_pool": "avg"}, "17 position embeddings, which are no square grid after"),
+        ({"in_chans": 1}, r"patch_embed.proj.weight is \[24, 3, 8, 8\] there and \[24, 1, 8, 8\]"),
+    ],
+)
+def test_what_is_left_over_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_for_finetuning(tiny(**changes), tiny().state_dict(), "x.pth")
+
+
+@pytest.mark.parametrize("target", ["swin", "tnt", "mvitv2", "naflex", "levit", "hiera", "beit", "deepseek"])
+def test_weights_of_another_family(target: str) -> None:
+    with pytest.raises(UserError, match=r"^x.pth (does not fit|has)") as raised:
+        load_for_finetuning(make(target, 0), tiny().state_dict(), "x.pth")
+    assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# With and without a distillation token
+
+DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("classes", [5, 7])
+def test_plain_to_distilled(size: int, classes: int) -> None:
+    source, target = tiny(), tiny(DISTILLED, 1, img_size=size, num_classes=classes)
+    weights, before = source.state_dict(), {key: value.clone() for key, value in target.state_dict().items()}
+    adapted = load_for_finetuning(target, weights, "x.pth")
+    own = ["head.weight", "head.bias"] if classes != 5 else []
+    assert set(adapted.new) == {"dist_token", "head_dist.weight", "head_dist.bias", *own} and not adapted.dropped
+    assert torch.equal(target.dist_token, before["dist_token"])
+    assert torch.equal(target.head_dist.weight, before["head_dist.weight"])
+    assert torch.equal(target.pos_embed[:, 0], weights["pos_embed"][:, 0])  # of the class token
+    assert torch.equal(target.pos_embed[:, 1], before["pos_embed"][:, 1])  # of the distillation token
+    assert torch.equal(target.head.weight, weights["head.weight"] if classes == 5 else before["head.weight"])
+    expected = positions(weights["pos_embed"][:, 1:], target.pos_embed[:, 2:], antialias=False)
+    torch.testing.assert_close(target.pos_embed[:, 2:].detach(), expected, rtol=0, atol=1e-7)
+    for name in ("cls_token", "blocks.1.attn.qkv.weight", "norm.bias"):
+        assert torch.equal(target.get_parameter(name), weights[name])
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_distilled_to_plain(size: int) -> None:
+    source, target = tiny(DISTILLED), tiny(seed=1, img_size=size)
+    weights = source.state_dict()
+    adapted = load_for_finetuning(target, weights, "x.pth")
+    assert not adapted.new and set(adapted.dropped) == {"dist_token", "head_dist.weight", "head_dist.bias"}
+    assert "dropped: dist_token, head_dist.weight, head_dist.bias" in str(adapted)
+    assert torch.equal(target.pos_embed[:, 0], weights["pos_embed"][:, 0])
+    expected = positions(weights["pos_embed"][:, 2:], target.pos_embed[:, 1:], antialias=False)
+    torch.testing.assert_close(target.pos_embed[:, 1:].detach(), expected, rtol=0, atol=1e-7)
+    assert torch.equal(target.head.weight, weights["head.weight"])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_levit_with_and_without_its_second_head(there: bool) -> None:
+    source, target = make("levit", 0, distilled=there), make("levit", 1, distilled=not there)
+    adapted = load_for_finetuning(target, source.state_dict(), "x.pth")
+    changed = adapted.dropped if there else adapted.new
+    assert changed and all(name.startswith("head_dist.") for name in changed)
+    assert not (adapted.new if there else adapted.dropped)
+    assert torch.equal(target.head.linear.weight, source.head.linear.weight)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Names of published files
+
+
+def test_the_files_of_deit3() -> None:
+    """DeiT III calls its layer scales gamma_1 and gamma_2, and gives its class token no position."""
+    source = tiny("deit3_small_patch16_224")
+    target = tiny("deit3_small_patch16_224", 1, img_size=48, num_classes=7)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    published = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+        for key, value in source.state_dict().items()
+    }
+    assert "blocks.0.gamma_1" in published
+    adapted = load_for_finetuning(target, published, "x.pth")
+    assert adapted == (["head.weight", "head.bias"], ["pos_embed"], [])
+    for block in (0, 1):
+        assert torch.equal(target.blocks[block].ls1.gamma, source.blocks[block].ls1.gamma)
+        assert torch.equal(target.blocks[block].ls2.gamma, source.blocks[block].ls2.gamma)
+    expected = positions(source.pos_embed.detach(), target.pos_embed, antialias=False)
+    torch.testing.assert_close(target.pos_embed.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_files_of_swin() -> None:
+    """Microsoft's have the down-sampling at the end of a stage, a plain head, and buffers that timm computes."""
+    source, target = make("swin", 0), make("swin", 1, num_classes=7)
+    published = {}
+    for key, value in source.state_dict().items():
+        key = key.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head.")
+        published[key] = value
+    published["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
+    adapted = load_for_finetuning(target, published, "x.pth")
+    assert adapted == (["head.fc.weight", "head.fc.bias"], [], [])
+    assert torch.equal(target.layers[1].downsample.reduction.weight, source.layers[1].downsample.reduction.weight)
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_resampled_tables_are_told_briefly() -> None:
+    target = make("beit", 1, img_size=48, depth=12)
+    adapted = load_for_finetuning(target, make("beit", 0, depth=12).state_dict(), "x.pth")
+    assert len(adapted.resampled) == 12 and str(adapted).endswith(" and 8 more")
