@@ -1,34 +1,25 @@
-"""From flags to objects: model, objective, mixing, optimizer, schedule and EMA. No loop lives here."""
+"""From flags to objects: model, teacher, objective and mixing. The rest of a run is built in runs.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.optim import create_optimizer
-from timm.scheduler import create_scheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
-from engine import Finite, Precision
-from errors import BAD_ARGUMENT, UserError, reason
+from errors import UserError
 from losses import LabelLoss, Objective
 from mixing import Mixing
 from mixing.mixup import Mixup
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead
-from models.sharding import check_optimizer, shard
 from models.weights import load_for_finetuning, load_weights, model_weights
-from options import config
 from options.config import Resolved
 from options.flags import Args
 from regularizers import Diversity
 from state import checkpoint
-from state.run_state import RunState
-from utils import broadcast_from_main, broadcast_object, print_main, rank, world_size
+from utils import broadcast_from_main, print_main, rank
 
 
 def build_backbone(args: Args, num_classes: int) -> Any:
@@ -164,87 +155,3 @@ def build_mixing(args: Args, backbone: nn.Module, diversity: Diversity) -> Mixin
         patch_size=find_layout(backbone).patch_size if diversity.labelled else None,
         seed=args.seed + rank(),
     )
-
-
-def build_run(
-    args: Args,
-    model: DiverseViT,
-    precision: Precision,
-    mixing: Mixing,
-    replaced: Tensor | None = None,
-) -> RunState:
-    """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues.
-
-    Args:
-        replaced: which samples of the running epoch stand in for a bad image (SeededDataset.replaced).
-    """
-    ema = None
-    if args.fsdp:
-        check_optimizer(args.opt, lambda layer: create_optimizer(replace(args, lr=0.1), layer), precision.device)
-        model.cpu()  # so that no GPU ever holds the EMA's copy
-    if args.model_ema:
-        device = torch.device("cpu") if args.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
-    if args.fsdp:
-        for network in (model, ema.module) if ema is not None else (model,):
-            shard(network, precision.device)
-    scaled = replace(args, lr=scaled_lr(args))
-    try:
-        optimizer = create_optimizer(scaled, model.backbone)
-        schedule, _ = create_scheduler(scaled, optimizer)  # stepped after each epoch, as the reference does
-    except BAD_ARGUMENT as error:
-        raise UserError(f"--opt {args.opt} and --sched {args.sched} cannot be built: {reason(error)}") from error
-    if getattr(optimizer, "is_second_order", False) and any(
-        getattr(m, "fused_attn", False) for m in model.modules()
-    ):
-        raise UserError(
-            f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
-            "set the environment variable TIMM_FUSED_ATTN=0"
-        )
-    run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixing)
-    run_state.samples_per_step = args.batch_size * args.grad_accum_steps
-    run_state.running.finite = Finite(args.nonfinite, args.nonfinite_patience)
-    if replaced is not None:
-        run_state.replaced = replaced
-    if args.resume == "auto":
-        resume_newest(run_state, Path(args.output_dir))
-    elif args.resume:
-        run_state.load_state_dict(checkpoint.load(args.resume), args.resume)
-        print_main(describe_resumed(run_state, args.resume))
-    elif args.start_epoch > 0:
-        run_state.epoch = args.start_epoch - 1
-        run_state.lr_scheduler.step(run_state.epoch)
-    return run_state
-
-
-def resume_newest(run_state: RunState, folder: Path) -> None:
-    """--resume auto: continue from the newest valid checkpoint of a folder, if it has any."""
-    newest: str | None = broadcast_object(lambda: _path_of_newest(folder))
-    if newest is None:
-        print_main(f"--resume auto: no checkpoint in {folder}, this is a fresh run")
-        return
-    run_state.load_state_dict(checkpoint.load(newest), newest)
-    print_main(describe_resumed(run_state, newest))
-
-
-def _path_of_newest(folder: Path) -> str | None:
-    found = checkpoint.newest(folder)
-    return str(found[0]) if found is not None else None
-
-
-def describe_resumed(run_state: RunState, path: str) -> str:
-    """What was found in a checkpoint, in words."""
-    done = f"epoch {run_state.epoch + 1} is done" if run_state.epoch >= 0 else "the first epoch has begun"
-    step = run_state.running.step
-    inside = f", and {step} steps after it" if step else ""
-    return f"resumed {path}: {done}{inside}, best top-1 {run_state.max_acc:.2f}%"
-
-
-def scaled_lr(args: Args) -> float:
-    """--lr is for 512 images; scale it to the global batch unless told not to."""
-    return args.lr * global_batch(args) / 512.0 if args.scale_lr_flag else args.lr
-
-
-def global_batch(args: Args) -> int:
-    """Images in one step, over all processes and accumulated batches."""
-    return args.batch_size * args.grad_accum_steps * world_size()

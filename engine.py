@@ -45,6 +45,9 @@ class Loader(Protocol):
 class Observer(Protocol):
     """What watches a run: a saver, a log, a tracker."""
 
+    def complete(self) -> None:
+        """A finished epoch is resumed: do what was left undone when the run before it ended."""
+
     def after_step(self, step: int) -> None:
         """A step of the running epoch is done; they are counted from 1."""
 
@@ -111,8 +114,12 @@ class Updater:
         second_order = getattr(self.optimizer, "is_second_order", False)
         self.precision.scaler.scale(loss).backward(create_graph=second_order)
 
-    def step(self, model: nn.Module) -> None:
-        """Update the model's parameters from the gradients."""
+    def step(self, model: nn.Module, number: int = 0) -> None:
+        """Update the model's parameters from the gradients.
+
+        Args:
+            number: of the update, from 1 in a run; an average with a warm-up asks for it.
+        """
         scaler = self.precision.scaler
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
@@ -120,7 +127,7 @@ class Updater:
         scaler.step(self.optimizer)
         scaler.update()
         if self.ema is not None:
-            self.ema.update(unwrap(model))
+            self.ema.update(unwrap(model), step=number if self.ema.use_warmup else None)
 
 
 class Finite:
@@ -223,11 +230,13 @@ class Running:
 
     Attributes:
         step: steps that are done.
-        meters: the means over them.
+        updates: of the weights, in the whole run; a step that is dropped is none.
+        meters: the means over the steps.
         finite: what is to happen to a step that is not finite.
     """
 
     step: int = 0
+    updates: int = 0
     meters: Meters = field(default_factory=Meters)
     finite: Finite = field(default_factory=Finite)
 
@@ -287,7 +296,8 @@ def train_one_epoch(
                 for part in apart(terms, of_batch) if is_sharded(model) else [loss]:
                     updater.backward(part)
         if running.finite.verdict(step):
-            updater.step(model)
+            running.updates += 1
+            updater.step(model, running.updates)
             running.meters.update(values)
         running.step = step
         for observer in observers:
@@ -348,7 +358,7 @@ def evaluate_together(
         after_batch: told the number of each batch that is done, from 1.
     Returns:
         For each model 'loss' (plain cross-entropy), 'acc1' and 'acc5' in percent, and for the first one every
-        measured term by name: means over samples.
+        measured term by name: means over samples. Accuracies are not a number where a logit is not finite.
     """
     tallies = [Tally(model, precision, None if number else measure) for number, model in enumerate(models)]
     for batch, (images, targets) in enumerate(in_step(models, loader), start=1):
@@ -389,7 +399,8 @@ class Tally:
             return
         logits = full_precision(captured.logits)  # [B, K]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
-        row = [F.cross_entropy(logits, targets, reduction="sum"), 100 * hits[:, 0].sum(), 100 * hits.sum()]
+        percent = torch.where(logits.isfinite().all(dim=1, keepdim=True), 100.0 * hits, torch.nan)
+        row = [F.cross_entropy(logits, targets, reduction="sum"), percent[:, 0].sum(), percent.sum()]
         row += [term.value * len(targets) for term in measured.values()]
         row.append(torch.full((), len(targets), device=device))
         self._sums += torch.stack([value.to(self._sums.device).to(self._sums.dtype) for value in row])

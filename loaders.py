@@ -26,6 +26,7 @@ from datasets import Example, LabelledImages
 from errors import UserError
 from exchange import Exchange
 from images.decode import ImageError
+from images.found import digest
 from images.transforms import Erasing
 from options.flags import Args
 from samplers import Draw, RASampler, ResumableSampler, ShardSampler
@@ -261,6 +262,10 @@ class TrainLoader(DeviceLoader):
     def replaced(self) -> Tensor:
         """bool [samples of an epoch], which of the running one stand in for a bad image; empty if none may."""
         return self._samples.replaced
+
+    def digest(self) -> str:
+        """Tells another training set from this one; see `images.found.digest`. All processes must ask together."""
+        return str(utils.broadcast_object(lambda: digest(self._samples.dataset.samples)))
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the order of the passes to come, and the sample at which the next one (only) starts.

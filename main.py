@@ -34,11 +34,8 @@ from build import (
     build_diversity,
     build_mixing,
     build_objective,
-    build_run,
     build_student,
     build_teacher,
-    global_batch,
-    scaled_lr,
 )
 from check_data import check_data
 from datasets import LabelledImages, build_dataset, named
@@ -54,7 +51,11 @@ from models.weights import load_weights, model_weights
 from options import config
 from options.config import Resolved
 from regularizers import Diversity
-from state import checkpoint
+from runs import build_run, global_batch, scaled_lr
+from schedules import without_effect
+from state import checkpoint, resumption
+from state.lock import Lock
+from state.resumption import Earlier
 from state.run_state import RunState, check_class_names
 from state.saver import Saver
 from utils import (
@@ -122,7 +123,11 @@ def run(args: Resolved) -> None:
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
         return
-    backbone = build_backbone(args, num_classes)
+    earlier = None if args.eval else resumption.find(args)
+    if earlier is not None:
+        args = resumption.in_force(args, earlier)
+        check_class_names(earlier.state["args"], args.class_names, earlier.path)
+    backbone = build_backbone(args if earlier is None else replace(args, finetune=""), num_classes)
     diversity, measure = build_diversity(args, backbone)
     model = build_student(args, backbone, diversity, measure, num_classes, device)
     if args.eval:
@@ -130,8 +135,8 @@ def run(args: Resolved) -> None:
         evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
         return
     objective = build_objective(args, diversity, num_classes, device)
-    with Signals() as signals:
-        train(args, model, objective, measure, val_set, precision, signals)
+    with Signals() as signals, Lock(Path(args.output_dir) if args.output_dir else None):
+        train(args, model, objective, measure, val_set, precision, signals, earlier)
 
 
 def start(args: Resolved) -> Precision:
@@ -162,6 +167,7 @@ def train(
     val_set: LabelledImages,
     precision: Precision,
     signals: Signals,
+    earlier: Earlier | None = None,
 ) -> None:
     """Build what only training needs; then the epochs: train, save, evaluate the model and its EMA, log, save."""
     device = precision.device
@@ -169,15 +175,22 @@ def train(
     mixing = build_mixing(args, model.backbone, objective.diversity)
     train_loader = build_train_loader(args, train_set, world_size(), rank(), device)
     val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
-    run_state = build_run(args, model, precision, mixing, train_loader.replaced)
+    run_state = build_run(args, model, precision, mixing, train_loader, earlier)
     if args.torchcompile:
         compile_model(args.torchcompile, model)
         objective.compile(args.torchcompile)
+    output = Path(args.output_dir) if args.output_dir else None
+    saver = build_saver(args, run_state, output, signals, len(val_set) // world_size() // val_loader.batch_size)
+    observers: list[Observer] = [TextLog(output / LOG, run_state.log), saver] if output else [saver]
+    if earlier is not None and earlier.is_in(output) and run_state.running.step == 0:
+        for observer in observers:
+            observer.complete()
     print_plan(args, model, precision, len(train_set), run_state)
     if run_state.epoch + 1 >= args.epochs:
         print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
         return
-    output = make_output_dir(args, run_state) if args.output_dir else None
+    if output is not None:
+        prepare(output, args, run_state)
     updater = Updater(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps)
     wrapped = distribute(model, device)
     training_mode = not args.finetune  # DeiT fine-tunes in evaluation mode
@@ -186,8 +199,6 @@ def train(
         spent = warm_up(wrapped, objective, measure, updater, mixing, batches, training_mode)
         if args.torchcompile:
             print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
-    saver = build_saver(args, run_state, output, signals, len(val_set) // world_size() // val_loader.batch_size)
-    observers: list[Observer] = [TextLog(output / LOG, run_state.log), saver] if output else [saver]
     run_state.restore_streams()
 
     began = time.perf_counter()
@@ -207,10 +218,15 @@ def train(
         if averaged:
             print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
         record = run_state.finish_epoch(trained, tested, averaged)
-        print_main(f"Max accuracy: {run_state.max_acc:.2f}%")
+        print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
         for observer in observers:
             observer.after_epoch(record)
     print_main(f"Training time {clock(time.perf_counter() - began)}")
+    if averaged and tested["acc1"] > averaged["acc1"]:
+        print_main(
+            f"note: the moving average ends with {averaged['acc1']:.2f}% and the model itself with "
+            f"{tested['acc1']:.2f}%. script/export_model.py takes the better one; timm's loaders take the average"
+        )
 
 
 def build_saver(
@@ -278,13 +294,16 @@ def evaluate_checkpoint(
 def print_plan(args: Resolved, model: DiverseViT, precision: Precision, samples: int, run_state: RunState) -> None:
     """What is about to happen, so that a wrong batch or rate is seen at once."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    noise = f" (and noise of up to {100 * args.lr_noise_pct:g} %)" if args.lr_noise else ""
     print_main(
         f"{args.model}: {parameters:,} parameters, {samples:,} training images, {world_size()} process(es) on "
         f"{precision.device.type} in {precision.name}\n"
-        f"global batch {global_batch(args)}, peak learning rate {scaled_lr(args):.4g}, "
+        f"global batch {global_batch(args)}, peak learning rate {scaled_lr(args):.4g}{noise}, "
         f"epochs {run_state.epoch + 2} to {args.epochs}\n"
         f"diversity: {'  '.join(args.reg) or 'none (plain DeiT)'}"
     )
+    for flag in without_effect(args):
+        print_main(f"note: --sched {args.sched} does not use {flag}")
 
 
 def distribute(model: DiverseViT, device: torch.device) -> nn.Module:
@@ -299,17 +318,15 @@ def on_device(model: DiverseViT, device: torch.device) -> DiverseViT:
     return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
 
 
-def make_output_dir(args: Resolved, run_state: RunState) -> Path:
-    """Create and try --output_dir, and write args.yaml; a fresh run sets the log of an earlier one aside."""
-    output = Path(args.output_dir)
+def prepare(output: Path, args: Resolved, run_state: RunState) -> None:
+    """Try --output_dir, and write args.yaml; a fresh run sets the log of an earlier one aside."""
 
     def make() -> None:
         try:
-            output.mkdir(parents=True, exist_ok=True)
             there_will_be = args.checkpoint_hist + 2  # with the best, and one being written
             more = max(1, there_will_be - len(checkpoint.files(output)))
             checkpoint.check_space(output, more * run_state.nbytes())
-            config.write_args(args, output / "args.yaml")
+            config.write_args(args, output / "args.yaml", run_state.changes)
             if not run_state.resumed:
                 set_aside(output / LOG)
             elif not run_state.log:  # of a file that holds no log
@@ -318,7 +335,6 @@ def make_output_dir(args: Resolved, run_state: RunState) -> Path:
             raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
 
     broadcast_object(make)
-    return output
 
 
 if __name__ == "__main__":

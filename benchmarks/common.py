@@ -26,6 +26,7 @@ from errors import UserError
 from loggers.progress import Progress
 from models import DiverseViT
 from options import config
+from runs import build_run
 from utils import seed_everything
 from warmup import compile_model
 
@@ -66,7 +67,7 @@ class Recipe:
         self.model = DiverseViT(backbone, self.objective.needs).to(device)
         self.precision = Precision(device, args.amp_dtype)
         self.mixing = build.build_mixing(args, backbone, diversity)
-        run_state = build.build_run(args, self.model, self.precision, self.mixing)
+        run_state = build_run(args, self.model, self.precision, self.mixing)
         self.wrapped: torch.nn.Module = self.model
         self.updater = Updater(run_state.optimizer, self.precision, args.clip_grad, run_state.ema)
         if args.torchcompile:

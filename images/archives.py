@@ -70,6 +70,10 @@ class Places(Sequence[Stored]):
         place = int(self.offsets[index]), int(self.sizes[index])
         return Stored(self.paths[self.files[index]], *place, self.names[index])
 
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What tells other images from these: their names and sizes."""
+        return (*self.names.arrays(), self.sizes)
+
 
 def load_stored(image: Stored) -> Image.Image:
     """Decode an image inside a tar file, as `load_image` does."""

@@ -17,6 +17,7 @@ class TextLog:
     """Writes log.txt after each epoch, before the checkpoint that holds the same lines.
 
     A run that is killed between the two evaluates the epoch again when it is resumed, and writes the same line.
+    `complete` writes what is missing.
 
     Args:
         path: the file.
@@ -38,8 +39,20 @@ class TextLog:
         """
         broadcast_object(self._write)
 
+    def complete(self) -> None:
+        """Write all lines that a resumed run has, unless the file holds them."""
+        broadcast_object(self._complete)
+
+    def _complete(self) -> None:
+        written = self.path.read_bytes() if self.path.exists() else b""
+        if self.lines and written != self._content():
+            self._write()
+
+    def _content(self) -> bytes:
+        return "".join(f"{line}\n" for line in self.lines).encode()
+
     def _write(self) -> None:
-        content = "".join(f"{line}\n" for line in self.lines).encode()
+        content = self._content()
         try:
             write_atomically(self.path, lambda file: file.write(content))
         except OSError as error:

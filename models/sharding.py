@@ -128,7 +128,7 @@ def optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str,
 # Optimizers
 
 
-def check_optimizer(name: str, build: Callable[[nn.Module], Optimizer], device: torch.device) -> None:
+def check_shards(name: str, build: Callable[[nn.Module], Optimizer], device: torch.device) -> None:
     """Try three steps of an optimizer on a small layer, whole, in shards, and continued from a checkpoint.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from timm.optim import list_optimizers
 
-from errors import UserError, did_you_mean
+from errors import UserError, did_you_mean, shown
 from options.flags import LARGEST, Args, get_args_parser
 from options.parser import dashed, declared
 from options.yaml_file import read_config
@@ -122,6 +122,9 @@ def check_lists(args: Args) -> None:
         raise UserError("--opt-betas takes two (or, for some optimizers, three) numbers from 0 to less than 1")
     if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= n <= 1 for n in args.lr_noise)):
         raise UserError("--lr-noise takes one or two shares of the epochs, from 0 to 1")
+    milestones = args.decay_milestones
+    if not milestones or milestones[0] < 1 or milestones != sorted(set(milestones)):
+        raise UserError("--decay-milestones takes epochs in rising order, from 1 on")
 
 
 def check_combinations(args: Args) -> None:
@@ -193,10 +196,10 @@ def plain(args: Args) -> dict[str, Any]:
     return {name: getattr(args, name) for name in sorted(declared(Args))}
 
 
-def write_args(args: Args, path: Path) -> None:
-    """Write the resolved configuration so that `main.py --config args.yaml` repeats the run.
+def write_args(args: Args, path: Path, changes: Sequence[str] = ()) -> None:
+    """Write the flags in force so that `main.py --config args.yaml` repeats the run.
 
-    Revision and versions stand above it as comments.
+    Revision, versions, and what has changed while the run went on stand above them as comments.
 
     Raises:
         OSError: the file cannot be written.
@@ -205,7 +208,8 @@ def write_args(args: Args, path: Path) -> None:
     del values["config"]
     for flag in REFERENCE_FLAGS:  # `reg` says the same
         del values[flag]
-    lines = [f"# {name}: {value}" for name, value in provenance().items()]
+    lines = [f"# {name}: {shown(value, 10_000)}" for name, value in provenance().items()]
+    lines += [f"# changed {shown(change)}" for change in changes]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=True, default_flow_style=None, width=116)
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -217,7 +221,7 @@ def provenance() -> dict[str, str]:
     import torchvision
 
     return {
-        "command": shlex.join(sys.argv).replace("\n", "\\n"),
+        "command": shlex.join(sys.argv),
         "revision": _git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -28,7 +28,7 @@ class Names(tuple[str, ...]):
 DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME", "torch/NAME"])
 AMP_DTYPES = ("float32", "bfloat16", "float16")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant")
 # Those of script/export_model.py: what a model is written as, and which weights are taken from a checkpoint.
 FORMATS = ("timm", "torch", "onnx")
 WEIGHTS = ("auto", "ema", "model")
@@ -93,6 +93,9 @@ class Args:
     drop_path: float = flag(0.1, NOW, "stochastic depth rate of the last block", limits=SHARE)
     model_ema: bool = switch(True, NOW, on="keep a moving average of the weights (the default)", off="keep none")
     model_ema_decay: float = flag(0.99996, NOW, "decay of the moving average, per step", limits=SHARE)
+    model_ema_warmup: bool = switch(
+        False, NOW, on="begin the average with a small decay: 1 - (1 + step)^(-2/3), as long as that is smaller"
+    )
     model_ema_force_cpu: bool = switch(False, FREE, on="keep the average in host memory")
     amp_dtype: str = flag(
         "auto",
@@ -236,7 +239,10 @@ class Args:
     warmup_epochs: int = flag(5, NOW, "epochs of linear warm-up", limits=FROM_0)
     warmup_lr: float = flag(1e-6, NOW, "rate the warm-up starts from", limits=FROM_0)
     min_lr: float = flag(1e-5, NOW, "rate the schedule ends with", limits=FROM_0)
-    decay_epochs: float = flag(30, NOW, "epochs between decays (step)", limits=ABOVE_0)
+    decay_epochs: float = flag(
+        30, NOW, "epochs between decays (step), or of the decay at the end (wsd, rsqrt)", limits=ABOVE_0
+    )
+    decay_milestones: list[int] = flag([90, 180, 270], NOW, "epochs after which to decay (multistep)", nargs="+")
     decay_rate: float = flag(
         0.1,
         NOW,

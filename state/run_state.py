@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -15,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from engine import Running
-from errors import BAD_ARGUMENT, TrainingDiverged, UserError
+from errors import BAD_ARGUMENT, TrainingDiverged, UserError, reason
 from mixing import Mixing
 from mixing.mixup import Mixup
 from models.capture import DiverseViT
@@ -24,11 +25,27 @@ from models.weights import load_weights, model_weights
 from state import checkpoint
 from utils import all_reduce, gather_to_main, is_main, print_main, rank, set_streams, streams, world_size
 
-# Flags that a resumed run must keep; those whose old values live on in the restored optimizer and schedule; and
-# those that say which images come next, which cannot change in the middle of an epoch.
-FIXED = ("opt", "sched")
-OVERRULED = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "batch_size", "decay_rate")
-ORDER = ("batch_size", "grad_accum_steps", "seed", "repeated_aug", "group_repeats", "data_set")
+
+class Best(NamedTuple):
+    """The best epoch so far, by the model or by its average.
+
+    Attributes:
+        epoch: its number, -1 before the first.
+        weights: 'model' or 'model_ema', whichever was better (the model, if both were equal).
+        acc1, ema_acc1: top-1 of the two, in percent; None without an average.
+    """
+
+    epoch: int = -1
+    weights: str = "model"
+    acc1: float = 0.0
+    ema_acc1: float | None = None
+
+    @property
+    def top(self) -> float:
+        return self.acc1 if self.weights == "model" or self.ema_acc1 is None else self.ema_acc1
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}'s {'EMA' if self.weights == 'model_ema' else 'model'} with {self.top:.2f}%"
 
 
 @dataclass
@@ -42,10 +59,14 @@ class RunState:
         mixing: draws from a stream of its own.
         epoch: the last finished epoch, -1 before the first.
         running: where the epoch after it stands.
-        max_acc: the best top-1 so far, the last epoch's included.
-        is_best: whether the last epoch was the best so far.
+        max_acc: the best top-1 of the model so far, the last epoch's included.
+        best: the best epoch so far, by the model or its average.
         log: the lines of log.txt.
+        changes: which flags have changed while the run went on, in words.
+        precision: autocast's dtype.
+        images: what tells another training set from this one.
         samples_per_step: of this process.
+        steps_per_epoch: of the optimizer.
         replaced: bool [samples of an epoch], those of this process that stand in for an image that cannot be read.
         resumed: whether this run continues another.
     """
@@ -60,9 +81,13 @@ class RunState:
     epoch: int = -1
     running: Running = field(default_factory=Running)
     max_acc: float = 0.0
-    is_best: bool = False
+    best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    precision: str = ""
+    images: str = ""
     samples_per_step: int = 0
+    steps_per_epoch: int = 0
     replaced: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     resumed: bool = False
     _streams: dict[str, Any] | None = None
@@ -83,13 +108,23 @@ class RunState:
             "step": self.running.step,
             "scaler": self.scaler.state_dict(),
             "args": self.args,
+            "updates": self.running.updates,
+            "precision": self.precision,
+            "images": self.images,
             "max_acc": self.max_acc,
+            "best": self.best._asdict(),
             "log": self.log,
+            "changes": self.changes,
             "processes": gather_to_main(own),
         }
         if self.ema is not None:
             state["model_ema"] = whole(self.ema.module.backbone.state_dict(), is_main())
         return state
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last epoch was the best so far."""
+        return self.best.epoch == self.epoch and not self.running.step
 
     @property
     def place(self) -> str:
@@ -111,21 +146,13 @@ class RunState:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def load_state_dict(self, state: Any, path: str) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], path: str) -> None:
         """Continue from a checkpoint. Random streams are put back by `restore_streams`, when training begins.
 
         Raises:
-            UserError: it lacks what a continuation needs, is another model's, or was written in the middle of an
-                epoch that cannot go on with these flags and processes.
+            UserError: it is another model's or optimizer's, or was written in the middle of an epoch that cannot
+                go on with these processes.
         """
-        needed = ["model", "optimizer", "lr_scheduler", "epoch"]
-        missing = [key for key in needed if not isinstance(state, dict) or key not in state]
-        if missing:
-            raise UserError(
-                f"{path} cannot be resumed, it has no {', '.join(missing)}; --finetune starts from its weights, "
-                "--eval --resume evaluates them"
-            )
-        self._compare_args(state.get("args"), int(state.get("step", 0)), path)
         load_weights(self.model.backbone, model_weights(state, path), path)
         try:
             self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
@@ -133,20 +160,41 @@ class RunState:
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.running.step = int(state["epoch"]), int(state.get("step", 0))
+            steps = (self.epoch + 1) * self.steps_per_epoch + self.running.step
+            self.running.updates = int(state.get("updates", steps))
             self.max_acc = float(state.get("max_acc", 0.0))
-            self.log = [str(line) for line in state.get("log", [])]
+            self.best = Best(**state.get("best", {"acc1": self.max_acc}))
+            self.log, self.changes = list(state.get("log", [])), list(state.get("changes", []))
             self.resumed = True
         except BAD_ARGUMENT as error:
             raise UserError(
-                f"the optimizer or schedule in {path} is not what --opt and --sched say ({error}); "
-                "repeat the flags of its args.yaml, or start from its weights with --finetune"
+                f"the optimizer or schedule in {path} is not what --opt, --sched and --weight-decay say "
+                f"({reason(error)}); repeat the flags of its args.yaml, or start from its weights with --finetune"
             ) from error
         if self.ema is not None and "model_ema" in state:
             load_weights(self.ema.module.backbone, model_weights(state, path, ema=True), path)
         elif self.ema is not None:
             print_main(f"warning: {path} holds no EMA; the average starts anew from its weights")
             self.ema.set(self.model)
+        elif "model_ema" in state:
+            print_main(f"note: --no-model-ema drops the moving average of {path}")
+        if self.precision and state.get("precision", self.precision) != self.precision:
+            print_main(f"note: from here on autocast runs in {self.precision}, before in {state['precision']}")
+        self._compare_images(state.get("images", self.images), path)
         self._load_process(state.get("processes"), path)
+
+    def _compare_images(self, images: str, path: str) -> None:
+        """Refuse to go on in the middle of an epoch with other images: it would see some twice and some never."""
+        if images == self.images:
+            return
+        change = "the training images are not those of the checkpoint: other names, labels, sizes or order"
+        if self.running.step:
+            raise UserError(
+                f"{path} was written in the middle of an epoch, and {change}; put them back, or resume from a "
+                "checkpoint of a whole epoch"
+            )
+        print_main(f"note: from here on {change}")
+        self.changes.append(f"after {self.place}: other training images")
 
     def _load_process(self, processes: list[dict[str, Any]] | None, path: str) -> None:
         """This process's own part: its meters, and what `restore_streams` puts back."""
@@ -166,6 +214,10 @@ class RunState:
             )
         else:
             print_main(f"note: {path} is of {len(processes)} processes, not {world_size()}: other random draws")
+
+    def drop_streams(self) -> None:
+        """Leave the random streams as the flags have seeded them."""
+        self._streams = None
 
     def restore_streams(self) -> None:
         """Put the random streams back to where the checkpoint left them."""
@@ -196,39 +248,29 @@ class RunState:
         Args:
             trained, tested, averaged: what training, the model's evaluation and that of its EMA gave; averaged is
                 empty without an EMA.
-        Returns: the epoch's line of log.txt.
+        Returns: the epoch's line of log.txt, in which null stands for what is not a number.
         """
         self.epoch += 1
         self.running.begin_epoch()
         self.replaced.zero_()
         self.lr_scheduler.step(self.epoch, tested["acc1"])
-        self.is_best = tested["acc1"] > self.max_acc
         self.max_acc = max(self.max_acc, tested["acc1"])
+        self._compare_with_best(tested["acc1"], averaged.get("acc1"))
         record: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
         record |= {f"test_{name}": value for name, value in tested.items()}
         record |= {f"ema_test_{name}": value for name, value in averaged.items()}
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record |= {"max_acc": self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
-        self.log.append(json.dumps(record))
-        return record
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self.log.append(json.dumps(finite, allow_nan=False))
+        return finite
 
-    def _compare_args(self, saved: Any, step: int, path: str) -> None:
-        """Refuse what cannot change; say which other flags the checkpoint's state overrules."""
-        then = vars(saved) if isinstance(saved, argparse.Namespace) else saved or {}
-        check_class_names(saved, self.args.get("class_names", []), path)
-        known = FIXED + OVERRULED + ORDER
-        changed = {key: then[key] for key in known if key in then and then[key] != self.args.get(key)}
-        for key, value in changed.items():
-            name, now = key.replace("_", "-"), self.args.get(key)
-            if key in FIXED:
-                raise UserError(f"{path} was trained with --{name} {value}, not {now}: keep it")
-            if step and key in ORDER:
-                raise UserError(
-                    f"{path} was written in the middle of an epoch with --{name} {value}, not {now}: keep it, or "
-                    "resume from a checkpoint of a whole epoch"
-                )
-            if key in OVERRULED:
-                print_main(f"warning: --{name} {now} has no effect: the checkpoint's {value} goes on")
+    def _compare_with_best(self, acc1: float, ema_acc1: float | None) -> None:
+        """Keep the epoch as the best one if the model or its average was better than all before."""
+        by_ema = ema_acc1 is not None and (ema_acc1 > acc1 or math.isnan(acc1))
+        last = Best(self.epoch, "model_ema" if by_ema else "model", acc1, ema_acc1)
+        if last.top > self.best.top:
+            self.best = last
 
 
 def check_class_names(saved: Any, names: Sequence[str], path: str) -> None:

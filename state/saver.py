@@ -96,6 +96,19 @@ class Saver:
         if wish == self.STOP:
             self._stop()
 
+    def complete(self) -> None:
+        """Do what the last save of a run that was killed has begun, once that run is resumed in its folder."""
+        broadcast_object(self._complete)
+
+    def _complete(self) -> None:
+        assert self.folder is not None
+        here = [path for path in checkpoint.files(self.folder) if self._is_at(path, self._place)]
+        latest, best = self.folder / checkpoint.LATEST, self.folder / checkpoint.BEST
+        if latest not in here:
+            checkpoint.give_name(here[0], latest)
+        if self.run_state.is_best and best not in here:
+            checkpoint.give_name(latest, best)
+
     def after_epoch(self, record: Mapping[str, Any]) -> None:
         """Save the state of a finished epoch, as the best one too if it is.
 
@@ -131,17 +144,17 @@ class Saver:
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
         assert self.folder is not None
+        latest = self.folder / checkpoint.LATEST
+        awaits_evaluation = self._trained is not None and self._is_at(latest, self._trained)
+        checkpoint.save(state, latest, keep=1 if awaits_evaluation else self.keep)
         if best:
-            checkpoint.save(state, self.folder / "checkpoint_best.pth")
-        latest = self.folder / "checkpoint.pth"
-        checkpoint.save(state, latest, keep=1 if self._awaits_evaluation(latest) else self.keep)
+            checkpoint.give_name(latest, self.folder / checkpoint.BEST)
 
-    def _awaits_evaluation(self, path: Path) -> bool:
-        """Whether a file holds this epoch as it was before its evaluation; a resumed run may find one."""
-        if self._trained is None or not path.exists():
-            return False
+    @staticmethod
+    def _is_at(path: Path, place: tuple[int, int]) -> bool:
+        """Whether a file holds this epoch and step; a resumed run may find one."""
         try:
-            return checkpoint.progress(path) == self._trained
+            return path.exists() and checkpoint.progress(path) == place
         except UserError:
             return False  # it is damaged
 

@@ -30,7 +30,7 @@ from errors import TrainingDiverged, UserError
 from losses import Objective
 from mixing.mixup import Mixup
 from models import DiverseViT, Needs, build_model, find_layout
-from models.sharding import check_optimizer, shard, weights_of, whole
+from models.sharding import check_shards, shard, weights_of, whole
 from regularizers import Diversity, parse_spec, total
 from state.run_state import RunState
 from utils import find_launch, init_distributed, print_main, rank
@@ -276,7 +276,7 @@ def check_refusals() -> None:
     torch.manual_seed(rank())
     before = torch.get_rng_state()
     for name in ("adamw", "momentum", "lamb", "lion", "lookahead_adamw"):
-        check_optimizer(name, partial(create_optimizer_v2, opt=name, lr=0.1, weight_decay=0.05), CPU)
+        check_shards(name, partial(create_optimizer_v2, opt=name, lr=0.1, weight_decay=0.05), CPU)
     assert torch.equal(torch.get_rng_state(), before)
     for name, reason in (
         ("adamp", "does not work with --fsdp (aten."),
@@ -286,7 +286,7 @@ def check_refusals() -> None:
         ("muon", "takes other steps with --fsdp than without it"),
     ):
         assert f"--opt {name} {reason}" in refusal(
-            lambda name=name: check_optimizer(name, partial(create_optimizer_v2, opt=name, lr=0.1), CPU)
+            lambda name=name: check_shards(name, partial(create_optimizer_v2, opt=name, lr=0.1), CPU)
         )
 
 

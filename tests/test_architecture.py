@@ -18,10 +18,10 @@ FLOORS = (
     ("regularizers", "loggers", "mixing"),
     ("options.flags",),
     ("images", "models", "samplers", "workers", "exchange"),
-    ("options.config", "losses", "datasets"),
+    ("options.config", "losses", "datasets", "schedules"),
     ("loaders", "engine"),
     ("state",),
-    ("build", "warmup", "export", "check_data"),
+    ("build", "runs", "warmup", "export", "check_data"),
     ("main",),
     ("hubconf",),
 )

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import build
+import runs
 import main
 from datasets import build_dataset
 from engine import Finite, Precision, Running, Updater, evaluate, evaluate_together, train_one_epoch
@@ -249,10 +250,10 @@ def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
     with pytest.raises(
         UserError, match=r"second derivatives, which fused attention does not have: set .*TIMM_FUSED"
     ):
-        build.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing())
+        runs.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing())
     for block in model.backbone.blocks:
         block.attn.fused_attn = False
-    optimizer = build.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing()).optimizer
+    optimizer = runs.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing()).optimizer
     with pytest.warns(UserWarning, match="create_graph=True"):
         train_one_epoch(model, Objective(diversity=diversity), batches(2), Updater(optimizer, CPU), no_mixing())
 
@@ -516,7 +517,7 @@ def test_optimizer_flags(tiny):
     args = run_args(
         "--opt", "adamw", "--opt-eps", "1e-6", "--opt-betas", "0.8", "0.9", "--weight-decay", "0.1", "--lr", "1"
     )
-    optimizer = build.build_run(args, model, CPU, no_mixing()).optimizer
+    optimizer = runs.build_run(args, model, CPU, no_mixing()).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
     for name, parameter in model.backbone.named_parameters():
@@ -524,15 +525,13 @@ def test_optimizer_flags(tiny):
         assert (id(parameter) in decayed) != spared, name
     for group in optimizer.param_groups:
         assert group["eps"] == 1e-6 and tuple(group["betas"]) == (0.8, 0.9)
-    sgd = build.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU, no_mixing()).optimizer
+    sgd = runs.build_run(run_args("--opt", "momentum", "--momentum", "0.5"), model, CPU, no_mixing()).optimizer
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.5
 
 
 def test_ema_flags(tiny):
     model, _ = tiny()
-    assert build.build_run(run_args("--no-model-ema"), model, CPU, no_mixing()).ema is None
-    ema = build.build_run(
-        run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU, no_mixing()
-    ).ema
+    assert runs.build_run(run_args("--no-model-ema"), model, CPU, no_mixing()).ema is None
+    ema = runs.build_run(run_args("--model-ema-decay", "0.5", "--model-ema-force-cpu"), model, CPU, no_mixing()).ema
     assert ema.decay == 0.5 and next(ema.module.parameters()).device.type == "cpu"
-    assert isinstance(build.build_run(run_args(), model, CPU, no_mixing()), RunState)
+    assert isinstance(runs.build_run(run_args(), model, CPU, no_mixing()), RunState)

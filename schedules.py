@@ -1,0 +1,158 @@
+"""How the learning rate goes from epoch to epoch: timm's schedules, and one that waits for the accuracy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.scheduler import create_scheduler
+from timm.scheduler.scheduler import Scheduler
+from torch.optim import Optimizer
+
+from errors import BAD_ARGUMENT, UserError, reason
+from options.flags import Args
+from options.parser import dashed
+
+# Which schedules use a flag, of those that not all of them use.
+USED_BY = {
+    "min_lr": ("cosine", "tanh", "plateau", "poly", "wsd", "rsqrt"),
+    "decay_epochs": ("step", "wsd", "rsqrt"),
+    "decay_milestones": ("multistep",),
+    "decay_rate": ("step", "multistep", "plateau", "poly"),
+    "patience_epochs": ("plateau",),
+}
+
+
+class PlateauLR(Scheduler):
+    r"""Multiply the rate by `decay_rate` when the accuracy has not risen for more than `patience_t` epochs.
+
+        risen:  accuracy > best (1 + 1e-4)
+
+    After a decay, `cooldown_t` epochs are not counted. The rates are those of torch's ReduceLROnPlateau, which is
+    what timm's schedule of this name asks. Unlike that one, it goes on exactly from its state_dict, with noise too,
+    and starts at the rate itself where there is no warm-up.
+
+    Args:
+        optimizer: whose rates are set.
+        decay_rate: below 1.
+        lr_min: no rate is decayed below it.
+        warmup_t, warmup_lr_init: epochs of linear warm-up, and the rate it starts from.
+        noise: of timm's Scheduler, added to what is used and not to what is decayed.
+    """
+
+    THRESHOLD, SMALLEST = 1e-4, 1e-8  # torch's: what counts as risen, and as a decay
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        decay_rate: float,
+        patience_t: int,
+        cooldown_t: int,
+        lr_min: float,
+        warmup_t: int,
+        warmup_lr_init: float,
+        **noise: Any,
+    ) -> None:
+        super().__init__(optimizer, "lr", **noise)
+        self.decay_rate, self.patience_t, self.cooldown_t, self.lr_min = decay_rate, patience_t, cooldown_t, lr_min
+        self.warmup_t, self.warmup_lr_init = warmup_t, warmup_lr_init
+        self.rates = list(self.base_values)  # without noise
+        self.best, self.bad_epochs, self.cooling = -math.inf, 0, 0
+        if warmup_t:
+            self.update_groups(warmup_lr_init)
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Set the rates of the epoch after `epoch`, whose accuracy is the metric."""
+        if epoch <= self.warmup_t and self.warmup_t:
+            share = epoch / self.warmup_t
+            first = self.warmup_lr_init
+            self.update_groups([first + share * (base - first) for base in self.base_values])
+            return
+        if metric is not None:
+            self._count(metric)
+        self.update_groups(self._add_noise(self.rates, epoch))
+
+    def _count(self, metric: float) -> None:
+        if metric > self.best * (1 + self.THRESHOLD):
+            self.best, self.bad_epochs = metric, 0
+        else:
+            self.bad_epochs += 1
+        if self.cooling > 0:
+            self.cooling, self.bad_epochs = self.cooling - 1, 0
+        if self.bad_epochs > self.patience_t:
+            decayed = [max(rate * self.decay_rate, self.lr_min) for rate in self.rates]
+            pairs = zip(self.rates, decayed, strict=True)
+            self.rates = [new if old - new > self.SMALLEST else old for old, new in pairs]
+            self.cooling, self.bad_epochs = self.cooldown_t, 0
+
+    def _get_lr(self, t: int) -> list[float]:
+        return self.rates
+
+    def goes_on(self, before: dict[str, Any]) -> None:
+        """Take over what an earlier schedule with other flags has counted, and how far it has decayed."""
+        self.best, self.bad_epochs, self.cooling = before["best"], before["bad_epochs"], before["cooling"]
+        pairs = zip(self.base_values, before["rates"], before["base_values"], strict=True)
+        self.rates = [max(base * rate / was, self.lr_min) if was else base for base, rate, was in pairs]
+
+
+def build_schedule(args: Args, optimizer: Optimizer) -> Scheduler:
+    """The schedule that the flags ask for; it is stepped after each epoch, as the reference does.
+
+    Args:
+        args: `lr` is the peak, scaled to the global batch.
+        optimizer: its rates become those of the first epoch.
+    Raises:
+        UserError: the schedule cannot be, or would rise above the peak.
+    """
+    check_rates(args)
+    try:
+        if args.sched == "plateau":
+            return _plateau(args, optimizer)
+        return create_scheduler(args, optimizer)[0]
+    except BAD_ARGUMENT as error:
+        raise UserError(f"--sched {args.sched} cannot be built: {reason(error)}") from error
+
+
+def _plateau(args: Args, optimizer: Optimizer) -> PlateauLR:
+    shares = args.lr_noise or []
+    noisy: Any = [share * args.epochs for share in shares]
+    return PlateauLR(
+        optimizer,
+        decay_rate=args.decay_rate,
+        patience_t=args.patience_epochs,
+        cooldown_t=args.cooldown_epochs,
+        lr_min=args.min_lr,
+        warmup_t=args.warmup_epochs,
+        warmup_lr_init=args.warmup_lr,
+        noise_range_t=noisy[0] if len(noisy) == 1 else noisy or None,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
+        noise_seed=args.seed,
+    )
+
+
+def check_rates(args: Args) -> None:
+    """Refuse flags that would let the rate rise above the peak that is printed.
+
+    Raises:
+        UserError: with the flag that does.
+    """
+    peak = f"the peak learning rate, {args.lr:.4g}"
+    if args.sched in USED_BY["min_lr"] and args.min_lr > args.lr:
+        raise UserError(f"--min-lr {args.min_lr:g} is above {peak}: give a smaller one, or a larger --lr")
+    if args.warmup_epochs and args.warmup_lr > args.lr:
+        raise UserError(f"--warmup-lr {args.warmup_lr:g} is above {peak}: give a smaller one, or --warmup-epochs 0")
+    if args.decay_rate > 1 and args.sched in ("step", "multistep", "plateau"):
+        raise UserError(f"--decay-rate {args.decay_rate:g} would raise the rate: give at most 1")
+    if args.sched == "plateau" and args.decay_rate == 1:
+        raise UserError("--sched plateau with --decay-rate 1 never decays: give less, or --sched constant")
+
+
+def without_effect(args: Args) -> list[str]:
+    """The schedule's flags that were given, but that this schedule does not use."""
+    default = Args()
+    return [
+        f"--{dashed(name)} (used by {', '.join(users)})"
+        for name, users in USED_BY.items()
+        if args.sched not in users and getattr(args, name) != getattr(default, name)
+    ]

@@ -1,0 +1,77 @@
+"""One run at a time in an output folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from errors import UserError
+from utils import broadcast_object, print_main
+
+NAME = ".lock"
+TAKEN = (errno.EACCES, errno.EAGAIN)
+UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the file system has no locks
+
+
+class Lock:
+    """Holds an output folder for this run while it is entered. All processes must enter together.
+
+    The main process holds a POSIX lock on a file in the folder. The system gives it up when that process ends, in
+    whatever way, and no loader's worker inherits it. The folder is made if need be, and goes if it stays empty.
+
+    Args:
+        folder: None locks nothing.
+    Raises:
+        UserError: another run holds the folder, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+        self._made = False
+
+    def __enter__(self) -> Lock:
+        if self.folder is not None:
+            broadcast_object(self._take)
+        return self
+
+    def _take(self) -> None:
+        assert self.folder is not None
+        try:
+            self._made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self._is_current():
+                self._file = open(self.folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held while entered
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in UNKNOWN:
+                print_main(f"note: {self.folder} cannot be locked ({error.strerror}): start no second run in it")
+            elif error.errno in TAKEN and self._file is not None:
+                raise UserError(
+                    f"another run is writing to --output_dir {self.folder}: wait for its end, or choose another one"
+                ) from error
+            else:
+                raise UserError(f"cannot write to --output_dir {self.folder}: {error.strerror}") from error
+
+    def _is_current(self) -> bool:
+        """Whether the locked file is still the one in the folder: a run that ended may have removed it."""
+        if self._file is None or self.folder is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.folder / NAME))
+        except FileNotFoundError:
+            return False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None or self.folder is None:
+            return
+        (self.folder / NAME).unlink(missing_ok=True)
+        self._file.close()  # gives the lock up
+        if self._made and not any(self.folder.iterdir()):
+            self.folder.rmdir()
