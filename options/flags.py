@@ -33,6 +33,10 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "r
 FORMATS = ("timm", "torch", "onnx")
 WEIGHTS = ("auto", "ema", "model")
 
+# What --pretrained's models have: how images are cropped for evaluation, and resized by Pillow.
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
 # Limits of numbers. Those of the augmentation's and of Mixup's are checked where they are used.
 LARGEST = sys.float_info.max
 FROM_0, FROM_1, ABOVE_0 = (0, LARGEST), (1, LARGEST), (1e-9, LARGEST)
@@ -87,6 +91,12 @@ class Args:
         metavar="KEY=VALUE",
     )
     input_size: int = flag(224, STAYS, "image size in pixels", limits=FROM_1)
+    pretrained: bool = switch(
+        False,
+        SAVED,
+        on="start from timm's weights of --model, which may also be hf-hub:NAME or local-dir:FOLDER; a head of "
+        "another number of classes is new",
+    )
     drop: float = flag(
         0.0, NOW, "dropout after the position embedding and in the blocks' projections", limits=SHARE
     )
@@ -177,6 +187,30 @@ class Args:
         on="crop and resize with torch instead of Pillow: faster, with other bytes (of 255 a crop's differ by 0.04 "
         "on average and up to 7, those of an image resized for evaluation by 0.004 and up to 1)",
     )
+    mean: list[float] | None = flag(
+        None,
+        STAYS,
+        "of the channels, of 0 to 1; these five are by default those of the weights that --pretrained, --finetune "
+        "or --eval starts from, else DeiT's: ImageNet's mean and deviation, crop 0.875, center, bicubic",
+        nargs="+",
+    )
+    std: list[float] | None = flag(None, STAYS, "deviation of the channels", nargs="+")
+    crop_pct: float | None = flag(
+        None,
+        NOW,
+        "evaluation: side of the crop, as a share of the resized image",
+        "--crop-pct",
+        "--eval-crop-ratio",
+        metavar="CROP_PCT",
+        limits=(0.01, 1),
+    )
+    crop_mode: str | None = flag(
+        None,
+        NOW,
+        "evaluation: center resizes the shorter side and keeps the shape, squash resizes both",
+        choices=list(CROP_MODES),
+    )
+    interpolation: str | None = flag(None, NOW, "evaluation: how images are resized", choices=list(INTERPOLATIONS))
     skip_bad_images: bool = switch(
         False,
         NOW,
@@ -268,7 +302,19 @@ class Args:
     distillation_alpha: float = flag(0.5, EPOCH, "share of the distillation loss", limits=SHARE)
     distillation_tau: float = flag(1.0, EPOCH, "temperature of soft distillation", limits=ABOVE_0)
     teacher_eval: bool = switch(False, FREE, on={"--teacher_eval": "evaluate the teacher and stop"})
+    teacher_input_size: int | None = flag(
+        None, EPOCH, "the teacher's image size in pixels, by default the student's", limits=FROM_1
+    )
+    teacher_model_kwargs: dict[str, Any] = flag(
+        {}, EPOCH, "arguments of the teacher's constructor", nargs="*", action=KeyValues, metavar="KEY=VALUE"
+    )
     finetune: str = flag("", SAVED, "start from this checkpoint's weights: a file or an https address")
+    train_mode: bool | None = switch(
+        None,
+        NOW,
+        on="train with dropout and drop path (the default without --finetune)",
+        off="train with both off (the default with --finetune)",
+    )
 
     config: str = flag(
         "", FREE, "flags by name, and regularizers", "-c", "--config", group="run", metavar="FILE.yaml"

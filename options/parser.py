@@ -94,14 +94,14 @@ def flag(
 
 
 def switch(
-    default: bool,
+    default: T,
     resume: Resume,
     *,
     on: str | Mapping[str, str] = "",
     off: str | Mapping[str, str] = "",
     group: str = "",
-) -> bool:
-    """A flag without a value.
+) -> T:
+    """A flag without a value on the command line; by default True, False, or None for what other flags say.
 
     Args:
         on, off: help text of the option that sets it (--NAME), and of the one that unsets it (--no-NAME), each if

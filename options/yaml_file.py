@@ -57,6 +57,8 @@ def _regularizer_list(value: Any, path: str) -> list[str]:
 
 def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
     """A YAML value as the flag's type: YAML reads 5e-4 as a string, and 1 as an int where a float is meant."""
+    if value is None and action.default is None:
+        return None
     if isinstance(action.const, bool):  # a switch
         if not isinstance(value, bool):
             raise UserError(f"{path}: {name} must be true or false, not {value!r}")
@@ -65,8 +67,6 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{path}: {name} must map names to values, not {value!r}")
         return value
-    if value is None and action.default is None:
-        return None
     many = action.nargs == "+" or isinstance(action.default, list)
     if many != isinstance(value, list):
         raise UserError(f"{path}: {name} must be {'a list' if many else 'one value'}, not {value!r}")
