@@ -9,18 +9,20 @@ of the rest; what is read must match these. Files of DeiT, the reference and ear
 
 from __future__ import annotations
 
-import argparse
 import errno
+import io
 import os
 import pickle
 import re
 import shutil
+import stat
 import struct
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -29,7 +31,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, reason, shown
+from options.paths import check_address
+from state.pickles import GLOBALS, LEGACY_PICKLES, NotPlain, Unbounded, check_bounds, in_the_way, survey
 from utils import print_main, put_in_place, write_atomically
 
 # What reading arbitrary bytes may raise besides OSError, found by fuzzing: tests/test_checkpoint.py
@@ -53,6 +57,7 @@ LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAMES = re.compile(r"checkpoint(\.[1-9]\d*|_best)?\.pth")  # what `newest` looks at
 _LEFTOVERS = "checkpoint*.tmp"  # what a save that was killed leaves behind
 _VALUES = (type(None), bool, int, float, str)
+ARCHIVE = b"PK\x03\x04"  # what one begins with
 _MEBIBYTE = 2**20
 _FOLDER = 0x10  # what marks one in an archive
 
@@ -195,49 +200,99 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def load(path: str) -> Any:
     """Read a checkpoint file, or download it from an https address. Nothing in it is executed.
 
-    Checkpoints of the reference, whose `args` is an argparse.Namespace, are read too. The key `checksum`, which
-    earlier versions wrote, is left out of what is returned.
+    Checkpoints of the reference, whose `args` is an argparse.Namespace, are read too, and numpy's numbers as
+    Python's. The key `checksum`, which earlier versions wrote, is left out of what is returned.
 
     Raises:
-        UserError: no such file, not a checkpoint, or a damaged one.
+        UserError: no such file, not a checkpoint, a damaged one, or one of other things than plain data.
     """
     state = _read(path)
-    if isinstance(state, dict) and str(state.get("checksum")).startswith("sha256:"):
+    checksum = state.get("checksum") if isinstance(state, dict) else None
+    if isinstance(checksum, str) and checksum.startswith("sha256:"):
         del state["checksum"]
     return state
 
 
 def _read(path: str, with_tensors: bool = True) -> Any:
     """The content of a file, or of an address, once it is checked; perhaps without the values of its tensors."""
-    is_address = path.startswith("https://")
-    advice = f"; delete it in {torch.hub.get_dir()}/checkpoints" if is_address else ""
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    file, advice = path, ""
+    if path.startswith("https://"):
+        file, advice = _download(path), f"; delete it in {torch.hub.get_dir()}/checkpoints"
+    try:
+        if not _is_intact(file, with_tensors):
+            raise UserError(f"{path} is damaged: its content does not match its checksum{advice}")
+        return _read_plain(file, with_tensors)
+    except NotPlain as error:
+        raise UserError(
+            f"{path} is intact, but holds more than plain data: {shown(str(error))} is in the way. Read it where "
+            f"it was made, and save from there what is needed, e.g. torch.save(model.state_dict(), FILE){advice}"
+        ) from error
+    except Unbounded as error:
+        raise UserError(f"{path} is no checkpoint: it holds {shown(str(error))}{advice}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+        damage: Exception = error  # what torch raises for some archives that are cut off
+    except UNREADABLE as error:
+        damage = error
+    raise UserError(f"{path} is not a checkpoint, or a damaged one ({type(damage).__name__}){advice}") from damage
+
+
+def _read_plain(file: str, with_tensors: bool) -> Any:
+    """What torch reads of a file that has been looked through first.
+
+    Raises:
+        NotPlain, Unbounded: see state.pickles.
+        OSError, *UNREADABLE: it cannot be read.
+    """
+    pickled = _survey(file)
+    with torch.serialization.safe_globals(GLOBALS), warnings.catch_warnings():
         # torch warns of a pickle protocol other than its own, and then reads the file or refuses it.
         warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
         try:
-            file = _download(path) if is_address else path
-            if not _is_intact(file, with_tensors):
-                raise UserError(f"{path} is damaged: its content does not match its checksum{advice}")
-            return torch.load(file, map_location="cpu" if with_tensors else "meta", weights_only=True)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-            damage: Exception = error  # what torch raises for some archives that are cut off
-        except UNREADABLE as error:
-            damage = error
-        raise UserError(
-            f"{path} is not a checkpoint, or a damaged one ({type(damage).__name__}){advice}"
-        ) from damage
+            state = torch.load(file, map_location="cpu" if with_tensors else "meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if name := in_the_way(error):
+                raise NotPlain(name) from error
+            raise
+    check_bounds(state, pickled, os.path.getsize(file) if with_tensors else None)
+    return state
+
+
+def _survey(path: str) -> int:
+    """The bytes of a file's pickles, which nothing in them makes larger than they are."""
+    if path.endswith(".safetensors"):
+        return 0
+    with open(path, "rb") as file:
+        if file.read(4) != ARCHIVE:
+            file.seek(0)
+            return survey(file, LEGACY_PICKLES)
+        with zipfile.ZipFile(file) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise NotPlain("a TorchScript module")
+            found = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
+            for each in found:
+                if not each.CRC:
+                    del each.CRC  # written without
+            return sum(survey(io.BytesIO(archive.read(each))) for each in found)
 
 
 def _download(address: str) -> str:
-    """The file of an address, where torch.hub keeps such files."""
+    """The file of an address, where torch.hub keeps such files.
+
+    Raises:
+        UserError: the address is none, or cannot be reached.
+    """
+    check_address(address)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / Path(urlparse(address).path).name
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        print_main(f'Downloading: "{address}" to {file}')
-        torch.hub.download_url_to_file(address, str(file))
+    try:
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            print_main(f'Downloading: "{address}" to {file}')
+            torch.hub.download_url_to_file(address, str(file))
+    except (OSError, ValueError, HTTPException) as error:
+        raise UserError(f"cannot read the checkpoint {address}: {reason(error)}") from error
     return str(file)
 
 
@@ -250,8 +305,11 @@ def _is_intact(path: str, with_tensors: bool) -> bool:
         zipfile.BadZipFile: it is not an archive as torch writes it.
         OSError: the file cannot be read.
     """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.ESPIPE, "it is a device, a FIFO or a socket, not a file")
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":
+        if file.read(4) != ARCHIVE:
             return True  # not an archive: torch reads the older format, or refuses it
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -321,6 +379,6 @@ def progress(path: Path) -> tuple[int, int]:
     """
     state = _read(str(path), with_tensors=False)
     epoch, step = (state.get("epoch"), state.get("step", 0)) if isinstance(state, dict) else (None, 0)
-    if not isinstance(epoch, int) or not isinstance(step, int):
+    if type(epoch) is not int or type(step) is not int:
         raise UserError(f"{path} does not say which epoch it is of")
     return epoch, step

@@ -45,6 +45,8 @@ def check_contents(state: Any, path: str) -> None:
     """
     if not isinstance(state, dict):
         raise UserError(f"{path} cannot be resumed, it holds {_what(state)}, not a run: {ADVICE}")
+    if "checksum" in state:
+        _refuse(path, "checksum", state["checksum"], "of a known kind")
     if "epoch" in state:
         _check_count(state["epoch"], "epoch", path, least=-1)
     if "step" in state:
