@@ -24,7 +24,7 @@ from images.hugging_face import hugging_face_set
 from images.lists import cifar, digits, inaturalist
 from images.shards import shards
 from images.torchvision_sets import torchvision_set
-from images.transforms import Box, build_transform, check_sides, to_bytes
+from images.transforms import Box, Preprocessing, build_transform, check_sides, preprocessing, to_bytes
 from options.flags import DATA_SETS, Args
 
 STREAMS = ("tfds", "hfids")  # timm's other sources of data
@@ -42,7 +42,8 @@ class LabelledImages(Dataset[Example]):
         read: decodes an image.
         as_bytes: `--fast-resize`: decoded images are uint8 [3, H, W], not PIL images.
         name: what to call what `read` takes, in a message.
-        input_size: for which the transform resizes images; too thin ones are refused. 0: it does not.
+        input_size: for which the transform resizes images.
+        crop: how evaluation resizes them; too thin ones are refused. None: it does not.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LabelledImages(Dataset[Example]):
         as_bytes: bool = False,
         name: Callable[[Any], str] = str,
         input_size: int = 0,
+        crop: Preprocessing | None = None,
     ) -> None:
         self.samples = samples
         self.transform = transform
@@ -60,6 +62,7 @@ class LabelledImages(Dataset[Example]):
         self.as_bytes = as_bytes
         self.name = name
         self.input_size = input_size
+        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -72,8 +75,8 @@ class LabelledImages(Dataset[Example]):
         """
         source, label = self.samples[index]
         image = self.read(source)
-        if self.input_size:
-            check_sides(self.name(source), *image.size, self.input_size)
+        if self.crop is not None:
+            check_sides(self.name(source), *image.size, self.input_size, self.crop)
         return to_bytes(image) if self.as_bytes else image, label
 
     def __getitem__(self, index: int) -> Example:
@@ -115,9 +118,8 @@ def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, list[str]
         )
     if args.class_names:
         classes = _check_names(classes, args.class_names)
-    images = LabelledImages(
-        found.samples, transform, found.read, args.fast_resize, name=found.name, input_size=args.input_size
-    )
+    size, crop = args.input_size, preprocessing(args)
+    images = LabelledImages(found.samples, transform, found.read, args.fast_resize, found.name, size, crop)
     return images, classes
 
 

@@ -27,7 +27,7 @@ from errors import UserError
 from exchange import Exchange
 from images.decode import ImageError
 from images.found import digest
-from images.transforms import Erasing
+from images.transforms import Erasing, Preprocessing, preprocessing
 from options.flags import Args
 from samplers import Draw, RASampler, ResumableSampler, ShardSampler
 from utils import keep_random_state, seed_generators
@@ -153,7 +153,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def normalise(pixels: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
-    """uint8 [..., 3, S, S] to float32, by ImageNet's mean and deviation; on the CPU torchvision's very bits."""
+    """uint8 [..., 3, S, S] to float32, by mean and deviation; on the CPU torchvision's very bits."""
     images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255).sub_(mean).div_(std)
 
@@ -177,13 +177,23 @@ class DeviceLoader:
         loader: yields Batches.
         device: where they go.
         exchange: hands samples over between processes, once they are there.
+        colours: what holds the channels' mean and deviation, by default ImageNet's.
     """
 
-    def __init__(self, loader: SteadyLoader, device: torch.device, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self,
+        loader: SteadyLoader,
+        device: torch.device,
+        exchange: Exchange | None = None,
+        colours: Preprocessing | None = None,
+    ) -> None:
         self.loader = loader
         self.device = device
         self.exchange = exchange
         self._mean, self._std = MEAN.to(device), STD.to(device)
+        if colours is not None:
+            numbers = torch.tensor([*colours.mean, *colours.std], device=device)
+            self._mean, self._std = numbers.view(2, 3, 1, 1)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -254,8 +264,9 @@ class TrainLoader(DeviceLoader):
         samples: SeededDataset,
         sampler: ResumableSampler,
         exchange: Exchange | None = None,
+        colours: Preprocessing | None = None,
     ) -> None:
-        super().__init__(loader, device, exchange)
+        super().__init__(loader, device, exchange, colours)
         self._samples, self._sampler = samples, sampler
 
     @property
@@ -314,7 +325,7 @@ def build_train_loader(
     sampler = ResumableSampler(order)
     options = {"batch_size": args.batch_size, "drop_last": True}
     loader = _loader(args, samples, sampler, rank, device, **options)
-    return TrainLoader(loader, device, samples, sampler, exchange)
+    return TrainLoader(loader, device, samples, sampler, exchange, preprocessing(args))
 
 
 def build_eval_loader(
@@ -330,7 +341,8 @@ def build_eval_loader(
     if len(dataset) == 0:
         raise UserError("the validation set has no images; check --data-path")
     shard = ShardSampler(dataset, world_size, rank) if args.dist_eval else SequentialSampler(dataset)
-    return DeviceLoader(_loader(args, dataset, shard, rank, device, batch_size=int(1.5 * args.batch_size)), device)
+    loader = _loader(args, dataset, shard, rank, device, batch_size=int(1.5 * args.batch_size))
+    return DeviceLoader(loader, device, colours=preprocessing(args))
 
 
 def _loader(

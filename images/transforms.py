@@ -6,6 +6,7 @@ the boxes is left to the device (see loaders.DeviceLoader), so that a loader's w
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -23,10 +24,74 @@ from torchvision.transforms import v2
 
 from errors import UserError
 from images.decode import ImageError
-from options.flags import Args
+from options.flags import CROP_MODES, INTERPOLATIONS, Args
 
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+CROP_PCT = 224 / 256  # DeiT's
+
+
+class Preprocessing(NamedTuple):
+    """What a model takes images to have gone through, in timm's words.
+
+    Attributes:
+        mean, std: by which the channels are normalised, of 0 to 1.
+        crop_pct: evaluation: the side of the crop, as a share of the resized image.
+        crop_mode: 'center' resizes the shorter side, 'squash' both.
+        interpolation: how evaluation resizes.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+
+    def resized(self, size: int) -> int:
+        """What the sides, or the shorter one, are resized to for a crop of that size."""
+        return int(size / self.crop_pct)
+
+    def __str__(self) -> str:
+        crop = f"crop {self.crop_pct:g} {self.crop_mode} {self.interpolation}"
+        return f"mean {_spaced(self.mean)}, std {_spaced(self.std)}, {crop}"
+
+
+def preprocessing(args: Args) -> Preprocessing:
+    """What the flags say, and where they say nothing DeiT's: ImageNet's colours, crop 0.875, bicubic.
+
+    Up to S = 32 all of the image is brought to S x S instead.
+
+    Raises:
+        UserError: a flag has a value that cannot be used.
+    """
+    small = args.input_size <= SMALL_INPUT
+    _check_numbers("--mean", args.mean)
+    _check_numbers("--std", args.std)
+    if args.std is not None and min(args.std) <= 0:
+        raise UserError(f"--std {_spaced(args.std)} has a deviation that is not positive: images are divided by it")
+    for flag, value, known in (
+        ("--crop-mode", args.crop_mode, CROP_MODES),
+        ("--interpolation", args.interpolation, ("bilinear", "bicubic") if args.fast_resize else INTERPOLATIONS),
+    ):
+        if value is not None and value not in known:
+            resizer = " with --fast-resize" if args.fast_resize else ""
+            raise UserError(f"{flag} {value} cannot be used{resizer}; use {', '.join(known)}")
+    return Preprocessing(
+        IMAGENET_DEFAULT_MEAN if args.mean is None else tuple(args.mean),
+        IMAGENET_DEFAULT_STD if args.std is None else tuple(args.std),
+        args.crop_pct or (1.0 if small else CROP_PCT),
+        args.crop_mode or ("squash" if small else "center"),
+        args.interpolation or "bicubic",
+    )
+
+
+def _check_numbers(flag: str, numbers: Sequence[float] | None) -> None:
+    if numbers is not None and not (len(numbers) == 3 and all(map(math.isfinite, numbers))):
+        raise UserError(f"{flag} {_spaced(numbers)} cannot be used: it takes three numbers, of red, green and blue")
+
+
+def _spaced(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def build_transform(is_train: bool, args: Args) -> transforms.Compose:
@@ -34,53 +99,57 @@ def build_transform(is_train: bool, args: Args) -> transforms.Compose:
 
     Training: random resized crop, horizontal flip (not for digits: a mirrored one is another symbol), `--aa`,
     which switches colour jitter off, as in timm, else colour jitter.
-    Evaluation: shorter side to int(256/224 S), bicubic; centre crop.
-    Up to S = 32 all images are first brought to S x S (nothing to do for CIFAR at 32); then training crops
-    randomly out of 4 pixels of padding, and evaluation takes the whole.
+    Evaluation: what `preprocessing` says, in DeiT the shorter side to int(256/224 S), bicubic; centre crop.
+    Up to S = 32 training brings all images to S x S (nothing to do for CIFAR at 32), then crops randomly out of 4
+    pixels of padding.
 
     With `--fast-resize` it starts from bytes [3, H, W] instead, what `to_bytes` makes of the PIL image.
 
     Raises:
         UserError: a flag has a value that cannot be used.
     """
-    size, bicubic = args.input_size, transforms.InterpolationMode.BICUBIC
+    size = args.input_size
     if size < 1:
         raise UserError(f"--input-size {size} is not a size in pixels; give a positive number")
-    small = size <= SMALL_INPUT
-    sides = (size, size) if small else (int(256 / 224 * size),)
-    resize = v2.Resize(sides, bicubic) if args.fast_resize else transforms.Resize(sides, bicubic)
+    small, crop = size <= SMALL_INPUT, preprocessing(args)
+    resize: type[Any] = v2.Resize if args.fast_resize else transforms.Resize
     if not is_train:
-        steps = [resize] if small else [resize, transforms.CenterCrop(size)]
+        squash, resized = crop.crop_mode == "squash", crop.resized(size)
+        mode = transforms.InterpolationMode(crop.interpolation)
+        steps: list[Any] = [resize((resized, resized) if squash else (resized,), mode)]
+        if not squash or resized != size:
+            steps.append(transforms.CenterCrop(size))
         return transforms.Compose(steps if args.fast_resize else [*steps, transforms.PILToTensor()])
     transform = _train_transform(args)
-    crop = transform.transforms[0]
+    first = transform.transforms[0]
     if small:
         to_pil = [transforms.Lambda(to_image)] if args.fast_resize else []
-        transform.transforms[:1] = [resize, *to_pil, transforms.RandomCrop(size, padding=4)]
+        whole = resize((size, size), transforms.InterpolationMode.BICUBIC)
+        transform.transforms[:1] = [whole, *to_pil, transforms.RandomCrop(size, padding=4)]
     elif args.fast_resize:
-        transform.transforms[0] = FastCrop(crop.size, crop.scale, crop.ratio, args.train_interpolation)
+        transform.transforms[0] = FastCrop(first.size, first.scale, first.ratio, args.train_interpolation)
     return transform
 
 
-def resized_pixels(width: int, height: int, size: int) -> int:
+def resized_pixels(width: int, height: int, size: int, crop: Preprocessing) -> int:
     """How many pixels the largest picture on the way from width x height to `--input-size` has.
 
-    That is the evaluation's: a training crop is never longer than 4/3 of its width, or 4/3 of its height. Up to
-    size 32 all of the image is brought to size x size, first the rows to that length, then the columns.
+    That is the evaluation's: a training crop is never longer than 4/3 of its width, or 4/3 of its height. Where
+    both sides are resized, the rows are first.
     """
-    if size <= SMALL_INPUT:
-        return size * max(size, height)
-    shorter = int(256 / 224 * size)
+    shorter = crop.resized(size)
+    if crop.crop_mode == "squash":
+        return shorter * max(shorter, height)
     return shorter * int(shorter * max(width, height) / min(width, height))
 
 
-def check_sides(name: str, width: int, height: int, size: int) -> None:
+def check_sides(name: str, width: int, height: int, size: int, crop: Preprocessing) -> None:
     """Refuse an image so thin that resizing it, as `build_transform` does, would take gigabytes.
 
     Raises:
         ImageError: the resized image would have more pixels than Pillow's MAX_IMAGE_PIXELS.
     """
-    pixels = resized_pixels(width, height, size)
+    pixels = resized_pixels(width, height, size, crop)
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         raise ImageError(
             f"cannot decode image {name}: it is too thin, {width} x {height}: resized for --input-size {size} it "

@@ -214,7 +214,7 @@ def test_resplit_is_random_erasing_of_the_second_half(mode):
 
 
 def test_pinned_memory_only_for_cuda(monkeypatch):
-    def init(self, loader, device, exchange=None):
+    def init(self, loader, device, exchange=None, colours=None):
         self.loader = loader
 
     monkeypatch.setattr(DeviceLoader, "__init__", init)  # there may be no such device

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pictures import make_args, names, no_augmentation, photo, to_pixels, to_tensor
 from PIL import Image, ImageOps
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -23,6 +23,7 @@ from images.transforms import (
     build_transform,
     check_sides,
     posterize,
+    preprocessing,
     resized_pixels,
     to_bytes,
     to_image,
@@ -101,6 +102,64 @@ def test_evaluation_leaves_small_images_of_the_right_size_alone():
     torch.testing.assert_close(build_transform(False, make_args(input_size=32))(image), to_tensor(image))
 
 
+def crop_at(size, **changes):
+    return preprocessing(make_args(input_size=size, **changes))
+
+
+CROPS = [
+    {},
+    {"crop_pct": 0.9},
+    {"crop_pct": 1.0, "crop_mode": "squash"},
+    {"crop_pct": 0.95, "crop_mode": "squash", "interpolation": "bilinear"},
+    {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "lanczos"},
+    {"crop_pct": 0.5, "interpolation": "nearest"},
+]
+
+
+@pytest.mark.parametrize("crop", CROPS, ids=str)
+@pytest.mark.parametrize("size", [16, 64, 72, 224])
+@pytest.mark.parametrize(("width", "height"), [(300, 400), (97, 61)])
+def test_evaluation_is_timms(size, crop, width, height):
+    """The same bytes as timm's transform with the same words; without words, DeiT's or all of a small image."""
+    said = {"crop_pct": 224 / 256, "crop_mode": "center", "interpolation": "bicubic"}
+    if size <= 32:
+        said |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    timms = create_transform((3, size, size), use_prefetcher=True, **said | crop)
+    image = photo(width=width, height=height)
+    transformed = build_transform(False, make_args(input_size=size, **crop))(image)
+    assert torch.equal(transformed, torch.as_tensor(np.asarray(timms(image))))
+    assert crop_at(size, **crop)[2:] == tuple((said | crop).values())
+
+
+@pytest.mark.parametrize("crop", [crop for crop in CROPS if "bi" in crop.get("interpolation", "bi")], ids=str)
+def test_fast_evaluation_with_other_crops(crop):
+    """torch's resizing is within one of Pillow's; the crop is the same."""
+    image, args = photo(width=300, height=400), {"input_size": 64, **crop}
+    exact = build_transform(False, make_args(**args))(image)
+    fast = build_transform(False, make_args(**args, fast_resize=True))(to_bytes(image))
+    assert (exact.int() - fast.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": [0.5]}, "--mean 0.5 cannot be used: it takes three numbers"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "--mean 0.5 0.5 nan cannot be used"),
+        ({"std": [1.0, 1.0, 1.0, 1.0]}, "--std 1 1 1 1 cannot be used"),
+        ({"std": [0.5, 0.0, 0.5]}, "--std 0.5 0 0.5 has a deviation that is not positive"),
+        ({"crop_mode": "border"}, "--crop-mode border cannot be used; use center, squash"),
+        ({"interpolation": "random"}, "--interpolation random cannot be used; use nearest, bilinear"),
+        (
+            {"interpolation": "lanczos", "fast_resize": True},
+            "lanczos cannot be used with --fast-resize; use bilinear",
+        ),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        preprocessing(make_args(**changes))
+
+
 THIN = [(1, 10_000), (10_000, 1), (1, 1), (1, 3), (3, 100_000), (100_000, 3)]
 
 
@@ -114,7 +173,7 @@ def test_thin_images(size, fast, is_train, monkeypatch):
     refused = set()
     for width, height in THIN:
         try:
-            check_sides("a.png", width, height, size)
+            check_sides("a.png", width, height, size, crop_at(size))
         except ImageError:
             refused.add((width, height))
         if is_train or (width, height) not in refused:
@@ -127,10 +186,11 @@ def test_thin_images(size, fast, is_train, monkeypatch):
 
 @pytest.mark.parametrize(("width", "height"), [(300, 400), (400, 300), (7, 5000), (5000, 7), (50, 50), (1, 999)])
 @pytest.mark.parametrize("size", [64, 224])
-def test_resized_pixels_are_those_that_the_evaluation_makes(size, width, height):
-    resize = build_transform(False, make_args(input_size=size)).transforms[0]
+@pytest.mark.parametrize("crop_pct", [None, 0.5, 1.0])
+def test_resized_pixels_are_those_that_the_evaluation_makes(size, width, height, crop_pct):
+    resize = build_transform(False, make_args(input_size=size, crop_pct=crop_pct)).transforms[0]
     made = resize(Image.new("L", (width, height)))
-    assert resized_pixels(width, height, size) == made.width * made.height
+    assert resized_pixels(width, height, size, crop_at(size, crop_pct=crop_pct)) == made.width * made.height
 
 
 @pytest.mark.parametrize(
@@ -139,15 +199,15 @@ def test_resized_pixels_are_those_that_the_evaluation_makes(size, width, height)
 def test_too_thin_images_are_refused(monkeypatch, width, height, size):
     message = rf"^cannot decode image a.png: it is too thin, {width} x {height}: .*; repair or remove the file$"
     with pytest.raises(ImageError, match=message):
-        check_sides("a.png", width, height, size)
+        check_sides("a.png", width, height, size, crop_at(size))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # how Pillow's own limit is lifted
-    check_sides("a.png", width, height, size)
+    check_sides("a.png", width, height, size, crop_at(size))
 
 
 @pytest.mark.parametrize("size", [16, 32, 224, 384])
 def test_ordinary_images_are_not_too_thin(size):
     for sides in [(500, 375), (1, 1), (20_000, 4000), (4000, 20_000), (3000, 100)]:
-        check_sides("a.png", *sides, size)
+        check_sides("a.png", *sides, size, crop_at(size))
 
 
 @pytest.mark.parametrize(
