@@ -20,7 +20,9 @@ from models.sharding import check_shards, shard
 from options import config
 from options.flags import Args
 from schedules import PlateauLR, build_schedule
+from state import checkpoint
 from state.contents import check_optimizer, check_scheduler
+from state.optimizers import try_optimizer
 from state.resumption import Earlier
 from state.run_state import RunState
 from utils import print_main, world_size
@@ -70,9 +72,24 @@ def build_run(
     elif args.start_epoch > 0:
         run_state.epoch = args.start_epoch - 1
         run_state.lr_scheduler.step(run_state.epoch)
+    if args.output_dir:
+        try_saving(run_state, args)
     if ema is not None:
         warn_of_short_run(args, run_state.steps_per_epoch * args.epochs)
     return run_state
+
+
+def try_saving(run_state: RunState, args: Args) -> None:
+    """Save and load, before the first step, what the first checkpoint will hold; its large tensors apart.
+
+    Raises:
+        UserError: that fails, or the optimizer does not go on exactly from what it saves.
+    """
+    try_optimizer(args.opt, lambda layer: create_optimizer(replace(args, lr=0.1), layer), run_state.device)
+    try:
+        checkpoint.try_out({"args": run_state.args, "lr_scheduler": run_state.lr_scheduler.state_dict()})
+    except BAD_ARGUMENT as error:
+        raise UserError(f"this run could not be saved: {reason(error)}") from error
 
 
 def build_ema(args: Args, model: DiverseViT, device: torch.device) -> ModelEmaV3 | None:

@@ -95,6 +95,7 @@ def check(args: Resolved) -> None:
     if args.opt.lower().removeprefix("lookahead_") not in optimizers:
         raise UserError(f"unknown optimizer {args.opt!r}.{did_you_mean(args.opt, optimizers)}")
     check_lists(args)
+    check_arguments(args)
     check_combinations(args)
     if args.fsdp:
         check_fsdp(args)
@@ -125,6 +126,29 @@ def check_lists(args: Args) -> None:
     milestones = args.decay_milestones
     if not milestones or milestones[0] < 1 or milestones != sorted(set(milestones)):
         raise UserError("--decay-milestones takes epochs in rising order, from 1 on")
+
+
+def check_arguments(args: Args) -> None:
+    """Refuse arguments of a model that neither args.yaml nor a checkpoint can hold.
+
+    Raises:
+        UserError: one is neither a number, nor text, nor None, nor a list, tuple or dict of these.
+    """
+    for flag in ("model_kwargs",):
+        for key, value in getattr(args, flag).items():
+            if not _is_plain(value):
+                raise UserError(
+                    f"--{dashed(flag)} {shown(key)}={shown(repr(value))} is a {type(value).__name__}, which cannot "
+                    "be saved: give numbers, text, True, False, None, or lists of these"
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def check_combinations(args: Args) -> None:

@@ -23,6 +23,7 @@ from models.capture import DiverseViT
 from models.sharding import optimizer_state, whole
 from models.weights import load_weights, model_weights
 from state import checkpoint
+from state.optimizers import generator_state, set_generator
 from utils import all_reduce, gather_to_main, is_main, print_main, rank, set_streams, streams, world_size
 
 
@@ -106,6 +107,7 @@ class RunState:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": self.epoch,
             "step": self.running.step,
+            "optimizer_generator": generator_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "args": self.args,
             "updates": self.running.updates,
@@ -156,6 +158,7 @@ class RunState:
         load_weights(self.model.backbone, model_weights(state, path), path)
         try:
             self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
+            set_generator(self.optimizer, state.get("optimizer_generator"))
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])

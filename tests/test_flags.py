@@ -23,7 +23,7 @@ from timm.utils.misc import ParseKwargs
 import export
 from errors import UserError
 from options import config, flags
-from options.flags import Args
+from options.flags import FREE, Args
 from options.parser import KeyValues, Parser, declared, flag, switch
 from regularizers import catalogue
 
@@ -227,14 +227,14 @@ def test_a_table_of_ones_own():
 
 @dataclass
 class Table:
-    step_size: int = flag(1, "size", group="first", limits=(1, 5))
-    rates: list[float] | None = flag(None, "rates", nargs="+")
-    kind: str = flag("a", "kind", choices=["a", "b"])
-    quiet: bool = switch(False, on="be quiet", group="second")
-    loud: bool = switch(True, on="be loud", off={"--no-loud": "be quiet", "--soft": "the same"})
-    word: str = flag("", "word", "--word-by-word")
-    name: str = flag("", "name", "-n", "--name")
-    pairs: dict[str, int] = flag({}, "pairs", nargs="*", action=KeyValues, metavar="KEY=VALUE")
+    step_size: int = flag(1, FREE, "size", group="first", limits=(1, 5))
+    rates: list[float] | None = flag(None, FREE, "rates", nargs="+")
+    kind: str = flag("a", FREE, "kind", choices=["a", "b"])
+    quiet: bool = switch(False, FREE, on="be quiet", group="second")
+    loud: bool = switch(True, FREE, on="be loud", off={"--no-loud": "be quiet", "--soft": "the same"})
+    word: str = flag("", FREE, "word", "--word-by-word")
+    name: str = flag("", FREE, "name", "-n", "--name")
+    pairs: dict[str, int] = flag({}, FREE, "pairs", nargs="*", action=KeyValues, metavar="KEY=VALUE")
 
 
 # ------------------------------------------------------------------------------------------------------------
