@@ -22,15 +22,15 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import use_fused_attn
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
-from images.transforms import SMALL_INPUT
+from images.transforms import Preprocessing
+from images.transforms import preprocessing as preprocessing_of
 from models import DiverseViT
-from options.flags import FORMATS
+from options.flags import FORMATS, Args
 from state.trained import Trained
 from utils import put_in_place
 
@@ -79,16 +79,10 @@ def plain_backbone(model: nn.Module) -> Any:
     return backbone.cpu().eval()
 
 
-def preprocessing(input_size: int) -> dict[str, Any]:
+def preprocessing(images: Preprocessing) -> dict[str, Any]:
     """The evaluation transform of transforms.build_transform in timm's words (`timm.data.create_transform`)."""
-    small = input_size <= SMALL_INPUT
-    return {
-        "interpolation": "bicubic",
-        "crop_pct": 1.0 if small else 224 / 256,
-        "crop_mode": "squash" if small else "center",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    }
+    names = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
+    return {name: getattr(images, name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,16 +110,18 @@ def to_timm(
     input_size: int,
     model_args: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
+    images: Preprocessing | None = None,
 ) -> Exported:
     """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    The configuration names the stock architecture and how it was changed, the number of classes and this project's
-    evaluation transform, and says nothing of the weights that timm itself has for the architecture.
+    The configuration names the stock architecture and how it was changed, the number of classes and the evaluation
+    transform, and says nothing of the weights that timm itself has for the architecture.
 
     Args:
         model: a timm model, or the DiverseViT around it.
         model_args: what the constructor was given (current versions of timm remember that by themselves).
         class_names: in the order of the logits, for the configuration's `label_names`; none leaves it out.
+        images: what they are to go through, by default DeiT's preprocessing.
     Raises:
         UserError: the folder cannot be written to, or timm does not rebuild the same model from it.
     """
@@ -134,7 +130,7 @@ def to_timm(
     kept = ("architecture", "first_conv", "classifier", "fixed_input_size", "min_input_size")
     backbone.pretrained_cfg = {
         **{key: stock[key] for key in kept if key in stock},
-        **preprocessing(input_size),
+        **preprocessing(images or preprocessing_of(Args(input_size=input_size))),
         "input_size": (3, input_size, input_size),
         "num_classes": backbone.num_classes,
     }
@@ -221,7 +217,14 @@ def export(trained: Trained, folder: Path, form: str, opset: int | None = None) 
         UserError: as to_timm, to_torch and to_onnx do.
     """
     if form == "timm":
-        return to_timm(trained.backbone, folder, trained.input_size, trained.model_args, trained.class_names)
+        return to_timm(
+            trained.backbone,
+            folder,
+            trained.input_size,
+            trained.model_args,
+            trained.class_names,
+            trained.preprocessing,
+        )
     if form == "torch":
         return to_torch(trained.backbone, folder, trained.input_size, trained.class_names)
     return to_onnx(trained.backbone, folder, trained.input_size, opset, trained.class_names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
@@ -22,6 +23,7 @@ __all__ = [
     "build_model",
     "check_name",
     "find_layout",
+    "pretrained_config",
 ]
 
 
@@ -33,6 +35,21 @@ def check_name(name: str) -> None:
             f"unknown model {name!r}.{did_you_mean(architecture, list_models())} "
             "timm.list_models() lists all of them"
         )
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """What timm says of a model's weights: mean, std, crop_pct, classifier, ...; {} where it knows none.
+
+    Raises:
+        UserError: unknown name, or a folder or repository that cannot be read.
+    """
+    if ":" in name:  # the description lies with the weights
+        with torch.random.fork_rng(devices=[]):
+            return dict(build_model(name).pretrained_cfg)  # type: ignore[arg-type]
+    architecture, _, tag = name.partition(".")
+    base = VARIANTS.get(architecture, (architecture, {}))[0]
+    config = get_pretrained_cfg(f"{base}.{tag}" if tag else base)
+    return config.to_dict() if config is not None else {}
 
 
 def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> nn.Module:

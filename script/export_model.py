@@ -63,7 +63,7 @@ def describe(trained: Trained, source: str) -> str:
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
     names = f" ({few(trained.class_names)})" if trained.class_names else ""
-    steps = ", ".join(f"{name} {value}" for name, value in preprocessing(trained.input_size).items())
+    steps = ", ".join(f"{name} {value}" for name, value in preprocessing(trained.preprocessing).items())
     return (
         f"{trained.name} from {source}: {took}\n"
         f"{parameters:,} parameters, {trained.backbone.num_classes} classes{names}, images {shape}\n"

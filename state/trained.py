@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from timm.models import get_pretrained_cfg
-
 from errors import UserError
-from models import VARIANTS, build_model, check_name
+from images.transforms import Preprocessing
+from models import VARIANTS, build_model, check_name, pretrained_config
 from models.weights import StateDict, load_weights, model_weights
 from state import checkpoint
+from state.preprocessing import preprocessing_of
+from state.resumption import flags_of
 
 DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
 
@@ -27,6 +27,7 @@ class Trained:
         backbone: the timm model.
         model_args: what its constructor takes besides the architecture's own values, without dropout rates.
         input_size: S, the image size in pixels.
+        preprocessing: what the weights take images to have gone through.
         weights: 'ema' or 'model', which of the checkpoint's weights these are.
         class_names: in the order of the logits; none if the classes have no names.
     """
@@ -35,6 +36,7 @@ class Trained:
     backbone: Any
     model_args: dict[str, Any]
     input_size: int
+    preprocessing: Preprocessing
     weights: str
     class_names: Sequence[str] = ()
 
@@ -65,9 +67,7 @@ def read_trained(
     state = checkpoint.load(path)
     use_ema = _uses_ema(state, weights, path)
     tensors = _plain_names(model_weights(state, path, ema=use_ema))
-    saved = state.get("args") if isinstance(state, dict) else None
-    flags: Any = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    flags = flags if isinstance(flags, dict) else {}
+    flags = flags_of(state)
     name = model or flags.get("model")
     if not name:
         raise UserError(
@@ -87,7 +87,8 @@ def read_trained(
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     names = _class_names(flags, backbone.num_classes, path)
-    return Trained(name, backbone.eval(), model_args, size, "ema" if use_ema else "model", names)
+    images = preprocessing_of(state, path, name, size)
+    return Trained(name, backbone.eval(), model_args, size, images, "ema" if use_ema else "model", names)
 
 
 def _class_names(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple[str, ...]:
@@ -113,22 +114,13 @@ def _plain_names(tensors: StateDict) -> StateDict:
     return own or tensors
 
 
-def _stock_config(name: str) -> Any:
-    """timm's own description of a model; None for a name with a source, e.g. 'local-dir:FOLDER'."""
-    architecture, _, tag = name.partition(".")
-    base = VARIANTS.get(architecture, (architecture, {}))[0]
-    return get_pretrained_cfg(f"{base}.{tag}" if tag else base)
-
-
 def _stock_input_size(name: str) -> int:
-    config = _stock_config(name)
-    return int(config.input_size[-1]) if config is not None else 224
+    return int(pretrained_config(name).get("input_size", (3, 224, 224))[-1])
 
 
 def _count_classes(name: str, tensors: StateDict, path: str) -> int:
     """The number of rows of the head's weight."""
-    config = _stock_config(name)
-    heads = (config.classifier if config is not None else None) or "head"
+    heads = pretrained_config(name).get("classifier") or "head"
     key = f"{heads if isinstance(heads, str) else heads[0]}.weight"
     if key not in tensors:
         raise UserError(

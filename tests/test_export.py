@@ -29,7 +29,7 @@ import datasets
 import export as exporting
 from errors import UserError
 from images.lists import DIGITS_TRAIN
-from images.transforms import build_transform
+from images.transforms import build_transform, preprocessing
 from loaders import normalise
 from models import DiverseViT, Needs, build_model
 from options import config
@@ -257,8 +257,9 @@ def test_files_have_the_permissions_of_new_files(world):
 @pytest.mark.parametrize("size", [24, 32, 33, 48, 100, 224, 384])
 def test_preprocessing_is_that_of_the_evaluation(size):
     """Pixel for pixel, for images of any shape."""
-    ours = build_transform(False, argparse.Namespace(input_size=size, fast_resize=False))
-    timms = create_transform(input_size=(3, size, size), **exporting.preprocessing(size))
+    args = make_args(input_size=size)
+    ours = build_transform(False, args)
+    timms = create_transform(input_size=(3, size, size), **exporting.preprocessing(preprocessing(args)))
     random = np.random.default_rng(0)
     for height, width in ((32, 32), (60, 45), (300, 500)):
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
