@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from errors import UserError
-from losses import LabelLoss, Objective
+from errors import BAD_ARGUMENT, UserError, reason
+from images.transforms import preprocessing
+from losses import LabelLoss, Objective, Teacher
 from mixing import Mixing
 from mixing.mixup import Mixup
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead
-from models.weights import load_for_finetuning, load_weights, model_weights
+from models.weights import load_for_finetuning, load_timms, load_weights, model_weights
 from options.config import Resolved
 from options.flags import Args
 from regularizers import Diversity
 from state import checkpoint
-from utils import broadcast_from_main, print_main, rank
+from state.preprocessing import preprocessing_of
+from utils import broadcast_from_main, broadcast_object, print_main, rank
 
 
 def build_backbone(args: Args, num_classes: int) -> Any:
@@ -39,6 +41,10 @@ def build_backbone(args: Args, num_classes: int) -> Any:
         backbone.set_distilled_training(True)
     if args.grad_checkpointing:
         use_grad_checkpointing(backbone)
+    if args.pretrained:
+        # the others take the main process's weights, see build_student
+        adapted = broadcast_object(lambda: load_timms(backbone, args.model))
+        print_main("; ".join(filter(None, [f"starting from the weights of {args.model} in timm", str(adapted)])))
     if args.finetune:
         weights = model_weights(checkpoint.load(args.finetune), args.finetune)
         adapted = load_for_finetuning(backbone, weights, args.finetune)
@@ -93,12 +99,56 @@ def build_student(
     return model
 
 
+def training_mode(args: Args) -> bool:
+    """Whether dropout and drop path are on while training; by default not while fine-tuning, as in DeiT."""
+    on = not args.finetune if args.train_mode is None else args.train_mode
+    rates = [f"--{name} {rate:g}" for name, rate in (("drop", args.drop), ("drop-path", args.drop_path)) if rate]
+    if rates and not on:
+        why = "--no-train-mode" if args.train_mode is False else "--finetune without --train-mode"
+        print_main(
+            f"note: {' and '.join(rates)} without effect: {why} trains in evaluation mode, as DeiT fine-tunes"
+        )
+    return on
+
+
 def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Module:
-    """The teacher, with its weights, in evaluation mode."""
-    teacher = build_model(args.teacher_model, num_classes=num_classes, img_size=args.input_size)
-    weights = model_weights(checkpoint.load(args.teacher_path), args.teacher_path)
-    load_weights(teacher, weights, args.teacher_path)
-    return teacher.to(device).eval().requires_grad_(False)
+    """The teacher, with its weights, in evaluation mode; it takes the student's images.
+
+    Raises:
+        UserError: it cannot be built, its weights do not fit, or it does not take such images.
+    """
+    size = args.teacher_input_size or args.input_size
+    flags = "--teacher-model, --teacher-path, --teacher-input-size and --teacher-model-kwargs"
+    state = checkpoint.load(args.teacher_path)
+    try:
+        teacher = build_model(
+            args.teacher_model, **{"num_classes": num_classes, "img_size": size} | args.teacher_model_kwargs
+        )
+        weights = model_weights(state, args.teacher_path)
+        load_weights(
+            teacher, weights, args.teacher_path, f"Check {flags}; it must know the data's {num_classes} classes"
+        )
+        own = preprocessing_of(state, args.teacher_path, args.teacher_model, size)
+    except UserError as error:
+        raise UserError(f"--teacher-model {args.teacher_model}: {error}") from error
+    teacher.eval().requires_grad_(False).to(device)
+    try:
+        with torch.no_grad():
+            answer = teacher(torch.zeros(2, 3, size, size, device=device))
+        if answer.shape != (2, num_classes):
+            raise ValueError(
+                f"it returns {list(answer.shape[1:])} numbers an image, the data has {num_classes} classes"
+            )
+    except BAD_ARGUMENT as error:
+        raise UserError(
+            f"--teacher-model {args.teacher_model} does not take images of {size} x {size}: {reason(error)}; "
+            f"check {flags}"
+        ) from error
+    students = preprocessing(args)
+    if size == args.input_size and (own.mean, own.std) == (students.mean, students.std):
+        return teacher
+    print_main(f"the teacher takes images of {size} pixels, normalised by {own.colours}")
+    return Teacher(teacher, size, [(students.mean, students.std), (own.mean, own.std)]).to(device)
 
 
 def build_objective(args: Args, diversity: Diversity, num_classes: int, device: torch.device) -> Objective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -52,6 +52,41 @@ def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"]
     log_q = F.log_softmax(student / tau, dim=1)
     log_p = F.log_softmax(teacher / tau, dim=1)
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * tau**2 / student.numel()
+
+
+class Teacher(nn.Module):
+    r"""A teacher that takes its images otherwise than the student: in another size, or normalised otherwise.
+
+        x' = (r(x) std + mean - mean') / std',   r: bicubic, with antialiasing
+
+    Args:
+        backbone: a model [B, 3, S', S'] -> [B, K].
+        size: S', in pixels.
+        colours: (mean, std) of the student's images, then (mean', std') of the teacher's.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, size: int, colours: Sequence[tuple[Sequence[float], Sequence[float]]]
+    ) -> None:
+        super().__init__()
+        self.backbone, self.size = backbone, size
+        (mean, std), (own_mean, own_std) = torch.tensor(colours, dtype=torch.float64).view(2, 2, 3, 1, 1)
+        self.is_same = bool((mean == own_mean).all() and (std == own_std).all())
+        self.register_buffer("scale", (std / own_std).float(), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits [B, K] of images as the student takes them, [B, 3, S, S]."""
+        if images.shape[-1] != self.size:
+            side = (self.size, self.size)
+            images = F.interpolate(images, side, mode="bicubic", align_corners=False, antialias=True)
+        if not self.is_same:
+            images = images * self.scale + self.shift
+        logits: Tensor = self.backbone(images)
+        return logits
 
 
 class LabelLoss:

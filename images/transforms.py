@@ -51,9 +51,12 @@ class Preprocessing(NamedTuple):
         """What the sides, or the shorter one, are resized to for a crop of that size."""
         return int(size / self.crop_pct)
 
+    @property
+    def colours(self) -> str:
+        return f"mean {_spaced(self.mean)}, std {_spaced(self.std)}"
+
     def __str__(self) -> str:
-        crop = f"crop {self.crop_pct:g} {self.crop_mode} {self.interpolation}"
-        return f"mean {_spaced(self.mean)}, std {_spaced(self.std)}, {crop}"
+        return f"{self.colours}, crop {self.crop_pct:g} {self.crop_mode} {self.interpolation}"
 
 
 def preprocessing(args: Args) -> Preprocessing:

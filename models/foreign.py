@@ -68,6 +68,17 @@ def timms_names(model: nn.Module, weights: StateDict, path: str) -> StateDict:
         ) from error
 
 
+def renamed(model: nn.Module, weights: StateDict, path: str) -> StateDict:
+    """The weights by the names of timm's model, if timm knows them by others; their sizes are as they were."""
+    if weights.keys() == model.state_dict().keys():
+        return weights
+    try:
+        there = timms_names(model, weights, path)
+    except UserError:  # another architecture's: whoever loads them says what does not fit
+        return weights
+    return {name: weights.get(name, value) for name, value in there.items()}
+
+
 def _filter_of(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict] | None:
     """What timm does to published weights of a model; None if nothing."""
     for module in _modules_of(model):

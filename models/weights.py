@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+from timm.models import load_pretrained
 from torch import Tensor, nn
 
-from errors import UserError
-from models.foreign import StateDict, classifiers, fit_positions, resample, second_heads, timms_names
+from errors import BAD_ARGUMENT, UserError, reason, shown
+from models.backbones import VARIANTS
+from models.foreign import StateDict, classifiers, fit_positions, renamed, resample, second_heads, timms_names
 from models.sharding import like
 
 SHOWN = 4  # names that a message lists
+UNREADABLE = (*BAD_ARGUMENT, SafetensorError, pickle.UnpicklingError, EOFError)
 ADVICE = "Check --model, --input-size and --data-set; --finetune accepts another head and image size"
+OF_ONE_MODEL = "Choose the --model and --model-kwargs that the weights were trained with"
 
 
 def model_weights(checkpoint: Any, path: str, ema: bool = False) -> StateDict:
@@ -33,7 +39,7 @@ def model_weights(checkpoint: Any, path: str, ema: bool = False) -> StateDict:
 
 
 def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = ADVICE) -> None:
-    """Load weights that must fit exactly.
+    """Load weights that must fit exactly; their names may be those of the architecture's published files.
 
     Args:
         model: the model.
@@ -43,7 +49,7 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
     Raises:
         UserError: a parameter is missing, unknown, or of another shape; the message names the first of them.
     """
-    own = model.state_dict()
+    own, weights = model.state_dict(), renamed(model, weights, path)
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
     shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
@@ -114,6 +120,32 @@ def load_for_finetuning(model: nn.Module, weights: StateDict, path: str, antiali
     new = [name for name in own if name not in there and may_differ(name)]
     dropped = [name for name in there if name not in own and may_differ(name)]
     fitting = {name: value for name, value in there.items() if name not in dropped}
-    load_weights(model, {**fitting, **{name: own[name] for name in new}}, path)
+    load_weights(model, {**fitting, **{name: own[name] for name in new}}, path, OF_ONE_MODEL)
     resampled = [name for name in fitting if name in weights and weights[name].shape != fitting[name].shape]
     return Adapted(new, resampled, dropped)
+
+
+def load_timms(model: nn.Module, name: str) -> Adapted:
+    """Load the weights that timm has for a model, or that lie in the folder or repository of its name.
+
+    What does not fit is made to, as in fine-tuning; positions are resampled as timm does it.
+
+    Raises:
+        UserError: there are none, they cannot be fetched or read, or they do not fit.
+    """
+    if VARIANTS.get(name, ("", {}))[1]:
+        raise UserError(f"there are no pretrained weights for {name}: choose another --model, or drop --pretrained")
+    config: Any = model.pretrained_cfg
+    found: list[Any] = []
+
+    def keep(weights: Any, _: nn.Module) -> StateDict:
+        found.append(weights)
+        return model.state_dict()  # nothing is loaded yet
+
+    try:
+        load_pretrained(model, config, num_classes=-1, in_chans=config["input_size"][0], filter_fn=keep)
+    except UNREADABLE as error:
+        raise UserError(f"--pretrained: no weights for {name}: {shown(reason(error), 400)}") from error
+    if not found:
+        raise UserError(f"--pretrained: timm has no weights of {name} by its own names: give --finetune FILE")
+    return load_for_finetuning(model, model_weights(found[0], name), name, antialias=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +13,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from families import CLASSES, FAMILIES
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
 from torch import Tensor
+from torchvision import transforms
 
+from build import build_teacher, training_mode
 from errors import UserError
+from losses import Teacher
 from models import build_model
-from models.weights import load_for_finetuning
+from models.weights import load_for_finetuning, load_timms, load_weights
+from options.flags import Args
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 NAMES = {"volo": "volo_d1_224", "mvitv2": "mvitv2_tiny", "mvitv2_cls": "mvitv2_base_cls"}  # built by their classes
@@ -283,3 +292,198 @@ def test_many_resampled_tables_are_told_briefly() -> None:
     target = make("beit", 1, img_size=48, depth=12)
     adapted = load_for_finetuning(target, make("beit", 0, depth=12).state_dict(), "x.pth")
     assert len(adapted.resampled) == 12 and str(adapted).endswith(" and 8 more")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Exactly fitting weights by other names
+
+
+def test_published_names_are_known_without_fine_tuning() -> None:
+    """--eval --resume, --teacher-path and the exporter take DeiT III's files; sizes must fit."""
+    source, target = tiny("deit3_small_patch16_224"), tiny("deit3_small_patch16_224", 1)
+    published = {key.replace("ls1.gamma", "gamma_1"): value for key, value in source.state_dict().items()}
+    load_weights(target, published, "x.pth")
+    assert same(target.state_dict(), source.state_dict())
+    with pytest.raises(UserError, match=r"x.pth does not fit .*pos_embed is \[1, 16, 24\] there and \[1, 36, 24\]"):
+        load_weights(tiny("deit3_small_patch16_224", img_size=48), published, "x.pth")
+    with pytest.raises(UserError, match=r"x.pth does not fit .*classes, features"):
+        load_weights(tiny("deit3_small_patch16_224", num_classes=7), published, "x.pth")
+
+
+@pytest.mark.parametrize("target", ["swin", "tnt", "mvitv2", "levit", "beit", "deepseek"])
+def test_other_weights_are_refused_without_fine_tuning(target: str) -> None:
+    with pytest.raises(UserError, match=r"^x.pth does not fit \w+: .*missing"):
+        load_weights(make(target, 0), tiny().state_dict(), "x.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --pretrained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What timm writes for the Hugging Face hub: weights, and the model's arguments."""
+    path = tmp_path_factory.mktemp("hub")
+    shape = {key: value for key, value in TINY.items() if key != "num_classes"}
+    save_for_hf(tiny(), str(path), model_args=shape, safe_serialization=True)
+    return f"local-dir:{path}"
+
+
+@pytest.mark.parametrize("change", [{}, {"num_classes": 7}, {"img_size": 48}, {"num_classes": 7, "img_size": 16}])
+def test_timms_weights_are_loaded_as_timm_does(folder: str, change: dict[str, int]) -> None:
+    model = build_model(folder, **{"num_classes": 5, **change})
+    head = model.head.weight.clone()  # type: ignore[union-attr, operator]
+    adapted = load_timms(model, folder)
+    timms = timm.create_model(folder, pretrained=True, **{"num_classes": 5, **change}).state_dict()
+    assert bool(adapted.new) == ("num_classes" in change) and bool(adapted.resampled) == ("img_size" in change)
+    for key, value in model.state_dict().items():
+        expected = head if key == "head.weight" and "num_classes" in change else timms[key]
+        assert torch.equal(value, expected), key
+
+
+def fetching(monkeypatch: pytest.MonkeyPatch, weights: Mapping[str, Tensor] | Exception) -> None:
+    """Let timm find these weights, or fail so."""
+
+    def load(model: Any, config: Any, filter_fn: Callable[..., Any], **_: Any) -> None:
+        if isinstance(weights, Exception):
+            raise weights
+        filter_fn(dict(weights), model)
+
+    monkeypatch.setattr("models.weights.load_pretrained", load)
+
+
+def test_the_references_names_have_the_weights_of_deits(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tiny(), tiny("deit_tiny_patch16_224_diverse", 1)
+    assert target.pretrained_cfg["hf_hub_id"] == source.pretrained_cfg["hf_hub_id"]
+    assert target.pretrained_cfg["architecture"] == "deit_tiny_patch16_224"
+    fetching(monkeypatch, source.state_dict())
+    load_timms(target, "deit_tiny_patch16_224_diverse")
+    assert same(source.state_dict(), target.state_dict())
+
+
+def test_deeper_models_have_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "deit_small_layer24_patch16_224"
+    fetching(monkeypatch, tiny().state_dict())
+    with pytest.raises(UserError, match=f"there are no pretrained weights for {name}: .*drop --pretrained"):
+        load_timms(tiny(name), name)
+    with pytest.raises(UserError, match=r"^deit_tiny does not fit .*first blocks.2.*Choose the --model"):
+        load_timms(tiny(depth=3), "deit_tiny")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no\nnetwork"), RuntimeError("No pretrained weights exist"), EOFError("x")]
+)
+def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    fetching(monkeypatch, error)
+    with pytest.raises(UserError, match=r"^--pretrained: no weights for deit_tiny: ") as raised:
+        load_timms(tiny(), "deit_tiny")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_damaged_folder(tmp_path: Path, folder: str, content: bytes) -> None:
+    shutil.copytree(folder.removeprefix("local-dir:"), tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").write_bytes(content)
+    name = f"local-dir:{tmp_path / 'x'}"
+    with pytest.raises(UserError) as raised:
+        load_timms(build_model(name), name)
+    assert "\n" not in str(raised.value)
+    (tmp_path / "x" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json") as raised:
+        build_model(name)
+    assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The teacher
+
+CPU = torch.device("cpu")
+SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+AUGREG = "vit_tiny_patch16_224"  # in timm with mean and deviation 0.5
+
+
+def a_teacher(path: Path, name: str = "deit_tiny_patch16_224", size: int = 32, **args: Any) -> Args:
+    """Flags with a teacher whose file is written."""
+    torch.save({"model": tiny(name, img_size=size).state_dict(), **args}, path / "t.pth")
+    flags = {"teacher_path": str(path / "t.pth"), "teacher_model": name, "teacher_model_kwargs": SHAPE}
+    return Args(input_size=32, distillation_type="hard", **flags)
+
+
+def test_a_teacher_with_the_students_images_is_itself(tmp_path: Path) -> None:
+    args = a_teacher(tmp_path)
+    teacher = build_teacher(args, 5, CPU)
+    assert not isinstance(teacher, Teacher) and not teacher.training
+    saved = replace(args, mean=[0.5] * 3, std=[0.5] * 3)
+    a_teacher(tmp_path, args={"data_set": "CIFAR", "mean": [0.5] * 3, "std": [0.5] * 3})
+    assert not isinstance(build_teacher(saved, 5, CPU), Teacher)
+
+
+@pytest.mark.parametrize("of", ["timm", "checkpoint"])
+def test_a_teacher_sees_images_as_it_was_trained(
+    tmp_path: Path, of: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if of == "timm":
+        args = a_teacher(tmp_path, AUGREG)
+    else:
+        saved = {"data_set": "CIFAR", "mean": [0.5] * 3, "std": [0.5] * 3}
+        args = a_teacher(tmp_path, args=saved)
+    teacher = build_teacher(args, 5, CPU)
+    assert isinstance(teacher, Teacher)
+    assert "the teacher takes images of 32 pixels, normalised by mean 0.5 0.5 0.5" in capsys.readouterr().out
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    own = transforms.Normalize([0.5] * 3, [0.5] * 3)(pixels)
+    students = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(students), teacher.backbone(own), rtol=0, atol=1e-5)
+        assert (teacher.backbone(students) - teacher.backbone(own)).abs().max() > 1e-3
+
+
+def test_a_teacher_of_another_size(tmp_path: Path) -> None:
+    args = a_teacher(tmp_path, size=48)
+    with pytest.raises(UserError, match=r"^--teacher-model deit_tiny_patch16_224: .*--teacher-input-size"):
+        build_teacher(args, 5, CPU)
+    teacher = build_teacher(replace(args, teacher_input_size=48), 5, CPU)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    resized = F.interpolate(images, (48, 48), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), teacher.backbone(resized))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "message"),
+    [
+        ({}, 7, r"head.weight is \[5, 24\] \(classes, features\) there and \[7, 24\] .*the data's 7 classes"),
+        ({"teacher_model_kwargs": {}}, 5, "does not fit VisionTransformer"),
+        ({"teacher_model_kwargs": {**SHAPE, "depht": 2}}, 5, "cannot be built with .*depht"),
+        ({"teacher_model": "deit_tiny_patch16_225"}, 5, "unknown model"),
+        ({"teacher_model_kwargs": {**SHAPE, "num_classes": 5}}, 7, "returns .5. numbers an image.*7 classes"),
+        (
+            {"teacher_model_kwargs": {**SHAPE, "img_size": 32}, "teacher_input_size": 40},
+            5,
+            "does not take images of 40",
+        ),
+    ],
+    ids=["classes", "shape", "unknown argument", "unknown name", "logits", "size"],
+)
+def test_a_teachers_mismatch_names_its_flags(
+    tmp_path: Path, changes: dict[str, Any], classes: int, message: str
+) -> None:
+    args = replace(a_teacher(tmp_path), **changes)
+    with pytest.raises(UserError, match=rf"^--teacher-model {args.teacher_model}.*{message}") as raised:
+        build_teacher(args, classes, CPU)
+    assert "\n" not in str(raised.value) and "Check --model" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dropout and drop path
+
+
+@pytest.mark.parametrize("train_mode", [None, True, False])
+@pytest.mark.parametrize("finetune", ["", "x.pth"])
+def test_training_mode(train_mode: bool | None, finetune: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = Args(finetune=finetune, train_mode=train_mode, drop=0.2)
+    expected = train_mode if train_mode is not None else not finetune
+    assert training_mode(args) is expected
+    note = capsys.readouterr().out
+    assert note.startswith("note: --drop 0.2 and --drop-path 0.1 without effect: ") if not expected else not note
+    assert training_mode(replace(args, drop=0.0, drop_path=0.0)) is expected and not capsys.readouterr().out

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from errors import UserError
 from losses import LabelLoss, Objective, cross_entropy, distillation
+from losses import Teacher as OwnImages
 from mixing.mixup import Labels, Mixup
 from models import Captured
 from regularizers import Diversity, parse_spec, primitives, total
@@ -293,6 +297,38 @@ def test_label_loss_with_a_teacher(kind: str, a: float, c: float) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert student[1].grad is not None
     assert bool(student[1].grad.count_nonzero()) == (a > 0)
+
+
+class Passing(nn.Module):
+    """Returns what it is shown, as its logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def test_a_teachers_own_normalisation() -> None:
+    """Back to pixels, then normalised anew, one number after the other; nothing changes where they agree."""
+    ours, theirs = ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]), ([0.5, 0.1, 0.0], [0.5, 1.0, 2.0])
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen = OwnImages(Passing(), 4, [ours, theirs])(images).view_as(images)
+    for b, c, y, x in itertools.product(range(2), range(3), range(4), range(4)):
+        pixel = images[b, c, y, x].item() * ours[1][c] + ours[0][c]
+        assert seen[b, c, y, x].item() == pytest.approx((pixel - theirs[0][c]) / theirs[1][c], abs=1e-6)
+    assert torch.equal(OwnImages(Passing(), 4, [ours, ours])(images).view_as(images), images)
+    assert not OwnImages(Passing(), 4, [ours, theirs]).state_dict()
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_teachers_own_size(size: int) -> None:
+    """A picture of one colour per channel stays so, whatever the size; Pillow resizes others in the same way."""
+    same = ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    teacher = OwnImages(Passing(), size, [same, same])
+    plain = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    torch.testing.assert_close(teacher(plain).view(2, 3, size, size), plain[..., :1, :1].expand(2, 3, size, size))
+    images = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for channel, resized in zip(images[0], teacher(images).view(3, size, size), strict=True):
+        pillow = Image.fromarray(channel.numpy()).resize((size, size), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(resized, torch.from_numpy(np.array(pillow)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"teacher": Teacher()}, {"distillation_type": "soft"}], ids=str)
