@@ -21,9 +21,9 @@ from images.decode import ImageError
 from loggers.meters import Meters
 from loggers.progress import Progress
 from options.flags import Args
+from program import Signals
 from samplers import ShardSampler
 from utils import (
-    Signals,
     broadcast_object,
     find_launch,
     gather_to_main,
@@ -83,17 +83,18 @@ def check_data(args: Args) -> None:
     halves = {"training": train_set, "validation": val_set}
     workers = default_workers() if args.num_workers is None else args.num_workers
     with Signals() as signals:
-        seen = [look(half, Faults(images), workers, signals) for half, images in halves.items()]
+        seen = [look(half, Faults(images), workers, signals, args.dist_timeout) for half, images in halves.items()]
         found = gather_to_main(seen)
     total = broadcast_object(lambda: list_bad(chain.from_iterable(found)))
     counts = " and ".join(f"{len(images):,} {half}" for half, images in halves.items())
     conclude(total, counts)
 
 
-def look(half: str, faults: Faults, workers: int, signals: Signals) -> Seen:
+def look(half: str, faults: Faults, workers: int, signals: Signals, seconds: float) -> Seen:
     """Read this process's share of a half."""
     share = ShardSampler(faults, world_size(), rank())
-    loader = SteadyLoader(faults, sampler=share, batch_size=BATCH, collate_fn=list, num_workers=workers)
+    options = {"sampler": share, "batch_size": BATCH, "collate_fn": list, "num_workers": workers}
+    loader = SteadyLoader(faults, seconds, **options)
     progress = Progress(f"Reading {half} images", max(1, len(share) // LINES))
     found: list[str] = []
     each = chain.from_iterable(loader)

@@ -254,7 +254,7 @@ class TrainLoader(DeviceLoader):
         device: where batches go.
         samples: the training set.
         sampler: which of them this process makes.
-        exchange: as in DeviceLoader.
+        exchange, colours: as in DeviceLoader.
     """
 
     def __init__(
@@ -351,6 +351,7 @@ def _loader(
     """A loader with a generator of its own, without which each pass would draw from the global one."""
     return SteadyLoader(
         dataset,
+        seconds=args.dist_timeout,
         sampler=sampler,
         collate_fn=collate,
         num_workers=default_workers() if args.num_workers is None else args.num_workers,

@@ -10,9 +10,11 @@ interrupted from the keyboard.
 
 from __future__ import annotations
 
+import program
 from options.flags import answer_at_once
 
 if __name__ == "__main__":
+    program.begin("main.py")
     answer_at_once()  # --help, --list-regularizers and what is mistyped, before torch is imported
 
 import copy
@@ -40,7 +42,7 @@ from build import (
 from check_data import check_data
 from datasets import LabelledImages, build_dataset, named
 from engine import Loader, Observer, Precision, Updater, evaluate, evaluate_together, report, train_one_epoch
-from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine
+from errors import Interrupted, LocalError, TrainingDiverged, UserError, escaped, is_first_on_machine
 from loaders import build_eval_loader, build_train_loader
 from loggers.progress import Progress, clock
 from loggers.text import LOG, TextLog, read_lines, set_aside
@@ -50,6 +52,7 @@ from models.sharding import is_sharded, shard
 from models.weights import load_weights, model_weights
 from options import config
 from options.config import Resolved
+from program import Patience, Signals
 from regularizers import Diversity
 from runs import build_run, global_batch, scaled_lr
 from schedules import without_effect
@@ -59,7 +62,6 @@ from state.resumption import Earlier
 from state.run_state import RunState, check_class_names
 from state.saver import Saver
 from utils import (
-    Signals,
     broadcast_object,
     find_launch,
     init_distributed,
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, TrainingDiverged) as error:
         # all processes meet the same mistake, and one of each machine reports it; but a LocalError is its own
         if isinstance(error, LocalError) or is_first_on_machine():
-            print(f"main.py: error: {error}", file=sys.stderr, flush=True)
+            print(escaped(f"main.py: error: {error}"), file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except Interrupted as stop:
         print_main(f"main.py: {stop}")
@@ -126,8 +128,9 @@ def run(args: Resolved) -> None:
     earlier = None if args.eval else resumption.find(args)
     if earlier is not None:
         args = resumption.in_force(args, earlier)
-        check_class_names(earlier.state["args"], args.class_names, earlier.path)
-    backbone = build_backbone(args if earlier is None else replace(args, finetune=""), num_classes)
+        check_class_names(earlier.state.get("args"), args.class_names, earlier.path)
+    fresh = args if earlier is None else replace(args, finetune="", pretrained=False)  # its weights come later
+    backbone = build_backbone(fresh, num_classes)
     diversity, measure = build_diversity(args, backbone)
     model = build_student(args, backbone, diversity, measure, num_classes, device)
     if args.eval:
@@ -234,7 +237,8 @@ def build_saver(
 ) -> Saver:
     """Saves as often as the flags say."""
     often = args.save_interval_steps, args.save_interval_minutes
-    return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches)
+    patience = Patience(args.dist_timeout)
+    return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches, patience)
 
 
 def evaluate_run(

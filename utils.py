@@ -9,7 +9,6 @@ import errno
 import os
 import random
 import re
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from errors import LocalError, UserError
+from errors import LocalError, UserError, escaped
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -180,27 +179,6 @@ class Vote:
         return smallest
 
 
-class Signals:
-    """Remembers SIGTERM and SIGUSR1, which ask a run to save and stop, while it is entered."""
-
-    NAMES = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Signals:
-        self._before = {name: signal.signal(name, self._remember) for name in self.NAMES}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.received = True
-
-
 def lost_process(error: RuntimeError) -> str | None:
     """What to tell the user if the error is a failed exchange with another process; None if it is another error."""
     reason = str(error).strip().partition("\n")[0]
@@ -233,9 +211,9 @@ def all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceO
 
 
 def print_main(*text: object) -> None:
-    """Print on the main process only."""
+    """Print on the main process only, without characters that a terminal would obey."""
     if is_main():
-        print(*text, flush=True)
+        print(*(escaped(str(part)) for part in text), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

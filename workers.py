@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
 import re
 import signal
@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from errors import LocalError
-from utils import Signals
+from program import STOPPING, Patience, daemons, end_workers
 
 SIGNAL_SECONDS = 5  # until the death of a worker is known, at most
 MOST_WORKERS = 10  # of a process that is not told how many to start: DeiT's number
@@ -69,30 +69,23 @@ class SteadyLoader(DataLoader[Any]):
 
     What else ends a worker by SIGTERM has to kill it: torch, if it does not end by itself, and multiprocessing at
     the end of this process, which would wait for ever. There `end_workers` comes first.
+
+    Args:
+        seconds: that a batch may take, before the program is ended.
+        options: DataLoader's.
     """
 
-    def __init__(self, dataset: Any, **options: Any) -> None:
+    def __init__(self, dataset: Any, seconds: float = math.inf, **options: Any) -> None:
         super().__init__(dataset, **options)
+        self._patience = Patience(seconds)
         Finalize(None, end_workers, exitpriority=0)
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NAMES)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for process in _daemons():
+        for process in daemons():
             process.terminate = process.kill  # type: ignore[method-assign]
-        return batches
-
-
-def end_workers() -> None:
-    """Kill the workers of passes that the end of this process leaves unfinished."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report their deaths
-    for process in _daemons():
-        process.kill()
-
-
-def _daemons() -> list[multiprocessing.process.BaseProcess]:
-    """The processes that end with this one: all loaders' workers."""
-    return [process for process in multiprocessing.active_children() if process.daemon]
+        return self._patience.over_each(batches, "reading a batch of images")

@@ -18,6 +18,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+def _can_show(text: str) -> bool:
+    """Whether the terminal's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Progress:
     """Count steps and show where the work stands: a bar on a terminal, a line per interval elsewhere.
 
@@ -31,6 +40,7 @@ class Progress:
     """
 
     BAR = 24
+    FULL, EMPTY = "█", "·"
     PAUSE = 0.1  # seconds between two pictures of the bar, if its means are the same
 
     def __init__(self, header: str, interval: int = 10, units_after: int = 0) -> None:
@@ -39,6 +49,7 @@ class Progress:
         self.units_after = units_after
         self._terminal = sys.stdout.isatty()
         self._shown_width = 0
+        self._marks = (self.FULL, self.EMPTY) if _can_show(self.FULL + self.EMPTY) else ("#", "-")
 
     def over(self, first: int, total: int, meters: Meters) -> Iterator[int]:
         """Yield the steps from `first` to `total`; show progress every `interval` steps and after the last."""
@@ -65,7 +76,8 @@ class Progress:
             print("  ".join([self.header, *entries]), flush=True)
             return
         done = round(self.BAR * step / max(total, 1))
-        line = f"{self.header} |{'█' * done}{'·' * (self.BAR - done)}|"
+        full, empty = self._marks
+        line = f"{self.header} |{full * done}{empty * (self.BAR - done)}|"
         room = shutil.get_terminal_size().columns - 1
         for entry in entries:
             if len(line) + 2 + len(entry) > room:

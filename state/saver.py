@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from errors import Interrupted, UserError
+from program import Patience, Signals
 from state import checkpoint
 from state.run_state import RunState
-from utils import Signals, Vote, broadcast_object, is_main
+from utils import Vote, broadcast_object, is_main
 
 
 class Saver:
@@ -29,6 +30,7 @@ class Saver:
         steps: steps between checkpoints within an epoch; 0: none.
         minutes: minutes between checkpoints; 0: none.
         eval_batches: batches of an evaluation that every process has; only after these can it be stopped.
+        patience: for writing.
     """
 
     SAVE, STOP = 1, 2
@@ -42,6 +44,7 @@ class Saver:
         steps: int = 0,
         minutes: float = 0.0,
         eval_batches: int = 0,
+        patience: Patience | None = None,
     ) -> None:
         self.run_state = run_state
         self.folder = folder
@@ -50,6 +53,7 @@ class Saver:
         self.steps = steps
         self.minutes = minutes
         self.eval_batches = eval_batches
+        self.patience = patience or Patience()
         run_state.running.finite.own_wish = self.wish
         self._last = time.monotonic()
         self._saved: tuple[int, int] | None = None  # where the run was when it was last saved: epoch and step
@@ -139,7 +143,8 @@ class Saver:
             return
         self.run_state.check_weights()
         state = self.run_state.state_dict()
-        broadcast_object(lambda: self._write(state, best))
+        with self.patience.over("writing a checkpoint"):
+            broadcast_object(lambda: self._write(state, best))
         self._saved = self._place
 
     def _write(self, state: dict[str, Any], best: bool) -> None:

@@ -16,8 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import build
-import runs
 import main
+import runs
 from datasets import build_dataset
 from engine import Finite, Precision, Running, Updater, evaluate, evaluate_together, train_one_epoch
 from errors import TrainingDiverged, UserError
@@ -26,9 +26,9 @@ from losses import Objective
 from mixing.mixup import Mixup
 from models import DiverseViT, Needs
 from options import config
+from program import Signals
 from regularizers import Diversity, parse_spec
 from state.run_state import RunState
-from utils import Signals
 
 CPU = Precision(torch.device("cpu"))
 

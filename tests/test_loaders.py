@@ -34,8 +34,9 @@ from errors import UserError
 from images.decode import ImageError
 from images.transforms import Box, build_transform
 from loaders import DeviceLoader, SeededDataset, build_eval_loader, build_train_loader, collate, erase, normalise
+from program import STOPPING
 from samplers import Draw
-from utils import Signals, seed_generators
+from utils import seed_generators
 from workers import WorkerDied, default_workers, name_dead_workers
 
 ROOT = Path(__file__).parents[1]
@@ -890,12 +891,12 @@ class Blocked(Numbered):
 
     def decode(self, index):
         image, _ = super().decode(index)
-        return image, set(Signals.NAMES) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return image, set(STOPPING) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_only_workers_block_the_signals():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert not before & set(Signals.NAMES)
+    assert not before & set(STOPPING)
     for num_workers in (0, 2):
         for loader in build_loaders(make_args(num_workers=num_workers), Blocked(256), Blocked(24), 1, 0):
             assert set(labels_of(loader)) == {num_workers > 0}
@@ -917,7 +918,7 @@ def signal_the_group():
 
 if __name__ == "__main__":
     from workers import SteadyLoader
-    from utils import Signals
+    from program import Signals
 
     resource_tracker.ensure_running()  # some Pythons unblock SIGTERM when they start it
     loader = SteadyLoader(range(100), batch_size=10, num_workers=2, multiprocessing_context=sys.argv[1])

@@ -25,11 +25,12 @@ from loggers.text import read_lines, set_aside
 from losses import Objective
 from mixing.mixup import Mixup
 from options import config
+from program import Signals
 from state import checkpoint
 from state import saver as saver_module
 from state.run_state import RunState
 from state.saver import Saver
-from utils import Signals, set_streams, streams
+from utils import set_streams, streams
 
 CPU = Precision(torch.device("cpu"))
 VIT = ["--model", "deit_tiny_patch16_224", "--input-size", "16", "--device", "cpu", "--num_workers", "0"]

@@ -1,0 +1,196 @@
+"""What a program owes to its surroundings: signals, a terminal that may go away, and an end in every case.
+
+Nothing is imported here that takes time, so that a signal is answered before torch is there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from errors import is_first_on_machine
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+T = TypeVar("T")
+FAILED, STOPPED, INTERRUPTED = 1, 75, 130  # exit codes
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def begin(name: str) -> None:
+    """Prepare this process, before anything else happens in it.
+
+    Until training has begun, SIGTERM, SIGUSR1 and Ctrl-C end it at once, with the documented exit codes. A lost
+    connection (SIGHUP) does not end it, nor does output that nobody reads any more.
+
+    Args:
+        name: of the program, for its messages.
+    """
+    _open_standard_streams()
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, lambda *_: end(STOPPED, f"{name}: stopped by a signal"))
+    signal.signal(signal.SIGINT, lambda *_: end(INTERRUPTED, f"\n{name}: interrupted"))
+
+
+def end(code: int, message: str, alone: bool = False) -> NoReturn:
+    """End this process and its workers now, whatever it is doing.
+
+    Args:
+        alone: whether other processes do not say the same.
+    """
+    if alone or is_first_on_machine():
+        print(message, file=sys.stderr, flush=True)
+    for process in daemons():
+        process.kill()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def daemons() -> list[BaseProcess]:
+    """The processes that end with this one: all loaders' workers."""
+    import multiprocessing  # takes time
+
+    return [process for process in multiprocessing.active_children() if process.daemon]
+
+
+def end_workers() -> None:
+    """Kill them; also those that are stopped."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report their deaths
+    for process in daemons():
+        process.kill()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals while a run can be saved
+
+
+class Signals:
+    """Remembers SIGTERM and SIGUSR1, which ask a run to save and stop, while it is entered.
+
+    Ctrl-C raises KeyboardInterrupt meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {name: signal.signal(name, self._remember) for name in STOPPING}
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.received = True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Output
+
+
+class Lasting:
+    """A text stream that outlives its reader: what cannot be written any more is dropped.
+
+    A character that its encoding lacks is written as an escape.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let all that follows, and what is still in the buffer, go nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _open_standard_streams() -> None:
+    """Let no file that is opened later take the place of a closed stdin, stdout or stderr."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the smallest free number, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Patience
+
+
+class Patience:
+    """Ends the program if a piece of work takes too long: a worker is stopped, or a file system hangs.
+
+    A thread waits for that, since the main one may be inside a call that never returns.
+
+    Args:
+        seconds: that a piece may take; infinity: any time.
+    """
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.seconds = seconds
+
+    @contextmanager
+    def over(self, what: str) -> Iterator[None]:
+        """Around a piece of work.
+
+        Args:
+            what: in words, e.g. 'reading a batch of images'.
+        """
+        if self.seconds > threading.TIMEOUT_MAX:
+            yield
+            return
+        timer = threading.Timer(self.seconds, self._give_up, [what])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def over_each(self, items: Iterator[T], what: str) -> Iterator[T]:
+        """The items, each of which may take that long to come."""
+        while True:
+            with self.over(what):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    def _give_up(self, what: str) -> None:
+        end(
+            FAILED,
+            f"main.py: error: {what} takes longer than --dist-timeout, {self.seconds:g} seconds: a data loading "
+            "worker is stopped, or a file system hangs. Continue with --resume auto",
+            alone=True,
+        )
