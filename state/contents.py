@@ -2,12 +2,13 @@
 
 Who calls what, in this order, when a run is resumed:
 
-    state = checkpoint.load(path)                   # any file: plain data within bounds, dense tensors
-    check_contents(state, path)                     # before its flags are compared, and before output_dir is made
-    check_optimizer(state["optimizer"], optimizer, path)        # before optimizer.load_state_dict
-    check_scheduler(state["lr_scheduler"], lr_scheduler, path)  # before lr_scheduler.load_state_dict
+    state = checkpoint.load(path)             # any file: plain data within bounds, dense tensors
+    check_contents(state, path)               # before its flags are compared, and before output_dir is made
+    check_optimizer(state["optimizer"], ...)  # before optimizer.load_state_dict
+    check_scheduler(state["lr_scheduler"], ...)
 
-Keys that are not named here may hold any plain data. The first thing that is wrong becomes one UserError.
+Where only weights and flags are taken from a file, `check_flags` is enough. Keys that are not named here may hold
+any plain data. The first thing that is wrong becomes one UserError.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -28,10 +28,12 @@ from torch.optim import Optimizer
 
 from errors import BAD_ARGUMENT, UserError, reason, shown
 from options.flags import Args
+from options.parser import declared
 from utils import keep_random_state, set_streams
 
 LARGEST = 2**40  # of what counts epochs, steps or updates
 ADVICE = "take another checkpoint, or start from its weights with --finetune"
+NUMPY_WORDS = 624  # of a generator's state
 STREAMS = ("python", "numpy", "mixup", "torch")
 
 
@@ -51,10 +53,18 @@ def check_contents(state: Any, path: str) -> None:
         _check_count(state["epoch"], "epoch", path, least=-1)
     if "step" in state:
         _check_count(state["step"], "step", path)
+    if "updates" in state:
+        _check_count(state["updates"], "updates", path)
     if "max_acc" in state and not _is_finite(state["max_acc"]):
         _refuse(path, "max_acc", state["max_acc"], "a number")
+    for key in ("images", "precision"):
+        if not isinstance(state.get(key, ""), str):
+            _refuse(path, key, state[key], "a text")
+    _check_best(state.get("best", {}), path)
     _check_log(state.get("log", []), path)
-    _check_args(state.get("args"), path)
+    if not _fits(state.get("changes", []), list[str]):
+        _refuse(path, "changes", state["changes"], "a list of lines")
+    check_flags(state.get("args"), path)
     for key in ("model", "model_ema"):
         if key in state:
             _check_weights(state[key], key, path)
@@ -71,7 +81,7 @@ def check_contents(state: Any, path: str) -> None:
 
 
 def _refuse(path: str, where: str, value: Any, wanted: str) -> NoReturn:
-    raise UserError(f"{path} cannot be resumed, its {shown(where)} is {_what(value)}, not {wanted}: {ADVICE}")
+    raise UserError(f"{path} is malformed, its {shown(where)} is {_what(value)}, not {wanted}: {ADVICE}")
 
 
 def _what(value: Any) -> str:
@@ -108,6 +118,19 @@ def _check_names(value: Any, where: str, path: str) -> None:
 # Flags and log
 
 
+def _check_best(best: Any, path: str) -> None:
+    """Which epoch was the best, by which weights, and with which accuracies."""
+    _check_names(best, "best", path)
+    if unknown := best.keys() - {"epoch", "weights", "acc1", "ema_acc1"}:
+        _refuse(path, "best's key", min(unknown), "one that a run writes")
+    _check_count(best.get("epoch", -1), "best's epoch", path, least=-1)
+    if best.get("weights", "model") not in ("model", "model_ema"):
+        _refuse(path, "best's weights", best["weights"], "'model' or 'model_ema'")
+    for key in ("acc1", "ema_acc1"):
+        if not _fits(best.get(key, 0), float | None if key == "ema_acc1" else float):
+            _refuse(path, f"best's {key}", best[key], "a number")
+
+
 def _check_log(log: Any, path: str) -> None:
     """Lines of log.txt: a JSON object each."""
     if not isinstance(log, list):
@@ -124,15 +147,21 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def _check_args(args: Any, path: str) -> None:
-    """Flags by their names, each of the type that it has today; others hold plain data."""
+def check_flags(args: Any, path: str) -> None:
+    """Refuse flags in a checkpoint that have values which they cannot have today.
+
+    Raises:
+        UserError: the first of them.
+    """
     if args is None:
         return
     flags = vars(args) if isinstance(args, argparse.Namespace) else args
     _check_names(flags, "args", path)
-    types = get_type_hints(Args)
-    for name, value in flags.items():
-        if name in types and not _fits(value, types[name]):
+    types, table = get_type_hints(Args), declared(Args)
+    for name in flags.keys() & types.keys():
+        value, limits = flags[name], table[name].limits
+        low, high = limits or (-math.inf, math.inf)
+        if not _fits(value, types[name]) or (_is_finite(value) and not low <= value <= high):
             _refuse(path, f"args' {name}", value, f"what --{name.replace('_', '-')} takes")
     names = flags.get("class_names") or []
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -142,13 +171,24 @@ def _check_args(args: Any, path: str) -> None:
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a saved flag can be of this type: whole numbers and others are one kind."""
     parts = get_args(annotation)
-    if get_origin(annotation) in (list, dict):
-        return isinstance(value, (list, tuple) if get_origin(annotation) is list else dict)
+    if get_origin(annotation) is list:
+        return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
+    if get_origin(annotation) is dict:
+        return isinstance(value, dict) and all(_fits(key, parts[0]) for key in value) and _is_plain(value)
     if parts:
         return any(_fits(value, part) for part in parts)
     if annotation in (int, float):
         return _is_finite(value)
-    return annotation is Any or isinstance(value, NoneType if annotation is None else annotation)
+    return isinstance(value, annotation)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it holds nothing but numbers, texts, lists and dicts, which can be compared and written as text."""
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,7 +218,7 @@ def _check_optimizer_form(saved: Any, path: str) -> None:
             _refuse(path, f"{where}['params']", indices, "a list of whole numbers")
         known += indices
     if len(set(known)) < len(known):
-        raise UserError(f"{path} cannot be resumed, its optimizer has one parameter in two groups: {ADVICE}")
+        raise UserError(f"{path} is malformed, its optimizer has one parameter in two groups: {ADVICE}")
     if not isinstance(moments, dict):
         _refuse(path, "optimizer's state", moments, "a dict")
     for index, values in moments.items():
@@ -228,11 +268,16 @@ def _check_streams(streams: dict[str, Any], where: str, path: str) -> None:
     if not isinstance(device, Tensor) or device.dtype != torch.uint8 or device.ndim != 1:
         _refuse(path, f"{where}' device", device, "bytes, as a tensor")
     try:
+        for key in ("numpy", "mixup"):
+            if not 0 <= streams[key]["state"]["pos"] <= NUMPY_WORDS:
+                raise ValueError(f"{key} is at {_what(streams[key]['state']['pos'])}")  # numpy would read beyond
+        if "device" in streams and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(device)
         with keep_random_state():
             set_streams({key: streams[key] for key in STREAMS}, torch.device("cpu"), np.random.RandomState())
     except BAD_ARGUMENT as error:
         raise UserError(
-            f"{path} cannot be resumed, its {where} are no states of random streams "
+            f"{path} is malformed, its {where} are no states of random streams "
             f"({type(error).__name__}: {shown(reason(error), 80)}): {ADVICE}"
         ) from error
 

@@ -31,8 +31,17 @@ DTYPES = {
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 }
 NUMBERS = re.compile(r"[<>=|]?(b1|f[248]|[iu][1248]|[SU]\d{1,4})")  # numpy's codes of what is read
+# Functions that a pickle may name of which torch makes what is of no use here, or fills the memory
+REFUSED = {
+    "bytearray": "a bytearray",
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_meta_tensor_no_storage": "a meta tensor",
+    "_rebuild_qtensor": "a quantized tensor",
+    "_rebuild_nested_tensor": "a nested tensor",
+    "_rebuild_wrapper_subclass": "a tensor of another class",
+}
 # What stands in a pickle for a type that people know by another name
-KNOWN_AS = {"_reconstruct": "numpy.ndarray", "_reconstructor": "object", "bytearray": "bytearray"}
+KNOWN_AS = {"_reconstruct": "numpy.ndarray", "_reconstructor": "object"}
 
 
 class NotPlain(Exception):
@@ -52,7 +61,7 @@ def survey(file: IO[bytes], pickles: int = 1) -> int:
 
     Returns: its bytes.
     Raises:
-        NotPlain: it is of a newer protocol than torch reads, or holds a bytearray, which could be of any size.
+        NotPlain: it is of a newer protocol than torch reads, or holds tensors that are not dense, or bytearrays.
         Unbounded: it makes tuples that contain one another again and again.
         ValueError: it is damaged.
     """
@@ -72,8 +81,8 @@ def _survey_one(file: IO[bytes]) -> None:
             raise NotPlain(f"a pickle of protocol {argument}, of which torch reads 2")
         if name == "GLOBAL":
             kind = str(argument).partition(" ")[2]
-            if kind == "bytearray":
-                raise NotPlain("a bytearray")
+            if kind in REFUSED:
+                raise NotPlain(REFUSED[kind])
             stack.append(kind)
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -207,10 +216,8 @@ def _check_tensor(tensor: Tensor, where: Any) -> torch.UntypedStorage:
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         raise NotPlain(f"a {type(tensor).__name__} {_place(where)}")
     vars(tensor).clear()
-    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
-        kind = "meta" if tensor.is_meta else kind
-        raise NotPlain(f"a {kind} tensor {_place(where)}")
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise NotPlain(f"a {'sparse' if tensor.is_sparse else tensor.device.type} tensor {_place(where)}")
     if tensor.dtype not in DTYPES or tensor.is_conj() or tensor.is_neg():
         raise NotPlain(f"a tensor of type {tensor.dtype} {_place(where)}")
     storage = tensor.untyped_storage()
