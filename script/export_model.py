@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError
+from errors import UserError, escaped
 from options.flags import FORMATS, WEIGHTS
 from options.parser import KeyValues, Parser
 
 if TYPE_CHECKING:
-    from state.trained import Trained
+    from state.trained import Evaluated, Trained
 
 DEFAULT = ("timm", "torch")  # which need nothing more than training does
 
@@ -35,7 +35,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="made if need be")
     formats = f"any of {', '.join(FORMATS)}; by default {' '.join(DEFAULT)}"
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT), metavar="FORMAT", help=formats)
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the EMA if there is one")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="auto: the better one, or the EMA if the run says nothing",
+    )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; torch's choice by default")
     group = parser.add_argument_group("for checkpoints that do not say it, or say it wrongly")
     group.add_argument("--model", metavar="NAME", help="any timm model")
@@ -60,6 +65,7 @@ def describe(trained: Trained, source: str) -> str:
     from images.tree import few
 
     took = {"ema": "the EMA's weights (model_ema)", "model": "the trained weights (model)"}[trained.weights]
+    took += accuracy(trained.evaluated, trained.weights)
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
     names = f" ({few(trained.class_names)})" if trained.class_names else ""
@@ -69,6 +75,16 @@ def describe(trained: Trained, source: str) -> str:
         f"{parameters:,} parameters, {trained.backbone.num_classes} classes{names}, images {shape}\n"
         f"preprocessing: {steps}"
     )
+
+
+def accuracy(evaluated: Evaluated, weights: str) -> str:
+    """What the run measured of the weights that are taken, and of the others."""
+    own, other = (evaluated.ema, evaluated.model) if weights == "ema" else (evaluated.model, evaluated.ema)
+    if own is None:
+        return ", whose accuracy the checkpoint does not say"
+    when = f" {evaluated.steps_ago} steps before" if evaluated.steps_ago else ""
+    against = f" ({'model' if weights == 'ema' else 'EMA'}: {other:.2f}%)" if other is not None else ""
+    return f", top-1 {own:.2f}%{when} on the run's evaluation images{against}"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         input_size=args.input_size,
         num_classes=args.num_classes,
     )
-    print(describe(trained, args.checkpoint), flush=True)
+    print(escaped(describe(trained, args.checkpoint)), flush=True)
     for form in formats:
         exported = export(trained, args.output_dir, form, args.opset)
         files = ", ".join(f"{path} ({size_of(path)})" for path in exported.files)
@@ -103,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(get_args_parser().parse_args(argv))
     except UserError as error:
-        print(f"export_model.py: error: {error}", file=sys.stderr, flush=True)
+        print(escaped(f"export_model.py: error: {error}"), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("\nexport_model.py: interrupted", file=sys.stderr)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from errors import UserError
 from images.transforms import Preprocessing
@@ -16,6 +17,19 @@ from state.preprocessing import preprocessing_of
 from state.resumption import flags_of
 
 DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
+
+
+class Evaluated(NamedTuple):
+    """Top-1 of a checkpoint's weights, in percent, as its run last measured them; None where it did not.
+
+    Attributes:
+        model, ema: of the trained weights, and of their average.
+        steps_ago: since then the weights were trained for so many steps.
+    """
+
+    model: float | None = None
+    ema: float | None = None
+    steps_ago: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,7 @@ class Trained:
         input_size: S, the image size in pixels.
         preprocessing: what the weights take images to have gone through.
         weights: 'ema' or 'model', which of the checkpoint's weights these are.
+        evaluated: what the run's last evaluation gave.
         class_names: in the order of the logits; none if the classes have no names.
     """
 
@@ -38,6 +53,7 @@ class Trained:
     input_size: int
     preprocessing: Preprocessing
     weights: str
+    evaluated: Evaluated
     class_names: Sequence[str] = ()
 
 
@@ -57,7 +73,8 @@ def read_trained(
 
     Args:
         path: a file or an https address.
-        weights: 'ema', 'model', or 'auto', which takes the EMA if there is one.
+        weights: 'ema', 'model', or 'auto', which takes the EMA if there is one, unless the run found it worse than
+            the model itself.
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
@@ -65,7 +82,8 @@ def read_trained(
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}")
     state = checkpoint.load(path)
-    use_ema = _uses_ema(state, weights, path)
+    evaluated = evaluation_of(state)
+    use_ema = _uses_ema(state, weights, evaluated, path)
     tensors = _plain_names(model_weights(state, path, ema=use_ema))
     flags = flags_of(state)
     name = model or flags.get("model")
@@ -88,7 +106,19 @@ def read_trained(
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     names = _class_names(flags, backbone.num_classes, path)
     images = preprocessing_of(state, path, name, size)
-    return Trained(name, backbone.eval(), model_args, size, images, "ema" if use_ema else "model", names)
+    kind = "ema" if use_ema else "model"
+    return Trained(name, backbone.eval(), model_args, size, images, kind, evaluated, names)
+
+
+def evaluation_of(state: Any) -> Evaluated:
+    """What a checkpoint's log says of its weights; nothing if it holds no log of this project."""
+    log = state.get("log") if isinstance(state, dict) else None
+    try:
+        last = json.loads(log[-1]) if log else {}
+        model, ema = (None if last.get(key) is None else float(last[key]) for key in ("test_acc1", "ema_test_acc1"))
+        return Evaluated(model, ema, int(state.get("step", 0)))
+    except (ValueError, TypeError, LookupError, AttributeError):  # a log of something else
+        return Evaluated()
 
 
 def _class_names(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple[str, ...]:
@@ -101,10 +131,12 @@ def _class_names(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple
     return () if names == tuple(str(label) for label in range(num_classes)) else names
 
 
-def _uses_ema(state: Any, weights: str, path: str) -> bool:
+def _uses_ema(state: Any, weights: str, evaluated: Evaluated, path: str) -> bool:
     has_ema = isinstance(state, dict) and "model_ema" in state
     if weights == "ema" and not has_ema:
         raise UserError(f"{path} holds no EMA: choose --weights model or auto")
+    if weights == "auto" and evaluated.model is not None:
+        return has_ema and evaluated.ema is not None and evaluated.ema >= evaluated.model
     return has_ema and weights != "model"
 
 
