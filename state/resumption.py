@@ -151,13 +151,13 @@ def differences(saved: Mapping[str, Any], args: Args) -> list[Change]:
     for name, flag in table.items():
         if flag.resume is Resume.FREE or name in REFERENCE_FLAGS or name == "class_names":
             continue  # the reference's coefficients are in `reg`; classes are compared when the data is there
-        if name == "reg":
+        if name == "reg" and terms is not None:
             was, now = terms, sorted(args.reg)
-        elif name in saved:
+        elif name != "reg" and name in saved:
             was, now = _as_list(saved[name]), _as_list(getattr(args, name))
         else:
             continue
-        if was is not None and was != now:
+        if was != now:
             found.append(Change(name, was, now, flag.resume))
     return found
 
