@@ -6,25 +6,48 @@ Like flags.py, it imports nothing that takes time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from errors import UserError, shown
 
+PATHS = ("config", "data_path", "output_dir", "resume", "finetune", "teacher_path", "val_labels")
 LONGEST_NAME = 255  # bytes of one part of a path, on the usual file systems
 LONGEST_PATH = 4095
 
 
-def expand(path: str) -> str:
-    """A path with '~' or '~user' at its start as that folder: a shell does it on the command line, but not in YAML.
+def usable(values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """Flags as they were given, with '~' in paths as that folder.
+
+    Args:
+        values: by the names of fields.
+        source: where they stand, for messages; on the command line by default.
+    Raises:
+        UserError: a text is none, a path is too long, an address names no file.
+    """
+    found = dict(values)
+    for name, value in values.items():
+        flag = f"{source}{name}" if source else f"--{name.replace('_', '-')}"
+        check_texts(flag, value)
+        if name in PATHS and isinstance(value, str):
+            if value.startswith("https://"):
+                check_address(value, flag)
+            else:
+                found[name] = expand(value, flag)
+                check_path(flag, found[name])
+    return found
+
+
+def expand(path: str, flag: str = "--config") -> str:
+    """A path with '~' or '~user' at its start as that folder: a shell does so for some words, YAML for none.
 
     Raises:
         UserError: there is no such home.
     """
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise UserError(f"{shown(path)}: there is no home folder {shown(path.split('/')[0])}; write ./~ for a name")
+        raise UserError(f"{flag} {shown(path, 80)}: no home of this name; a name that begins with ~ is ./~...")
     return found
 
 

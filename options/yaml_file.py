@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
+import stat
 from typing import Any
 
 import yaml
 
-from errors import UserError, did_you_mean, reason
+from errors import UserError, did_you_mean, reason, shown
 from options.parser import KeyValues, Parser, underscored
+from options.paths import expand, usable
+
+MOST_BYTES = 2**21  # of a file, which may name many classes
+MOST_VALUES = 10**4  # beside one for each byte; what an alias repeats counts each time
+DEEPEST = 50
+LARGEST_INT = 2**63
 
 
 def read_config(path: str, parser: Parser) -> dict[str, Any]:
@@ -20,12 +27,7 @@ def read_config(path: str, parser: Parser) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest), or a value of the wrong type.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {reason(error)}") from error
+    content = _read(expand(path))
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold 'flag: value' lines")
     actions = {
@@ -39,12 +41,12 @@ def read_config(path: str, parser: Parser) -> dict[str, Any]:
         if name == "regularizers":
             values["reg"] = [*values.get("reg", []), *_regularizer_list(value, path)]
         elif name in actions and actions[name].dest in values and name != "reg":
-            raise UserError(f"{path}: {key} says again what another key says: keep one")
+            raise UserError(f"{path}: {shown(str(key))} says again what another key says: keep one")
         elif name in actions:
             values[actions[name].dest] = _cast(actions[name], name, value, path)
         else:
-            raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(name, [*actions, 'regularizers'])}")
-    return values
+            raise UserError(f"{path}: unknown key {_said(key)}.{did_you_mean(name, [*actions, 'regularizers'])}")
+    return usable(values, f"{path}: ")
 
 
 def _regularizer_list(value: Any, path: str) -> list[str]:
@@ -61,20 +63,117 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
         return None
     if isinstance(action.const, bool):  # a switch
         if not isinstance(value, bool):
-            raise UserError(f"{path}: {name} must be true or false, not {value!r}")
+            raise UserError(f"{path}: {name} must be true or false, not {_said(value)}")
         return value if name == action.dest else (action.const if value else not action.const)
     if isinstance(action, KeyValues):
         if not isinstance(value, dict):
-            raise UserError(f"{path}: {name} must map names to values, not {value!r}")
+            raise UserError(f"{path}: {name} must map names to values, not {_said(value)}")
         return value
     many = action.nargs == "+" or isinstance(action.default, list)
     if many != isinstance(value, list):
-        raise UserError(f"{path}: {name} must be {'a list' if many else 'one value'}, not {value!r}")
+        raise UserError(f"{path}: {name} must be {'a list' if many else 'one value'}, not {_said(value)}")
     convert: Any = action.type or str
     try:
         result = [convert(str(one)) for one in value] if many else convert(str(value))
     except ValueError as error:
-        raise UserError(f"{path}: {name} must be of type {convert.__name__}, not {value!r}") from error
+        raise UserError(f"{path}: {name} must be of type {convert.__name__}, not {_said(value)}") from error
     if action.choices is not None and result not in action.choices:
-        raise UserError(f"{path}: {name} must be one of {', '.join(action.choices)}, not {value!r}")
+        raise UserError(f"{path}: {name} must be one of {', '.join(action.choices)}, not {_said(value)}")
     return result
+
+
+def _said(value: Any) -> str:
+    """A value of a file, for a message."""
+    return shown(repr(value))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that are given twice, deep nesting and numbers beyond all measure."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"lists in lists, deeper than {DEEPEST}", self.peek_event().start_mark
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping whose keys differ; merged ones ('<<') may be given anew, that is what they are for."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and not key_node.tag.endswith(":merge"):
+                key = self.construct_object(key_node)
+                if key in keys:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{_said(key)} is given twice: keep one", key_node.start_mark
+                    )
+                keys.add(key)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise self._refusal(node, reason(error)) from error
+        if isinstance(value, int) and abs(value) >= LARGEST_INT:
+            raise self._refusal(node, "too large")
+        return value
+
+    def _refusal(self, node: yaml.Node, why: str) -> yaml.constructor.ConstructorError:
+        text = _said(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+        kind = shown(str(node.tag).rpartition(":")[2], 40)
+        return yaml.constructor.ConstructorError(
+            None, None, f"{text} is no {kind} ({why}); quote a text", node.start_mark
+        )
+
+
+def _read(path: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: there is none, or it cannot be read, or makes more than is in it.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise UserError(f"--config {path} is a device, a FIFO or a socket, not a file")
+        if status.st_size > MOST_BYTES:
+            raise UserError(f"--config {path} has {status.st_size:,} bytes, more than a file of flags can need")
+        with open(path, encoding="utf-8") as file:
+            loader = _Loader(file.read())
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--config {path} is not YAML: {reason(error)}") from error
+    loader.name = os.path.basename(path)
+    try:
+        node = loader.get_single_node()
+        _check_size(node, status.st_size, path)
+        return loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {reason(error)}") from error
+    finally:
+        loader.dispose()
+
+
+def _check_size(node: yaml.Node | None, size: int, path: str) -> None:
+    """Refuse aliases that repeat one another again and again, or what they are in."""
+    room = MOST_VALUES + size
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        parts = each.value if isinstance(each, (yaml.MappingNode, yaml.SequenceNode)) else []
+        room -= 1 + len(parts)
+        if room < 0:
+            raise UserError(f"--config {path} repeats its anchors (&) again and again: write out what is meant")
+        waiting += [part for pair in parts for part in pair] if isinstance(each, yaml.MappingNode) else parts
