@@ -63,14 +63,21 @@ def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> 
         UserError: unknown name, or an argument that this model's constructor does not take.
     """
     check_name(name)
+    own = get_pretrained_cfg(name)
+    if img_size is not None and (own is None or own.fixed_input_size):
+        overrides = {"img_size": img_size, **overrides}
     try:
-        own = get_pretrained_cfg(name)
-        if img_size is not None and (own is None or own.fixed_input_size):
-            overrides = {"img_size": img_size, **overrides}
-        backbone = timm.create_model(name, pretrained=False, **overrides)
+        try:
+            backbone = timm.create_model(name, pretrained=False, **overrides)
+        except TypeError as error:
+            if own is not None or "'img_size'" not in str(error):
+                raise
+            del overrides["img_size"]  # the model of a folder or a repository turns out to take any size
+            backbone = timm.create_model(name, pretrained=False, **overrides)
     except BAD_ARGUMENT as error:
-        shown = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-        raise UserError(f"{name} cannot be built with {shown}: {reason(error)}") from error
+        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+        how = f" with {given}" if given else ""
+        raise UserError(f"{name} cannot be built{how}: {reason(error)}") from error
     if name.partition(".")[0] in REFERENCE_NAMES and getattr(backbone, "cls_token", None) is not None:
         reference_init(backbone)
     return backbone

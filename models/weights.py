@@ -133,7 +133,7 @@ def load_timms(model: nn.Module, name: str) -> Adapted:
     Raises:
         UserError: there are none, they cannot be fetched or read, or they do not fit.
     """
-    if VARIANTS.get(name, ("", {}))[1]:
+    if VARIANTS.get(name.partition(".")[0], ("", {}))[1]:
         raise UserError(f"there are no pretrained weights for {name}: choose another --model, or drop --pretrained")
     config: Any = model.pretrained_cfg
     found: list[Any] = []

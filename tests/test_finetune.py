@@ -22,6 +22,7 @@ from build import build_teacher, training_mode
 from errors import UserError
 from losses import Teacher
 from models import build_model
+from models.foreign import classifiers
 from models.weights import load_for_finetuning, load_timms, load_weights
 from options.flags import Args
 
@@ -339,6 +340,15 @@ def test_timms_weights_are_loaded_as_timm_does(folder: str, change: dict[str, in
     for key, value in model.state_dict().items():
         expected = head if key == "head.weight" and "num_classes" in change else timms[key]
         assert torch.equal(value, expected), key
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "resnet10t"])
+def test_a_folders_model_of_any_image_size(tmp_path: Path, name: str) -> None:
+    save_for_hf(timm.create_model(name, num_classes=3), str(tmp_path), safe_serialization=True)
+    folder = f"local-dir:{tmp_path}"
+    model = build_model(folder, img_size=64, num_classes=7)
+    assert load_timms(model, folder).new == [f"{classifiers(model)[0]}.{part}" for part in ("weight", "bias")]
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
 def fetching(monkeypatch: pytest.MonkeyPatch, weights: Mapping[str, Tensor] | Exception) -> None:
