@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from errors import UserError, shown
 from images.decode import decode
 from images.found import Found, Samples, Texts
 from images.tar_index import FOLDER, LINK, PACKED_TARS, SPARSE, SPECIAL, Members, read_members
@@ -117,7 +117,9 @@ def contents(path: Path, members: Members, passed: Passed) -> Contents:
         elif kind in (SPECIAL, SPARSE):
             what = "a device or a FIFO" if kind == SPECIAL else "stored with holes (tar --sparse)"
             if is_image(name):
-                raise UserError(f"{path}:{name} is {what}, not an image file: pack the tar file without it")
+                raise UserError(
+                    f"{shown(f'{path}:{name}')} is {what}, not an image file: pack the tar file without it"
+                )
             passed.add("devices and FIFOs" if kind == SPECIAL else "files with holes", name)
         elif kind != FOLDER:
             rows.pop(name, None)  # the last one counts, and in its place

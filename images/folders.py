@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, shown
 from images.found import Found, Samples, Texts
 from images.tree import (
     Passed,
@@ -149,7 +149,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise UserError(
-            f"cannot read the folder {folder}: {error.strerror}; make it readable, or move it elsewhere"
+            f"cannot read the folder {shown(str(folder))}: {error.strerror}; make it readable, or move it elsewhere"
         ) from error
 
 
@@ -163,7 +163,7 @@ def _pass_over(path: Path, name: str, passed: Passed) -> None:
     broken = not path.exists()
     if is_image(name) or name.lower().endswith(".tar"):
         what = "a link that leads nowhere" if broken else _what(path)
-        raise UserError(f"{path} is {what}, not a file: repair or remove it")
+        raise UserError(f"{shown(str(path))} is {what}, not a file: repair or remove it")
     passed.add("broken links" if broken else "devices, FIFOs and sockets", name)
 
 

@@ -16,10 +16,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
+from errors import BAD_ARGUMENT, UserError, did_you_mean, reason, shown
 from images.decode import decode
 from images.found import Found, Samples
-from images.tree import few, order_note
+from images.tree import MOST_CLASSES, few, order_note
 from options.flags import Args
 from utils import broadcast_object, print_main
 
@@ -27,7 +27,6 @@ TRAINING_SPLITS = ("train", "training")  # the first that there is
 EVALUATION_SPLITS = ("validation", "val", "test")
 IMAGE_NAMES = ("image", "img")  # columns, where several are of the right type: the first that there is
 LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels", "class", "target")
-MOST_CLASSES = 100_000  # of labels that are plain numbers
 NAME = "datasets"  # of Hugging Face's package, and of a file of this project
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +49,8 @@ def hugging_face_set(args: Args, is_train: bool) -> Found:
     if is_train or other is None:
         absent = [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
         print_main(
-            f"{args.data_set}: images of column {table.image_key!r}, labels of column {table.label_key!r}, "
+            f"{args.data_set}: images of column {shown(repr(table.image_key))}, labels of column "
+            f"{shown(repr(table.label_key))}, "
             f"{len(classes)} classes" + (f"; no image of {few(absent)} in {table.source[2]}" if absent else "")
         )
         if note := order_note(classes):
@@ -117,8 +117,8 @@ class Table:
         guessed = self.classes is None and self.label_key not in LABEL_NAMES
         if guessed and 2 < len(self.labels) == len(np.unique(self.labels)):
             raise UserError(
-                f"column {self.label_key!r} of {where} is the only one that could hold labels, but differs in "
-                "every row, as identifiers do: name the column of the labels by --target-key"
+                f"column {shown(repr(self.label_key))} of {where} is the only one that could hold labels, but differs "
+                "in every row, as identifiers do: name the column of the labels by --target-key"
             )
 
     def __len__(self) -> int:
@@ -197,14 +197,15 @@ def choose(
     Raises:
         UserError: there is none, it has another type, or there are several.
     """
-    there = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    there = shown(columns, 1000)
     if key:
         if key not in features:
             raise UserError(
-                f"{where} has no column {key!r} for {flag}; it has {there}.{did_you_mean(key, features)}"
+                f"{where} has no column {shown(repr(key))} for {flag}; it has {there}.{did_you_mean(key, features)}"
             )
         if not any(fits(features[key]) for fits in types):
-            raise UserError(f"{flag} {key} of {where} is of another type; its columns are {there}")
+            raise UserError(f"{flag} {shown(key)} of {where} is of another type; its columns are {there}")
         return key
     usual = [name for name in names if name in features]
     for name in usual:
@@ -212,16 +213,16 @@ def choose(
             return name
     if usual:
         raise UserError(
-            f"column {usual[0]!r} of {where} is of another type; choose by {flag}; its columns are {there}"
+            f"column {shown(repr(usual[0]))} of {where} is of another type; choose by {flag}; its columns are "
+            f"{there}"
         )
     for fits in types:
         found = [name for name, feature in features.items() if fits(feature)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(
-                f"{where} has several columns that could be meant: {', '.join(found)}; choose by {flag}"
-            )
+            several = shown(", ".join(found), 1000)
+            raise UserError(f"{where} has several columns that could be meant: {several}; choose by {flag}")
     raise UserError(f"{where} has no column for {flag}; its columns are {there}")
 
 
@@ -264,8 +265,8 @@ def common_classes(train: Table, val: Table, where: str) -> list[str]:
         most = max(int(table.labels.max(initial=-1)) for table in (train, val))
         if most >= MOST_CLASSES:
             raise UserError(
-                f"--data-set {where} has the label {most} in column {train.label_key!r}: these are no class "
-                "indices 0, 1, ...; choose another column (--target-key), or number the classes"
+                f"--data-set {where} has the label {most} in column {shown(repr(train.label_key))}: these are no "
+                "class indices 0, 1, ...; choose another column (--target-key), or number the classes"
             )
         return [str(label) for label in range(most + 1)]
     names = sorted({str(label) for label in train.labels})
@@ -333,7 +334,8 @@ def _own_names(name: str, root: str | None, split: str, key: str) -> list[str] |
         names = getattr(_features(file).get(key), "names", None)
         if names and first and names != first[1]:
             raise UserError(
-                f"{first[0]} and {file} have different classes, or another order of them, in column {key!r}: "
+                f"{shown(first[0])} and {shown(file)} have different classes, or another order of them, in column "
+                f"{shown(repr(key))}: "
                 f"{few(first[1])} and {few(names)}; write the split anew with one list of classes"
             )
         first = first or (names and (file, names))

@@ -10,12 +10,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, shown
 from images.archives import Places, contents, index_folders, load_stored, pick
 from images.folders import walk
 from images.found import Found, Samples, Texts
 from images.tar_index import PACKED_TARS, Members, fingerprint, read_members
-from images.tree import Passed, check_tree, compare_classes, ending, few, is_hidden, order_note, sort_images, split
+from images.tree import (
+    MOST_CLASSES,
+    NAME,
+    Passed,
+    check_tree,
+    compare_classes,
+    ending,
+    few,
+    is_hidden,
+    order_note,
+    sort_images,
+    split,
+)
 from options.flags import Args
 from utils import broadcast_object, print_main
 
@@ -81,8 +93,8 @@ def _common_classes(root: Path, halves: Mapping[str, Shards]) -> list[str]:
     unknown = sorted(set(val.classes) - set(train.classes), key=int if val.indices else str)
     if unknown:
         raise UserError(
-            f"the val shards in {root} have images of class {unknown[0]}, the train shards none: their classes are "
-            f"{few(train.classes)}, those of the val shards {few(val.classes)}"
+            f"the val shards in {root} have images of class {shown(unknown[0], NAME)}, the train shards none: "
+            f"their classes are {few(train.classes)}, those of the val shards {few(val.classes)}"
         )
     return [str(label) for label in range(int(train.classes[-1]) + 1)] if train.indices else train.classes
 
@@ -102,16 +114,19 @@ def _shard_paths(root: Path) -> dict[str, list[Path]]:
                 halves = [half for half in ("train", "val") if half in path.lower()]
                 if path.lower().endswith(PACKED_TARS) and halves:
                     raise UserError(
-                        f"the shard {root / path} is compressed, so that its images cannot be read one by one: "
-                        "unpack it to a plain .tar (e.g. gunzip), and remove the compressed one"
+                        f"the shard {shown(str(root / path))} is compressed, so that its images cannot be read one "
+                        "by one: unpack it to a plain .tar (e.g. gunzip), and remove the compressed one"
                     )
                 if ending(name) != ".tar":
                     continue
                 if len(halves) > 1:
-                    raise UserError(f"{root / path} has both 'train' and 'val' in its name or folder: rename it")
+                    raise UserError(
+                        f"{shown(str(root / path))} has both 'train' and 'val' in its name or folder: rename it"
+                    )
                 paths[halves[0] if halves else ""].append(root / path)
         if paths[""]:
-            print_main(f"skipped in {root}: {len(paths[''])} tar files of neither half (e.g. {paths[''][0].name})")
+            example = shown(paths[""][0].name, NAME)
+            print_main(f"skipped in {root}: {len(paths[''])} tar files of neither half (e.g. {example})")
         return {half: sorted(found) for half, found in paths.items()}
 
     found: dict[str, list[Path]] = broadcast_object(find)
@@ -191,7 +206,9 @@ def _samples(path: Path, members: Members, passed: Passed) -> Shard:
     for key, name in found:
         place = name, held.rows[name]
         if key in labels and key in images:
-            raise UserError(f"the shard {path} has {key} twice; a sample is one image and its class index")
+            raise UserError(
+                f"the shard {shown(str(path))} has {shown(key)} twice; a sample is one image and its class index"
+            )
         if key in labels:
             images[key] = place
         elif "." in posixpath.basename(key) and posixpath.join(posixpath.dirname(key), _first(key)) in labels:
@@ -211,14 +228,14 @@ def _check_pairs(path: Path, shard: Shard) -> None:
     lack = ""
     if shard.alone:
         name = next(iter(shard.alone))
-        lack = f"{name} without {posixpath.splitext(name)[0]}.cls"
+        lack = f"{shown(name)} without {shown(posixpath.splitext(name)[0])}.cls"
     elif missing := shard.labels.keys() - shard.images.keys():
-        lack = f"{min(missing)}.cls without an image"
+        lack = f"{shown(min(missing))}.cls without an image"
     if lack:
-        raise UserError(f"the shard {path} has {lack}; a sample is an image and its class index")
+        raise UserError(f"the shard {shown(str(path))} has {lack}; a sample is an image and its class index")
     empty = next((key for key in shard.images if not shard.labels[key]), None)
     if empty is not None:
-        raise UserError(f"the label {empty}.cls in the shard {path} is empty, not a class index")
+        raise UserError(f"the label {shown(empty)}.cls in the shard {shown(str(path))} is empty, not a class index")
 
 
 def _gather(
@@ -244,6 +261,11 @@ def _by_label(places: Places, texts: Sequence[str], root: Path, half: str) -> Sh
             f"the labels of the {half} shards in {root} are class indices, but also {few(odd)}: give all classes "
             "indices, or all of them names"
         )
+    if not odd and (most := max((int(label) for label in classes), default=0)) >= MOST_CLASSES:
+        raise UserError(
+            f"the {half} shards in {root} have the label {shown(str(most), NAME)}, but class indices are less than "
+            f"{MOST_CLASSES:,}: number the classes 0, 1, ..."
+        )
     if not odd:
         texts = [str(int(label)) for label in texts]
         classes = sorted(set(texts), key=int)
@@ -256,8 +278,9 @@ def _by_folder(places: Places, folders: Sequence[str], root: Path, passed: Passe
     tree = sort_images(places.names, folders, single_class)
     if not tree.order and len(places):
         name = places.names[0]
+        stem = posixpath.splitext(name)[0]
         raise UserError(
-            f"the shard {places[0].path} has {name} without {posixpath.splitext(name)[0]}.cls; a sample is an "
+            f"the shard {shown(places[0].path)} has {shown(name)} without {shown(stem)}.cls; a sample is an "
             "image and its class index, or all images lie in class folders"
         )
     check_tree(tree, f"the shards in {root}", places.names)

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from errors import UserError, reason
+from errors import UserError, reason, shown
 from images.found import Texts
 from images.tree import clean, ending
 from utils import print_main, put_in_place
@@ -81,9 +81,11 @@ def scan(path: Path) -> Members:
             file.seek(0)
             rows = list(_walk(file, "", 0))
     except tarfile.TarError as error:
-        raise UserError(f"cannot read the tar file {path}: it is none, or is damaged ({reason(error)})") from error
+        raise UserError(
+            f"cannot read the tar file {shown(str(path))}: it is none, or is damaged ({reason(error)})"
+        ) from error
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read the tar file {path}: {reason(error)}") from error
+        raise UserError(f"cannot read the tar file {shown(str(path))}: {reason(error)}") from error
     names, kinds, offsets, sizes, notes = zip(*rows, strict=True) if rows else ((), (), (), (), ())
     return Members(
         Texts(names),
@@ -111,7 +113,7 @@ def _walk(file: IO[bytes], folder: str, base: int) -> Iterator[tuple[str, int, i
             if kind == FILE and name.lower().endswith((".tar", ".cls", *PACKED_TARS)):
                 content = tar.extractfile(member)
             if content is not None and name.lower().endswith(PACKED_TARS):
-                raise ValueError(f"{name} in it is compressed; unpack it first")
+                raise ValueError(f"{shown(name)} in it is compressed; unpack it first")
             if content is not None and ending(name) == ".tar":
                 inner = name[: -len(".tar")]
                 yield inner, FOLDER, 0, 0, ""
@@ -180,7 +182,7 @@ def fingerprint(path: Path) -> bytes:
             file.seek(max(0, status.st_size - EDGE))
             tail = file.read(EDGE)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tar file {path}: {reason(error)}") from error
+        raise UserError(f"cannot read the tar file {shown(str(path))}: {reason(error)}") from error
     about = f"{status.st_size} {status.st_mtime_ns} ".encode()
     return hashlib.blake2b(about + head + tail, digest_size=16).digest()
 

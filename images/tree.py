@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from errors import UserError
+from errors import UserError, shown
 
 # Formats that Pillow can identify, but not decode by itself.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 # A folder of one of these names, alone at the top, is half of a data set and no class.
 HALVES = ("train", "train_new", "training", "val", "valid", "validation", "test")
 FEW = 3  # examples in a message
+NAME = 100  # characters of each that are shown
+MOST_CLASSES = 100_000  # of labels that are plain numbers
+LONGEST_NUMBER = 1000  # digits of a name that is taken for a number
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,7 +97,10 @@ class Passed:
         return True
 
     def __str__(self) -> str:
-        kinds = [f"{count} {kind} (e.g. {self._examples[kind]})" for kind, count in self.counts.most_common()]
+        kinds = [
+            f"{count} {shown(kind, 40)} (e.g. {shown(self._examples[kind], NAME)})"
+            for kind, count in self.counts.most_common()
+        ]
         return ", ".join(kinds)
 
 
@@ -200,10 +206,11 @@ def check_tree(tree: Tree, where: object, paths: Sequence[str]) -> None:
     Raises:
         UserError: with what to do.
     """
+    where = shown(str(where))
     if not tree.classes and not tree.loose:
         raise UserError(f"{where} holds no images; it must hold one folder of images per class")
     if not tree.order:
-        example = paths[tree.loose[0]]
+        example = shown(paths[tree.loose[0]])
         raise UserError(
             f"{where} holds images that are in no class folder, e.g. {example}; it must hold one folder per class, "
             "or, for evaluation, their labels must stand in a file that --val-labels names"
@@ -211,8 +218,8 @@ def check_tree(tree: Tree, where: object, paths: Sequence[str]) -> None:
     if tree.empty:
         more = f" (and {len(tree.empty) - 1} more)" if len(tree.empty) > 1 else ""
         raise UserError(
-            f"class folder {tree.empty[0]}{more} of {where} holds no images that Pillow reads; add some, or remove "
-            "the folder from both halves"
+            f"class folder {shown(tree.empty[0])}{more} of {where} holds no images that Pillow reads; add some, or "
+            "remove the folder from both halves"
         )
 
 
@@ -225,19 +232,19 @@ def compare_classes(train: object, val: object, classes: Sequence[str], others: 
         lists += [f"only {val}: {few(sorted(set(others) - set(classes)))}"] if len(only) < len(differing) else []
         raise UserError(
             f"{train} and {val} must hold the same class folders, but {len(differing)} are in only one of "
-            f"them, for example {differing[0]!r} ({'; '.join(lists)})"
+            f"them, for example {shown(repr(differing[0]))} ({'; '.join(lists)})"
         )
 
 
 def few(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(repr(name) for name in names[:FEW]) + more
+    return ", ".join(shown(repr(name), NAME) for name in names[:FEW]) + more
 
 
 def order_note(classes: Sequence[str]) -> str:
     """A line for classes that are named by numbers, but not in the order of the numbers; else ''."""
-    if not all(name.isascii() and name.isdigit() for name in classes):
+    if not all(name.isascii() and name.isdigit() and len(name) < LONGEST_NUMBER for name in classes):
         return ""
     by_number = sorted(classes, key=int)
     wrong = next((label for label, name in enumerate(classes) if by_number[label] != name), None)
@@ -245,5 +252,5 @@ def order_note(classes: Sequence[str]) -> str:
         return ""
     return (
         f"note: the classes are named by numbers, but sorted as text, as in torchvision: label {wrong} is "
-        f"{classes[wrong]}, not {by_number[wrong]}"
+        f"{shown(classes[wrong], NAME)}, not {shown(by_number[wrong], NAME)}"
     )

@@ -29,7 +29,8 @@ def usable(values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     found = dict(values)
     for name, value in values.items():
         flag = f"{source}{name}" if source else f"--{name.replace('_', '-')}"
-        check_texts(flag, value)
+        if name != "class_names":  # of a data set, whose folders may have any names
+            check_texts(flag, value)
         if name in PATHS and isinstance(value, str):
             if value.startswith("https://"):
                 check_address(value, flag)
