@@ -428,7 +428,7 @@ def cosine_rate(epoch: int, epochs: int = 300) -> float:
 
 def test_learning_rates_of_all_300_epochs(monkeypatch, capsys):
     """8 processes x 128 images: 5e-4 * 1024 / 512 = 1e-3."""
-    monkeypatch.setattr(build, "world_size", lambda: 8)
+    monkeypatch.setattr(runs, "world_size", lambda: 8)
     monkeypatch.setattr(main, "distribute", lambda model, device: model)
     seen = rates("--no-model-ema")
     assert len(seen) == 300
@@ -474,8 +474,7 @@ def test_other_schedules(flags, expected, capsys):
 
 def test_plateau_follows_the_accuracy(capsys):
     flags = ["--sched", "plateau", "--patience-epochs", "1", "--dr", "0.5", "--warmup-epochs", "1", "--epochs", "8"]
-    with pytest.warns(FutureWarning, match="PlateauLRScheduler is deprecated"):
-        seen = rates("--lr", "1", "--unscale-lr", *flags)  # the accuracy never improves
+    seen = rates("--lr", "1", "--unscale-lr", *flags)  # the accuracy never improves
     assert seen == pytest.approx([1e-6, 1e-6, 1, 1, 1, 0.5, 0.5, 0.25])
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import PATIENCE
+from small_runs import make_images
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds a launcher's processes in /proc")
 
@@ -213,6 +214,22 @@ def test_torchrun_restarts_what_died(tmp_path, whole):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "died").exists() and "epoch 1 is done, and 4 steps after it" in done.stdout
     assert_same_run(tmp_path, whole(2))
+
+
+def test_killed_anywhere_in_the_last_save(tmp_path):
+    """Each time the resumed run leaves what the uninterrupted one leaves: log.txt and all checkpoints."""
+    (tmp_path / "runs").mkdir()
+    done = subprocess.run(
+        [sys.executable, "tests/killed_saves.py", str(make_images(tmp_path / "images")), str(tmp_path / "runs")],
+        env={**ENV, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 15
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, whole):

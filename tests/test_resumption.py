@@ -28,7 +28,8 @@ from state.resumption import Earlier, differences, in_force
 STAYS = "model model_kwargs input_size mean std class_names inat_category opt sched"
 SAVED = "start_epoch finetune pretrained"
 EPOCH = """reg mixing_coef emb_cos_within_coef emb_contrast_cross_coef attn_cos_within_coef
-    weight_mha_cond_orth_coef data_set image_key target_key batch_size repeated_aug group_repeats fast_resize color_jitter aa smoothing
+    weight_mha_cond_orth_coef data_set image_key target_key batch_size repeated_aug group_repeats fast_resize
+    color_jitter aa smoothing
     train_interpolation reprob remode recount resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob
     mixup_mode grad_accum_steps seed teacher_model teacher_model_kwargs teacher_input_size
     distillation_type distillation_alpha distillation_tau"""

@@ -240,25 +240,6 @@ def test_another_number_of_processes(make_run, capsys):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--batch-size", "8"),
-        ("--grad-accum-steps", "2"),
-        ("--seed", "1"),
-        ("--no-repeated-aug", ""),
-        ("--group-repeats", ""),
-    ],
-)
-def test_flags_that_say_which_images_come_next(make_run, flag, value, capsys):
-    state = saved_in_the_middle(make_run())
-    with pytest.raises(UserError, match="was written in the middle of an epoch with --"):
-        make_run(*filter(None, (flag, value))).load_state_dict(state, "x.pth")
-    state["step"] = 0
-    make_run(*filter(None, (flag, value))).load_state_dict(state, "x.pth")
-    assert ("has no effect" in capsys.readouterr().out) == (flag == "--batch-size")
-
-
 def test_a_step_that_was_dropped_is_remembered(make_run):
     run, other = make_run(), make_run()
     run.running.finite.ask({"ce": torch.tensor(float("nan"))})
