@@ -28,9 +28,8 @@ class PlateauLR(Scheduler):
 
         risen:  accuracy > best (1 + 1e-4)
 
-    After a decay, `cooldown_t` epochs are not counted. The rates are those of torch's ReduceLROnPlateau, which is
-    what timm's schedule of this name asks. Unlike that one, it goes on exactly from its state_dict, with noise too,
-    and starts at the rate itself where there is no warm-up.
+    The rates are those of torch's ReduceLROnPlateau, which timm's schedule of this name asks. Unlike that one, this
+    goes on exactly from its state_dict, with noise too, and starts at the rate itself where there is no warm-up.
 
     Args:
         optimizer: whose rates are set.
@@ -47,17 +46,16 @@ class PlateauLR(Scheduler):
         optimizer: Optimizer,
         decay_rate: float,
         patience_t: int,
-        cooldown_t: int,
         lr_min: float,
         warmup_t: int,
         warmup_lr_init: float,
         **noise: Any,
     ) -> None:
         super().__init__(optimizer, "lr", **noise)
-        self.decay_rate, self.patience_t, self.cooldown_t, self.lr_min = decay_rate, patience_t, cooldown_t, lr_min
+        self.decay_rate, self.patience_t, self.lr_min = decay_rate, patience_t, lr_min
         self.warmup_t, self.warmup_lr_init = warmup_t, warmup_lr_init
         self.rates = list(self.base_values)  # without noise
-        self.best, self.bad_epochs, self.cooling = -math.inf, 0, 0
+        self.best, self.bad_epochs = -math.inf, 0
         if warmup_t:
             self.update_groups(warmup_lr_init)
 
@@ -77,20 +75,18 @@ class PlateauLR(Scheduler):
             self.best, self.bad_epochs = metric, 0
         else:
             self.bad_epochs += 1
-        if self.cooling > 0:
-            self.cooling, self.bad_epochs = self.cooling - 1, 0
         if self.bad_epochs > self.patience_t:
             decayed = [max(rate * self.decay_rate, self.lr_min) for rate in self.rates]
             pairs = zip(self.rates, decayed, strict=True)
             self.rates = [new if old - new > self.SMALLEST else old for old, new in pairs]
-            self.cooling, self.bad_epochs = self.cooldown_t, 0
+            self.bad_epochs = 0
 
     def _get_lr(self, t: int) -> list[float]:
         return self.rates
 
     def goes_on(self, before: dict[str, Any]) -> None:
         """Take over what an earlier schedule with other flags has counted, and how far it has decayed."""
-        self.best, self.bad_epochs, self.cooling = before["best"], before["bad_epochs"], before["cooling"]
+        self.best, self.bad_epochs = before["best"], before["bad_epochs"]
         pairs = zip(self.base_values, before["rates"], before["base_values"], strict=True)
         self.rates = [max(base * rate / was, self.lr_min) if was else base for base, rate, was in pairs]
 
@@ -120,7 +116,6 @@ def _plateau(args: Args, optimizer: Optimizer) -> PlateauLR:
         optimizer,
         decay_rate=args.decay_rate,
         patience_t=args.patience_epochs,
-        cooldown_t=args.cooldown_epochs,
         lr_min=args.min_lr,
         warmup_t=args.warmup_epochs,
         warmup_lr_init=args.warmup_lr,

@@ -14,7 +14,7 @@ PACKAGES = ("options", "images", "loggers", "mixing", "models", "regularizers", 
 # From the ground up. A module may import what stands on lower floors, and its neighbours on its own.
 FLOORS = (
     ("errors",),
-    ("program", "utils", "options.parser", "options.yaml_file", "options"),
+    ("program", "utils", "options.parser", "options.paths", "options.yaml_file", "options"),
     ("regularizers", "loggers", "mixing"),
     ("options.flags",),
     ("images", "models", "samplers", "workers", "exchange"),
@@ -29,7 +29,7 @@ FLOORS = (
 KNOWS = {
     "errors": (),
     "options.parser": ("errors",),
-    "options.yaml_file": ("errors", "options.parser"),
+    "options.yaml_file": ("errors", "options.parser", "options.paths"),
     "options.flags": ("errors", "options.parser", "options.yaml_file", "mixing", "regularizers.catalogue"),
     "program": ("errors",),
     "utils": ("errors",),
