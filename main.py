@@ -342,4 +342,4 @@ def prepare(output: Path, args: Resolved, run_state: RunState) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.leave(main())

@@ -41,6 +41,13 @@ def begin(name: str) -> None:
     signal.signal(signal.SIGINT, lambda *_: end(INTERRUPTED, f"\n{name}: interrupted"))
 
 
+def leave(code: int) -> NoReturn:
+    """End this process when all is done; a signal that still comes does not change how it ends."""
+    for number in (*STOPPING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
 def end(code: int, message: str, alone: bool = False) -> NoReturn:
     """End this process and its workers now, whatever it is doing.
 

@@ -45,17 +45,27 @@ class Lock:
             self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             while not self._is_current():
+                self._close()
                 self._file = open(self.folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held while entered
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            taken = error.errno in TAKEN and self._file is not None
+            self._close()
             if error.errno in UNKNOWN:
+                (self.folder / NAME).unlink(missing_ok=True)
                 print_main(f"note: {self.folder} cannot be locked ({error.strerror}): start no second run in it")
-            elif error.errno in TAKEN and self._file is not None:
+            elif taken:
                 raise UserError(
                     f"another run is writing to --output_dir {self.folder}: wait for its end, or choose another one"
                 ) from error
             else:
                 raise UserError(f"cannot write to --output_dir {self.folder}: {error.strerror}") from error
+
+    def _close(self) -> None:
+        """Give the lock up."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _is_current(self) -> bool:
         """Whether the locked file is still the one in the folder: a run that ended may have removed it."""
@@ -69,9 +79,10 @@ class Lock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None or self.folder is None:
+        if self.folder is None:
             return
-        (self.folder / NAME).unlink(missing_ok=True)
-        self._file.close()  # gives the lock up
+        if self._file is not None:
+            (self.folder / NAME).unlink(missing_ok=True)
+            self._close()
         if self._made and not any(self.folder.iterdir()):
             self.folder.rmdir()

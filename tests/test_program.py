@@ -1,0 +1,257 @@
+"""What happens around a run: signals at any time, a terminal that goes away, hung reads, two runs in one folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from processes import PATIENCE
+from small_runs import FLAGS, make_images, saved, train
+
+from errors import UserError
+from loggers.meters import Meters
+from loggers.progress import Progress
+from program import Lasting
+from state import lock as lock_module
+from state.lock import Lock
+
+ROOT = Path(__file__).parents[1]
+LONG = ["--epochs", "1000", "--print-freq", "1"]
+ENV = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@contextmanager
+def started(images: Path, output: Path, *flags: str, **options) -> Iterator[subprocess.Popen[str]]:
+    """A run as a user starts it; it is dead when the test is over."""
+    words = [sys.executable, "main.py", *FLAGS, "--data-path", str(images), "--output_dir", str(output), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    with subprocess.Popen(words, cwd=ROOT, env=ENV, text=True, **pipes) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
+def wait_for(run: subprocess.Popen[str], text: str) -> None:
+    assert run.stdout is not None
+    for line in run.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed")
+
+
+def workers_of(run: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize(("name", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("seconds", [0.4, 2.5], ids=["importing", "building"])
+def test_a_signal_during_the_start(images, tmp_path, name, code, seconds):
+    with started(images, tmp_path / "run", *LONG) as run:
+        time.sleep(seconds)
+        run.send_signal(name)
+        _, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == code
+    assert error.strip() in ("main.py: stopped by a signal", "main.py: interrupted")
+
+
+def test_more_signals_while_it_stops(images, tmp_path):
+    """The first one asks; the others change nothing, whatever the run is doing."""
+    with started(images, tmp_path, *LONG, "--num_workers", "1") as run:
+        wait_for(run, "Epoch 2/1000")
+        workers = workers_of(run)
+        stop = threading.Event()
+
+        def insist() -> None:
+            while run.poll() is None and not stop.is_set():
+                run.send_signal(signal.SIGTERM)
+                time.sleep(0.01)
+
+        thread = threading.Thread(target=insist)
+        thread.start()
+        out, error = run.communicate(timeout=PATIENCE)
+        stop.set()
+        thread.join()
+    assert run.returncode == 75 and "Traceback" not in error
+    assert "and saved: continue with --resume auto" in out + error
+    assert workers and not any(map(is_alive, workers))
+    assert saved(tmp_path)["epoch"] >= 0
+
+
+def test_interrupted_twice(images, tmp_path):
+    with started(images, tmp_path, *LONG, "--num_workers", "1") as run:
+        wait_for(run, "Epoch 2/1000")
+        workers = workers_of(run)
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 130 and "Traceback" not in error
+    assert not any(map(is_alive, workers))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Output that nobody reads
+
+
+def test_a_closed_pipe_and_a_lost_connection(images, tmp_path):
+    """`| head`, then the terminal is gone: the run goes on, and everything is saved."""
+    with started(images, tmp_path, "--epochs", "3", "--print-freq", "1", "--num_workers", "1") as run:
+        wait_for(run, "Epoch 1/3")
+        run.stdout.close()
+        run.stderr.close()
+        for pid in [run.pid, *workers_of(run)]:
+            os.kill(pid, signal.SIGHUP)
+        assert run.wait(timeout=PATIENCE) == 0
+    assert saved(tmp_path)["epoch"] == 2 and len((tmp_path / "log.txt").read_text().splitlines()) == 3
+
+
+def test_streams_that_were_closed_before_the_start(images, tmp_path):
+    command = (
+        f"'{sys.executable}' main.py {' '.join(FLAGS)} --data-path {images} --output_dir {tmp_path} --epochs 1"
+    )
+    done = subprocess.run(f"{command} <&- >&- 2>&-", shell=True, cwd=ROOT, env=ENV, timeout=PATIENCE, check=False)
+    assert done.returncode == 0 and saved(tmp_path)["epoch"] == 0
+
+
+def test_help_into_a_closed_pipe():
+    done = subprocess.run(
+        f"'{sys.executable}' main.py --help | head -1; echo ${{PIPESTATUS[0]}}",
+        **{"shell": True, "executable": "/bin/bash", "cwd": ROOT, "capture_output": True, "text": True},
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["usage: main.py --data-path FOLDER [--config FILE.yaml] [FLAGS]", "0"]
+    assert done.stderr == ""
+
+
+def test_a_terminal_that_is_not_utf8(monkeypatch):
+    raw = io.BytesIO()
+    stream = Lasting(io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(stream._stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    progress = Progress("Épreuve", interval=1)
+    assert list(progress.over(1, 2, Meters())) == [1, 2]
+    stream.flush()
+    shown = raw.getvalue().decode("ascii")
+    assert "\\xc9preuve |############------------|" in shown
+
+
+def test_a_full_disk_behind_stdout_ends_nothing():
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        stream = Lasting(full)
+        print("text", file=stream, flush=True)
+        print("more", file=stream, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What hangs
+
+
+def test_a_stopped_worker_ends_the_run(images, tmp_path):
+    with started(images, tmp_path, *LONG, "--num_workers", "1", "--dist-timeout", "4") as run:
+        wait_for(run, "Epoch 2/1000")
+        workers = workers_of(run)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        _, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 1
+    assert "main.py: error: reading a batch of images takes longer than --dist-timeout, 4 seconds: a data " in error
+    assert workers and not any(map(is_alive, workers))
+
+
+HANGING = """
+import sys, time
+import datasets, main
+decode, calls = datasets.LabelledImages.decode, []
+
+def hang_later(self, index):
+    calls.append(index)
+    if len(calls) > 40:
+        time.sleep(10_000)
+    return decode(self, index)
+
+datasets.LabelledImages.decode = hang_later
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_file_system_that_hangs_ends_the_run(images, tmp_path, workers):
+    """Also where the one process reads by itself."""
+    flags = [*FLAGS, *LONG, "--data-path", str(images), "--output_dir", str(tmp_path), "--dist-timeout", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, *flags, "--num_workers", workers],
+        **{"cwd": ROOT, "env": ENV, "capture_output": True, "text": True, "timeout": PATIENCE},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "reading a batch of images takes longer than --dist-timeout, 3 seconds" in done.stderr
+    assert "Traceback" not in done.stderr and saved(tmp_path)["epoch"] >= 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two runs in one folder
+
+
+def test_a_second_run_in_the_folder_is_refused(images, tmp_path, capsys):
+    """Until the first one is dead, in whatever way."""
+    folder = tmp_path / "run"
+    with started(images, folder, *LONG, "--num_workers", "1") as run:
+        wait_for(run, "Epoch 2/1000")
+        capsys.readouterr()
+        before = {path.name: path.read_bytes() for path in folder.glob("args.yaml")}
+        assert train(images, folder, "--epochs", "1") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"main.py: error: another run is writing to --output_dir {folder}: wait for its end")
+        assert {path.name: path.read_bytes() for path in folder.glob("args.yaml")} == before
+        for worker in workers_of(run):
+            os.kill(worker, signal.SIGSTOP)  # what outlives the run must not hold the lock
+        run.kill()
+        run.wait()
+        assert train(images, folder, "--epochs", "1") == 0
+    assert not (folder / ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch, capsys):
+    def unknown(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock_module.fcntl, "lockf", unknown)
+    with Lock(tmp_path / "run"):
+        pass
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot write to --output_dir .*: Not a directory"),
+        Lock(tmp_path / "file/x"),
+    ):
+        pass
