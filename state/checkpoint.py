@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import torch
@@ -56,7 +56,7 @@ UNREADABLE = (
 LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAMES = re.compile(r"checkpoint(\.[1-9]\d*|_best)?\.pth")  # what `newest` looks at
 _LEFTOVERS = "checkpoint*.tmp"  # what a save that was killed leaves behind
-_VALUES = (type(None), bool, int, float, str)
+_VALUES = (type(None), bool, int, float, str, torch.dtype)
 ARCHIVE = b"PK\x03\x04"  # what one begins with
 _MEBIBYTE = 2**20
 _FOLDER = 0x10  # what marks one in an archive
@@ -78,11 +78,10 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
         UserError: the disk is full or failing, or the folder cannot be written to.
         TypeError: the state is not plain data.
     """
-    _check_plain(state, "checkpoint")
     try:
         for leftover in path.parent.glob(_LEFTOVERS):
             leftover.unlink()
-        write_atomically(path, partial(torch.save, dict(state)), partial(_keep_previous, path, keep))
+        write_atomically(path, partial(write, state), partial(_keep_previous, path, keep))
     except (OSError, RuntimeError) as error:
         failure = _os_error(error)
         if failure is None:
@@ -90,6 +89,28 @@ def save(state: Mapping[str, Any], path: Path, keep: int = 1) -> None:
         raise UserError(
             f"cannot save {path}: {failure.strerror or failure}; what was there before is still there"
         ) from error
+
+
+def write(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Write a checkpoint into an open file.
+
+    Raises:
+        TypeError: the state is not plain data.
+    """
+    _check_plain(state, "checkpoint")
+    torch.save(dict(state), file)
+
+
+def try_out(state: Mapping[str, Any]) -> Any:
+    """What would be read from a checkpoint of this state; nothing is written to the disk.
+
+    Raises:
+        TypeError: the state is not plain data.
+    """
+    file = io.BytesIO()
+    write(state, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
