@@ -118,7 +118,8 @@ def load_for_finetuning(model: nn.Module, weights: StateDict, path: str, antiali
         return name in heads or name == "dist_token" or name.startswith(optional)
 
     new = [name for name in own if name not in there and may_differ(name)]
-    dropped = [name for name in there if name not in own and may_differ(name)]
+    unread = "attn_pool."  # of SigLIP's weights, where the model pools otherwise
+    dropped = [name for name in there if name not in own and (may_differ(name) or name.startswith(unread))]
     fitting = {name: value for name, value in there.items() if name not in dropped}
     load_weights(model, {**fitting, **{name: own[name] for name in new}}, path, OF_ONE_MODEL)
     resampled = [name for name in fitting if name in weights and weights[name].shape != fitting[name].shape]

@@ -288,6 +288,16 @@ def test_the_files_of_swin() -> None:
     assert torch.equal(target.layers[1].downsample.reduction.weight, source.layers[1].downsample.reduction.weight)
 
 
+def test_siglips_files_for_a_model_that_pools_otherwise() -> None:
+    """timm has its gap models load the files of those with attention pooling, which are left out."""
+    source, target = make("siglip", 0), make("siglip_gap", 1)
+    adapted = load_for_finetuning(target, source.state_dict(), "x.pth")
+    assert adapted.dropped and all(name.startswith("attn_pool.") for name in adapted.dropped)
+    assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    with pytest.raises(UserError, match=r"are missing, first attn_pool"):
+        load_for_finetuning(make("siglip", 1), target.state_dict(), "x.pth")
+
+
 @pytest.mark.filterwarnings("error")
 def test_many_resampled_tables_are_told_briefly() -> None:
     target = make("beit", 1, img_size=48, depth=12)
