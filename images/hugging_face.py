@@ -117,8 +117,8 @@ class Table:
         guessed = self.classes is None and self.label_key not in LABEL_NAMES
         if guessed and 2 < len(self.labels) == len(np.unique(self.labels)):
             raise UserError(
-                f"column {shown(repr(self.label_key))} of {where} is the only one that could hold labels, but differs "
-                "in every row, as identifiers do: name the column of the labels by --target-key"
+                f"column {shown(repr(self.label_key))} of {where} is the only one that could hold labels, but "
+                "differs in every row, as identifiers do: name the column of the labels by --target-key"
             )
 
     def __len__(self) -> int:
