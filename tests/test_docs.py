@@ -11,6 +11,8 @@ from conftest import TINY
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from options import flags
+from options.flags import Args
+from options.parser import Resume, dashed, declared
 from regularizers import REFERENCE_FLAGS, parse_spec
 
 ROOT = Path(__file__).parents[1]
@@ -138,3 +140,12 @@ def test_the_python_example_runs():
     unit = torch.nn.functional.normalize(names["captured"].tokens[11][:, 1:], dim=-1)  # [B, P, D]
     assert list(names["terms"]) == ["patch.cosine@last"] and term.coef == 0.5
     assert term.value.item() == pytest.approx(unit.mean(1).square().sum(1).mean().item())
+
+
+def test_the_rules_of_resumption_are_those_of_the_flags():
+    """Each flag stands in the row of its rule, and nowhere else."""
+    lines = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").splitlines()
+    first = lines.index("| rule | flags |") + 2
+    rows = [re.findall(r"`([\w-]+)`", line.split("|")[2]) for line in lines[first : first + len(Resume)]]
+    for rule, names in zip(Resume, rows, strict=True):
+        assert sorted(names) == sorted(dashed(name) for name, flag in declared(Args).items() if flag.resume is rule)

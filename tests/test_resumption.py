@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 import yaml
+from pictures import save_photo
 from small_runs import FLAGS, assert_same, make_images, saved, train
 from timm.layers import set_fused_attn
 from timm.optim import list_optimizers
@@ -236,6 +238,59 @@ def test_the_average_is_dropped_with_a_word(images, tmp_path, capsys):
     assert train(images, tmp_path, "--epochs", "2", "--resume", "auto", "--no-model-ema") == 0
     assert "note: --no-model-ema drops the moving average of " in capsys.readouterr().out
     assert "model_ema" not in saved(tmp_path)
+
+
+def one_more(root: Path) -> None:
+    save_photo(root / "train" / "class0" / "more.png", width=9, height=9)
+
+
+def another_name(root: Path) -> None:
+    (root / "train" / "class0" / "0.png").rename(root / "train" / "class0" / "zero.png")
+
+
+def another_class(root: Path) -> None:
+    (root / "train" / "class0" / "0.png").rename(root / "train" / "class1" / "00.png")
+
+
+def another_size(root: Path) -> None:
+    save_photo(root / "train" / "class0" / "0.png", seed=99, width=19, height=19)
+
+
+@pytest.mark.parametrize("change", [one_more, another_name, another_class, another_size])
+@pytest.mark.parametrize("packed", [False, True], ids=["folders", "tar"])
+def test_images_that_changed(tmp_path, change, packed, capsys):
+    images = make_images(tmp_path / "data")
+    flags = ["--data-set", "tar"] if packed else []
+    pack(images, packed)
+    often = ["--save-interval-steps", "2", "--checkpoint-hist", "9"]
+    assert train(images, tmp_path, "--epochs", "1", *often, *flags) == 0
+    for name in [
+        path.name for path in tmp_path.glob("checkpoint.*.pth") if saved(tmp_path, path.name)["step"] == 2
+    ]:
+        (tmp_path / "inside").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / name, tmp_path / "inside" / "checkpoint.pth")
+    moved = tmp_path / "elsewhere"
+    shutil.move(images, moved)  # which is no change
+    assert train(moved, tmp_path / "inside", "--epochs", "1", "--resume", "auto", *flags) == 0
+    shutil.copy(tmp_path / "checkpoint.1.pth", tmp_path / "inside" / "checkpoint.pth")
+    (tmp_path / "inside" / "checkpoint_best.pth").unlink()
+    change(moved)
+    pack(moved, packed)
+    capsys.readouterr()
+    assert saved(tmp_path / "inside")["step"] > 0
+    assert train(moved, tmp_path / "inside", "--epochs", "1", "--resume", "auto", *flags) == 2
+    assert "in the middle of an epoch, and the training images are not those of the" in capsys.readouterr().err
+    assert train(moved, tmp_path, "--epochs", "2", "--resume", "auto", *flags) == 0
+    assert (
+        capsys.readouterr().out.count("note: from here on the training images are not those of the checkpoint") == 1
+    )
+    assert "after epoch 1: other training images" in saved(tmp_path)["changes"]
+
+
+def pack(root: Path, wanted: bool) -> None:
+    for half in ("train", "val") if wanted else ():
+        with tarfile.open(root / f"{half}.tar", "w") as file:
+            file.add(root / half, arcname=half)
 
 
 # ------------------------------------------------------------------------------------------------------------
