@@ -66,7 +66,7 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
             raise UserError(f"{path}: {name} must be true or false, not {_said(value)}")
         return value if name == action.dest else (action.const if value else not action.const)
     if isinstance(action, KeyValues):
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise UserError(f"{path}: {name} must map names to values, not {_said(value)}")
         return value
     many = action.nargs == "+" or isinstance(action.default, list)
@@ -124,7 +124,7 @@ class _Loader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise self._refusal(node, reason(error)) from error
+            raise self._refusal(node, reason(error) if isinstance(error, ValueError) else "no such text") from error
         if isinstance(value, int) and abs(value) >= LARGEST_INT:
             raise self._refusal(node, "too large")
         return value

@@ -7,8 +7,8 @@ Who calls what, in this order, when a run is resumed:
     check_optimizer(state["optimizer"], ...)  # before optimizer.load_state_dict
     check_scheduler(state["lr_scheduler"], ...)
 
-Where only weights and flags are taken from a file, `check_flags` is enough. Keys that are not named here may hold
-any plain data. The first thing that is wrong becomes one UserError.
+Where a file is only to say which model it holds, `check_description` is enough. Keys that are not named here may
+hold any plain data. The first thing that is wrong becomes one UserError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -33,6 +33,7 @@ from utils import keep_random_state, set_streams
 
 LARGEST = 2**40  # of what counts epochs, steps or updates
 ADVICE = "take another checkpoint, or start from its weights with --finetune"
+DESCRIBED = ("model", "model_kwargs", "input_size")
 NUMPY_WORDS = 624  # of a generator's state
 STREAMS = ("python", "numpy", "mixup", "torch")
 
@@ -55,16 +56,16 @@ def check_contents(state: Any, path: str) -> None:
         _check_count(state["step"], "step", path)
     if "updates" in state:
         _check_count(state["updates"], "updates", path)
-    if "max_acc" in state and not _is_finite(state["max_acc"]):
-        _refuse(path, "max_acc", state["max_acc"], "a number")
     for key in ("images", "precision"):
         if not isinstance(state.get(key, ""), str):
             _refuse(path, key, state[key], "a text")
+    if "max_acc" in state and not _is_finite(state["max_acc"]):
+        _refuse(path, "max_acc", state["max_acc"], "a number")
     _check_best(state.get("best", {}), path)
+    check_description(state, path, get_type_hints(Args))
     _check_log(state.get("log", []), path)
     if not _fits(state.get("changes", []), list[str]):
         _refuse(path, "changes", state["changes"], "a list of lines")
-    check_flags(state.get("args"), path)
     for key in ("model", "model_ema"):
         if key in state:
             _check_weights(state[key], key, path)
@@ -147,18 +148,25 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def check_flags(args: Any, path: str) -> None:
-    """Refuse flags in a checkpoint that have values which they cannot have today.
+def check_description(state: Any, path: str, names: Collection[str] = DESCRIBED) -> None:
+    """Refuse flags in a checkpoint with values that they cannot have today.
 
+    Args:
+        state: what a file holds.
+        path: of the file.
+        names: of the flags; those that say which model it is are enough where only that is taken from the file.
     Raises:
         UserError: the first of them.
     """
+    if not isinstance(state, dict):
+        return
+    args = state.get("args")
     if args is None:
         return
     flags = vars(args) if isinstance(args, argparse.Namespace) else args
     _check_names(flags, "args", path)
     types, table = get_type_hints(Args), declared(Args)
-    for name in flags.keys() & types.keys():
+    for name in flags.keys() & types.keys() & set(names):
         value, limits = flags[name], table[name].limits
         low, high = limits or (-math.inf, math.inf)
         if not _fits(value, types[name]) or (_is_finite(value) and not low <= value <= high):

@@ -13,6 +13,7 @@ from images.transforms import Preprocessing
 from models import VARIANTS, build_model, check_name, pretrained_config
 from models.weights import StateDict, load_weights, model_weights
 from state import checkpoint
+from state.contents import check_description
 from state.preprocessing import preprocessing_of
 from state.resumption import flags_of
 
@@ -82,6 +83,7 @@ def read_trained(
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}")
     state = checkpoint.load(path)
+    check_description(state, path)
     evaluated = evaluation_of(state)
     use_ema = _uses_ema(state, weights, evaluated, path)
     tensors = _plain_names(model_weights(state, path, ema=use_ema))

@@ -35,6 +35,7 @@ from runs import build_run
 from state import checkpoint, resumption
 from state.contents import check_contents, check_optimizer
 from state.run_state import RunState
+from state.trained import read_trained
 
 RUN = ["--data-set", "DIGITS", "--batch-size", "4", "--device", "cpu", "--warmup-epochs", "0", "--unscale-lr"]
 CPU = Precision(torch.device("cpu"))
@@ -423,6 +424,27 @@ def test_nothing_is_made_of_a_malformed_one(good, tmp_path, capsys, change):
     said = capsys.readouterr().err
     assert said.startswith("main.py: error: ") and "x.pth is malformed" in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("args", "model", value=3),
+        put("args", "model_kwargs", value=[1]),
+        put("args", "model_kwargs", value={1: 2}),
+        put("args", "input_size", value="large"),
+        put("args", "class_names", value=[1]),
+        put("args", value=[1]),
+    ],
+)
+def test_a_model_that_is_described_wrongly_is_one_line(good, tmp_path, change):
+    """Where a file is to be exported."""
+    state = copy.deepcopy(good)
+    change(state)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth is malformed, its args") as error:
+        read_trained(str(tmp_path / "x.pth"))
+    assert str(error.value).isprintable()
 
 
 def places(state: Any) -> Iterator[tuple[Any, Any]]:
