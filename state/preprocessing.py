@@ -25,7 +25,7 @@ DEITS = ""  # no other source than DeiT's own code
 
 
 def follow_weights(args: Resolved, state: Any = None) -> Resolved:
-    """The flags, with the preprocessing of the weights that a run starts from; one line says what it is.
+    """The flags, with the preprocessing of the weights that a run starts from; a line says it, if not DeiT's.
 
     Args:
         state: the checkpoint of `--resume`, loaded, if there is one.
@@ -45,7 +45,9 @@ def follow_weights(args: Resolved, state: Any = None) -> Resolved:
     given = [name for name in FIELDS if getattr(args, name) is not None]
     args = replace(args, **{name: value for name, value in said.items() if name not in given})
     flags = f"; --{', --'.join(given).replace('_', '-')} as given" if given else ""
-    print_main(f"preprocessing: {preprocessing(args)}{f' (of {source})' if source else ''}{flags}")
+    whole = preprocessing(args)
+    if source or given:
+        print_main(f"preprocessing: {whole}{f' (of {source})' if source else ''}{flags}")
     return args
 
 
