@@ -442,7 +442,7 @@ def test_a_model_that_is_described_wrongly_is_one_line(good, tmp_path, change):
     state = copy.deepcopy(good)
     change(state)
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="x.pth is malformed, its args") as error:
+    with pytest.raises(UserError, match=r"x.pth is malformed, its args") as error:
         read_trained(str(tmp_path / "x.pth"))
     assert str(error.value).isprintable()
 
