@@ -22,7 +22,7 @@ import torch
 from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import main
@@ -295,7 +295,7 @@ def test_addresses_that_are_none(tmp_path, monkeypatch, address):
 
 def fresh_model() -> DiverseViT:
     torch.manual_seed(0)
-    return DiverseViT(build_model("deit_tiny_patch16_224", **TINY))
+    return DiverseViT(build_model("deit_tiny_patch16_224", **TINY | {"depth": 1}))
 
 
 def one_step(run: RunState) -> None:
@@ -468,7 +468,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_part_may_be_anything(good, tmp_path_factory, data):
     state = copy.deepcopy(good)
@@ -492,15 +492,17 @@ def test_any_part_may_be_anything(good, tmp_path_factory, data):
 # Optimizers
 
 
-@pytest.mark.parametrize("name", [*map(str, list_optimizers()), "lookahead_adamw"])
+# One of each kind; a step of `kron` by itself takes seconds
+OPTIMIZERS = ["adafactor", "adafactorbv", "adahessian", "adamp", "adamw", "adan", "lamb", "lion", "madgrad", "muon"]
+OPTIMIZERS += ["nadamw", "novograd", "rmsproptf", "sgd", "sgdp", "lookahead_adamw"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_moments_are_compared_with_the_parameters(name):
-    """Of every optimizer: its own are taken after any step, others are not."""
+    """An optimizer's own are taken after any step, others are not."""
     layer = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
-    try:
-        optimizer = create_optimizer_v2(layer, opt=name, lr=1e-3, weight_decay=0.01)
-    except (AssertionError, ImportError) as error:
-        pytest.skip(f"is not here: {error}")
+    optimizer = create_optimizer_v2(layer, opt=name, lr=1e-3, weight_decay=0.01)
     check_optimizer(optimizer.state_dict(), optimizer, "x.pth")
     if getattr(optimizer, "is_second_order", False):
         return  # it needs a graph of gradients
