@@ -42,7 +42,8 @@ from errors import UserError
 from losses import Objective
 from models import DiverseViT, build_model
 from models.weights import model_weights
-from state import checkpoint
+from options import config
+from state import checkpoint, resumption
 from state.run_state import RunState
 
 TINY_V1 = {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0}
@@ -800,10 +801,11 @@ def test_a_checkpoint_of_the_first_format_is_read(capsys):
 # Resuming what cannot be resumed
 
 
-def test_weights_alone_cannot_be_resumed(tiny):
-    run = make_run(tiny, train=False)
+def test_weights_alone_cannot_be_resumed(tiny, tmp_path):
+    torch.save({"model": tiny()[0].backbone.state_dict()}, tmp_path / "x.pth")
+    args = config.resolve(["--resume", str(tmp_path / "x.pth")])
     with pytest.raises(UserError, match="cannot be resumed, it has no optimizer, lr_scheduler, epoch; --finetune"):
-        run.load_state_dict({"model": run.model.backbone.state_dict()}, "x.pth")
+        resumption.find(args)
 
 
 def test_another_models_checkpoint_is_refused(tiny):
@@ -819,7 +821,7 @@ def test_another_optimizers_checkpoint_is_refused(tiny):
     run = make_run(tiny)
     state = run.state_dict()
     state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
-    with pytest.raises(UserError, match="is not what --opt and --sched say"):
+    with pytest.raises(UserError, match="is not what --opt, --sched and --weight-decay say"):
         run.load_state_dict(state, "x.pth")
 
 
