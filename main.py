@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ from build import (
     build_objective,
     build_student,
     build_teacher,
+    training_mode,
 )
 from check_data import check_data
 from datasets import LabelledImages, build_dataset, named
@@ -58,6 +60,7 @@ from runs import build_run, global_batch, scaled_lr
 from schedules import without_effect
 from state import checkpoint, resumption
 from state.lock import Lock
+from state.preprocessing import follow_weights
 from state.resumption import Earlier
 from state.run_state import RunState, check_class_names
 from state.saver import Saver
@@ -117,6 +120,11 @@ def run(args: Resolved) -> None:
     check_name(args.model)
     precision = start(args)
     device = precision.device
+    state = checkpoint.load(args.resume) if args.eval and args.resume else None
+    earlier = None if args.eval or args.teacher_eval else resumption.find(args)
+    args = follow_weights(args, state if earlier is None else earlier.state)
+    if earlier is not None:
+        args = resumption.in_force(args, earlier)
     val_set, classes = build_dataset(False, args)
     num_classes = len(classes)
     args = replace(args, class_names=named(classes))  # which the training half must have, too
@@ -125,17 +133,16 @@ def run(args: Resolved) -> None:
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         report(evaluate(teacher, val_loader, precision), len(val_set), "teacher")
         return
-    earlier = None if args.eval else resumption.find(args)
     if earlier is not None:
-        args = resumption.in_force(args, earlier)
         check_class_names(earlier.state.get("args"), args.class_names, earlier.path)
-    fresh = args if earlier is None else replace(args, finetune="", pretrained=False)  # its weights come later
+    resumed = earlier is not None or state is not None
+    fresh = replace(args, finetune="", pretrained=False) if resumed else args  # its weights come later
     backbone = build_backbone(fresh, num_classes)
     diversity, measure = build_diversity(args, backbone)
     model = build_student(args, backbone, diversity, measure, num_classes, device)
     if args.eval:
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
-        evaluate_checkpoint(args, model, val_loader, len(val_set), precision, measure)
+        evaluate_checkpoint(args, model, state, val_loader, len(val_set), precision, measure)
         return
     objective = build_objective(args, diversity, num_classes, device)
     with Signals() as signals, Lock(Path(args.output_dir) if args.output_dir else None):
@@ -196,10 +203,10 @@ def train(
         prepare(output, args, run_state)
     updater = Updater(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps)
     wrapped = distribute(model, device)
-    training_mode = not args.finetune  # DeiT fine-tunes in evaluation mode
+    with_dropout = training_mode(args)
     if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
         batches = Batches(args.input_size, args.batch_size, val_loader.batch_sizes)
-        spent = warm_up(wrapped, objective, measure, updater, mixing, batches, training_mode)
+        spent = warm_up(wrapped, objective, measure, updater, mixing, batches, with_dropout)
         if args.torchcompile:
             print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")
     run_state.restore_streams()
@@ -211,7 +218,7 @@ def train(
             *(wrapped, objective, train_loader, updater, mixing, run_state.running),
             observers=observers,
             progress=Progress(f"Epoch {epoch + 1}/{args.epochs}", args.print_freq, args.epochs - epoch - 1),
-            training_mode=training_mode,
+            training_mode=with_dropout,
         )
         if args.skip_bad_images:
             trained["bad_images"] = run_state.count_bad_images()
@@ -263,13 +270,13 @@ def evaluate_run(
 def evaluate_checkpoint(
     args: Resolved,
     model: DiverseViT,
+    state: Any,
     loader: Loader,
     samples: int,
     precision: Precision,
     measure: Diversity,
 ) -> None:
-    """--eval: print the accuracy of --resume's weights, and of its EMA if it has one."""
-    state = checkpoint.load(args.resume) if args.resume else None
+    """--eval: print the accuracy of --resume's weights, which `state` holds, and of its EMA if it has one."""
     if isinstance(state, dict):
         check_class_names(state.get("args"), args.class_names, args.resume)
     networks = {"network": model}
@@ -285,7 +292,7 @@ def evaluate_checkpoint(
         if args.resume:
             weights = model_weights(state, args.resume, ema=network is not model)
             load_weights(network.backbone, weights, args.resume)
-    if not args.resume and not args.finetune:
+    if not (args.resume or args.finetune or args.pretrained):
         print_main("warning: --eval without --resume evaluates untrained weights")
     found = evaluate_together(list(networks.values()), loader, precision, measure)
     for name, results in zip(networks, found, strict=True):

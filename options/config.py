@@ -52,7 +52,8 @@ def resolve(argv: Sequence[str] | None = None) -> Resolved:
     given = parser.given(argv)
     file = read_config(given["config"], parser) if given.get("config") else {}
     values = {**file, **given}
-    values["model_kwargs"] = {**file.get("model_kwargs", {}), **given.get("model_kwargs", {})}
+    for flag in ("model_kwargs", "teacher_model_kwargs"):
+        values[flag] = {**file.get(flag, {}), **given.get(flag, {})}
     every = _collect_terms(file, given.get("config", "")) | _collect_terms(given, "the command line")
     terms = [spec for spec in every.values() if spec.coef > 0]
     values["reg"] = [f"{spec.name}={spec.coef!r}" for spec in terms]
