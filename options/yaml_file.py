@@ -16,7 +16,7 @@ from options.paths import expand, usable
 MOST_BYTES = 2**21  # of a file, which may name many classes
 MOST_VALUES = 10**4  # beside one for each byte; what an alias repeats counts each time
 DEEPEST = 50
-LARGEST_INT = 2**63
+LARGEST_INT = 10**300  # which is less than the largest float
 
 
 def read_config(path: str, parser: Parser) -> dict[str, Any]:

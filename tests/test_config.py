@@ -239,7 +239,7 @@ def test_odd_batch_without_mixing_is_fine(off):
 # args.yaml repeats any run
 
 LEFT_OUT = {
-    *("config", "reg", "measure", "model_kwargs"),  # have words of their own, below
+    *("config", "reg", "measure", "model_kwargs", "teacher_model_kwargs"),  # have words of their own, below
     *("resume", "finetune", "teacher_path", "teacher_eval", "distillation_type", "val_labels"),  # ask for files
     *("group_repeats", "fsdp"),  # contradict others
 }
@@ -249,6 +249,9 @@ ASKED_FOR = {
     "batch_size": st.integers(1, 500).map(lambda half: str(2 * half)),
     "cutmix_minmax": st.lists(st.floats(0, 1).map(repr), min_size=2, max_size=2),
     "opt_betas": st.lists(st.floats(0, 0.999).map(repr), min_size=2, max_size=3),
+    "decay_milestones": st.sets(st.integers(1, 10**6), min_size=1).map(
+        lambda found: [str(e) for e in sorted(found)]
+    ),
     "lr_noise": st.lists(st.floats(0, 1).map(repr), min_size=1, max_size=2),
 }
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0~"), max_size=8)
