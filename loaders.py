@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler, SequentialSam
 
 import utils
 from datasets import Example, LabelledImages
-from errors import UserError
+from errors import UserError, shown
 from exchange import Exchange
 from images.decode import ImageError
 from images.found import digest
@@ -115,7 +115,8 @@ class SeededDataset(Dataset[Example]):
     def _name(self, index: int, error: ImageError) -> None:
         if not self._named[index]:
             self._named[index] = True
-            print(f"warning: {error}. The next one that can be read takes its place", file=sys.stderr, flush=True)
+            warning = f"warning: {error}. The next one that can be read takes its place"
+            print(shown(warning, 1000), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

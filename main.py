@@ -44,7 +44,7 @@ from build import (
 from check_data import check_data
 from datasets import LabelledImages, build_dataset, named
 from engine import Loader, Observer, Precision, Updater, evaluate, evaluate_together, report, train_one_epoch
-from errors import Interrupted, LocalError, TrainingDiverged, UserError, escaped, is_first_on_machine
+from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine, shown
 from loaders import build_eval_loader, build_train_loader
 from loggers.progress import Progress, clock
 from loggers.text import LOG, TextLog, read_lines, set_aside
@@ -78,6 +78,8 @@ from utils import (
 from warmup import Batches, compile_model, warm_up
 from workers import name_dead_workers
 
+LONGEST = 4000  # characters of a message
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
@@ -87,20 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, TrainingDiverged) as error:
         # all processes meet the same mistake, and one of each machine reports it; but a LocalError is its own
         if isinstance(error, LocalError) or is_first_on_machine():
-            print(escaped(f"main.py: error: {error}"), file=sys.stderr, flush=True)
+            print(shown(f"main.py: error: {error}", LONGEST), file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except Interrupted as stop:
         print_main(f"main.py: {stop}")
         return 75
     except torch._dynamo.exc.TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print(f"main.py: error: --torchcompile does not work here, drop it: {' '.join(lines[:2])}", file=sys.stderr)
+        message = f"main.py: error: --torchcompile does not work here, drop it: {' '.join(lines[:2])}"
+        print(shown(message, LONGEST), file=sys.stderr)
         return 2
     except RuntimeError as error:
         lost = lost_process(error)
         if lost is None:
             raise
-        print(f"main.py: error: {lost}", file=sys.stderr, flush=True)
+        print(shown(f"main.py: error: {lost}", LONGEST), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("\nmain.py: interrupted", file=sys.stderr)

@@ -20,6 +20,7 @@ from timm.optim import list_optimizers
 from errors import UserError, did_you_mean, shown
 from options.flags import LARGEST, Args, get_args_parser
 from options.parser import dashed, declared
+from options.paths import usable
 from options.yaml_file import read_config
 from regularizers import REFERENCE_FLAGS, Spec, parse_spec
 from utils import write_atomically
@@ -49,7 +50,7 @@ def resolve(argv: Sequence[str] | None = None) -> Resolved:
         UserError: an unknown flag or key, or a value that cannot be.
     """
     parser = get_args_parser()
-    given = parser.given(argv)
+    given = usable(parser.given(argv))
     file = read_config(given["config"], parser) if given.get("config") else {}
     values = {**file, **given}
     for flag in ("model_kwargs", "teacher_model_kwargs"):

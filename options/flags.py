@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errors import UserError, is_first_on_machine
+from errors import UserError, is_first_on_machine, shown
 from mixing import MODES
 from options.parser import Formatter, KeyValues, Parser, Resume, flag, switch
 from options.yaml_file import read_config
@@ -413,5 +413,5 @@ def answer_at_once(argv: Sequence[str] | None = None) -> None:
             read_config(file, parser)
     except UserError as error:
         if is_first_on_machine():
-            print(f"main.py: error: {error}", file=sys.stderr, flush=True)
+            print(shown(f"main.py: error: {error}", 4000), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -209,6 +209,8 @@ class RunState:
             self.running.meters.load_state_dict(own["meters"])
             self.running.finite.load_state_dict(own["finite"])
             if len(self.replaced):  # --skip-bad-images is still on
+                if len(own["replaced"]) and not 0 <= int(own["replaced"].max()) < len(self.replaced):
+                    raise UserError(f"{path} has replaced images that an epoch does not have: take another one")
                 self.replaced[own["replaced"]] = True
         elif self.running.step:
             raise UserError(
