@@ -59,7 +59,7 @@ def build_run(
             f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
             "set the environment variable TIMM_FUSED_ATTN=0"
         )
-    schedule = build_schedule(replace(args, lr=scaled_lr(args)), optimizer)
+    schedule = build_schedule(args, optimizer, scaled_lr(args))
     run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixing)
     run_state.precision = precision.name
     run_state.samples_per_step = args.batch_size * args.grad_accum_steps
@@ -205,7 +205,7 @@ def reschedule(run_state: RunState, args: Args, rates: list[float], before: dict
     """
     for group, rate in zip(run_state.optimizer.param_groups, rates, strict=True):
         group["lr"] = group["initial_lr"] = rate
-    schedule = build_schedule(replace(args, lr=scaled_lr(args)), run_state.optimizer)
+    schedule = build_schedule(args, run_state.optimizer, scaled_lr(args))
     if isinstance(schedule, PlateauLR):
         schedule.goes_on(before)
     if run_state.epoch >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from timm.scheduler import create_scheduler
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from errors import BAD_ARGUMENT, UserError, reason
 from options.flags import Args
 from options.parser import dashed
+from utils import print_main
 
 # Which schedules use a flag, of those that not all of them use.
 USED_BY = {
@@ -91,20 +93,20 @@ class PlateauLR(Scheduler):
         self.rates = [max(base * rate / was, self.lr_min) if was else base for base, rate, was in pairs]
 
 
-def build_schedule(args: Args, optimizer: Optimizer) -> Scheduler:
+def build_schedule(args: Args, optimizer: Optimizer, peak: float) -> Scheduler:
     """The schedule that the flags ask for; it is stepped after each epoch, as the reference does.
 
     Args:
-        args: `lr` is the peak, scaled to the global batch.
         optimizer: its rates become those of the first epoch.
+        peak: --lr, scaled to the global batch.
     Raises:
         UserError: the schedule cannot be, or would rise above the peak.
     """
-    check_rates(args)
+    check_rates(args, peak)
     try:
         if args.sched == "plateau":
             return _plateau(args, optimizer)
-        return create_scheduler(args, optimizer)[0]
+        return create_scheduler(replace(args, lr=peak), optimizer)[0]
     except BAD_ARGUMENT as error:
         raise UserError(f"--sched {args.sched} cannot be built: {reason(error)}") from error
 
@@ -126,17 +128,27 @@ def _plateau(args: Args, optimizer: Optimizer) -> PlateauLR:
     )
 
 
-def check_rates(args: Args) -> None:
+def check_rates(args: Args, peak: float) -> None:
     """Refuse flags that would let the rate rise above the peak that is printed.
+
+    Where none of them was given, and a small global batch alone brings the peak below the defaults, the run goes on
+    as the reference's does, with a warning.
 
     Raises:
         UserError: with the flag that does.
     """
-    peak = f"the peak learning rate, {args.lr:.4g}"
-    if args.sched in USED_BY["min_lr"] and args.min_lr > args.lr:
-        raise UserError(f"--min-lr {args.min_lr:g} is above {peak}: give a smaller one, or a larger --lr")
-    if args.warmup_epochs and args.warmup_lr > args.lr:
-        raise UserError(f"--warmup-lr {args.warmup_lr:g} is above {peak}: give a smaller one, or --warmup-epochs 0")
+    above = []
+    if args.sched in USED_BY["min_lr"] and args.min_lr > peak:
+        above.append("min_lr")
+    if args.warmup_epochs and args.warmup_lr > peak:
+        above.append("warmup_lr")
+    default = Args()
+    for name in above:
+        flag = f"--{dashed(name)}"
+        text = f"{flag} {getattr(args, name):g} is above the peak learning rate, {peak:.4g}"
+        if getattr(args, name) != getattr(default, name) or args.lr != default.lr:
+            raise UserError(f"{text}: give a smaller one, or a larger --lr")
+        print_main(f"warning: {text}, which the small global batch makes; give {flag} 0, or --unscale-lr")
     if args.decay_rate > 1 and args.sched in ("step", "multistep", "plateau"):
         raise UserError(f"--decay-rate {args.decay_rate:g} would raise the rate: give at most 1")
     if args.sched == "plateau" and args.decay_rate == 1:

@@ -54,13 +54,13 @@ def test_plateau_goes_on_from_any_epoch(noise):
 
 def test_plateau_without_warm_up_starts_at_the_rate():
     """timm's falls to its warm-up rate, 1e-6, after the first epoch."""
-    schedule = build_schedule(args("--sched", "plateau", "--warmup-epochs", "0", "--lr", "1"), two_groups())
+    schedule = build_schedule(args("--sched", "plateau", "--warmup-epochs", "0", "--lr", "1"), two_groups(), 1.0)
     assert rates(schedule)[0] == [1.0, 0.5]
 
 
 def test_milestones_are_epochs():
     flags = ["--sched", "multistep", "--decay-milestones", "3", "5", "--decay-rate", "0.5", "--warmup-epochs", "0"]
-    schedule = build_schedule(args(*flags, "--lr", "1"), two_groups())
+    schedule = build_schedule(args(*flags, "--lr", "1"), two_groups(), 1.0)
     of_epochs = [1.0, *(first for first, _ in rates(schedule))]  # the rate of an epoch is set after the one before
     assert [epoch for epoch, (one, other) in enumerate(pairwise(of_epochs), start=1) if one != other] == [3, 5]
 
@@ -82,12 +82,18 @@ def args(*argv: str) -> config.Resolved:
 )
 def test_no_rate_rises_above_the_peak(flags, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        build_schedule(args("--lr", "1e-3", *flags), two_groups())
+        build_schedule(args("--lr", "1e-3", *flags), two_groups(), 1e-3)
+
+
+def test_a_small_batch_alone_is_warned_of(capsys):
+    """5e-4 for 512 images is below 1e-5 for ten: the reference's rate rises to it."""
+    build_schedule(config.resolve(["--data-set", "DIGITS", "--warmup-epochs", "0"]), two_groups(), 4e-6)
+    assert "warning: --min-lr 1e-05 is above the peak learning rate, 4e-06" in capsys.readouterr().out
 
 
 def test_rates_that_stay_below_are_let_through():
     for flags in (["--sched", "step", "--min-lr", "1"], ["--warmup-epochs", "0", "--warmup-lr", "1"]):
-        build_schedule(args("--lr", "1e-3", *flags), two_groups())
+        build_schedule(args("--lr", "1e-3", *flags), two_groups(), 1e-3)
 
 
 @pytest.mark.parametrize("milestones", [["0"], ["3", "2"], ["2", "2"]])
