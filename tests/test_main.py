@@ -156,7 +156,7 @@ def test_resume_continues(trained, tmp_path, capsys):
     before, after = lines[1:3]
     assert after["max_acc"] >= before["max_acc"]
     assert abs(after["ema_test_loss"] - before["ema_test_loss"]) < abs(2.4 - before["ema_test_loss"])
-    assert "--epochs 4 has no effect: the checkpoint's 2 goes on" in shown
+    assert "note: from here on --epochs 4, before 2" in shown
     assert main.main([*flags, "--epochs", "2", "--resume", str(trained / "checkpoint.pth")]) == 0
     assert "nothing to train: 2 of 2 epochs are done" in capsys.readouterr().out
 
@@ -379,7 +379,7 @@ def test_more_bad_input(tmp_path, trained, images, capsys):
             "not a vision",
         ),
         ([*RUN, "--model-kwargs", "dept=2"], "cannot be built with"),
-        ([*RUN, "--resume", best, "--model-kwargs", "patch_size=4", "depth=3"], "does not fit"),
+        ([*RUN, "--resume", best, "--model-kwargs", "patch_size=4", "depth=3"], "keep it, or start from its"),
         (folder, "at least 256 training images"),
         ([*folder, "--no-repeated-aug"], "fewer than one batch of 64"),
         ([*RUN, "--output_dir", "/proc/forbidden"], "cannot write to --output_dir"),
@@ -460,8 +460,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, fi
     monkeypatch.setattr(os, "fsync", full)
     error = one_error(capsys, [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)])
     assert message.format(folder=tmp_path) in error
-    evaluated = file in ("log.txt.tmp", "checkpoint_best.pth.tmp")  # then the epoch's training is saved
-    assert checkpoint.progress(tmp_path / "checkpoint.pth") == ((-1, 20) if evaluated else (1, 0))
+    saved = {"log.txt.tmp": (-1, 20), "checkpoint_best.pth.tmp": (0, 0)}  # the epoch's training; all of it
+    assert checkpoint.progress(tmp_path / "checkpoint.pth") == saved.get(file, (1, 0))
     assert not list(tmp_path.glob("*.tmp"))
 
 
