@@ -9,7 +9,7 @@ import torch
 from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
-from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
+from errors import BAD_ARGUMENT, UserError, did_you_mean, reason, shown
 from models.adapters import Layout, find_layout
 from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
 from models.capture import Captured, DiverseViT, Needs
@@ -48,8 +48,16 @@ def pretrained_config(name: str) -> dict[str, Any]:
             return dict(build_model(name).pretrained_cfg)  # type: ignore[arg-type]
     architecture, _, tag = name.partition(".")
     base = VARIANTS.get(architecture, (architecture, {}))[0]
-    config = get_pretrained_cfg(f"{base}.{tag}" if tag else base)
+    config = _stock_config(f"{base}.{tag}" if tag else base)
     return config.to_dict() if config is not None else {}
+
+
+def _stock_config(name: str) -> Any:
+    """timm's own description of a model; None for a name with a source."""
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise UserError(f"{shown(name)} cannot be built: {reason(error)}") from error
 
 
 def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> nn.Module:
@@ -63,7 +71,7 @@ def build_model(name: str, *, img_size: int | None = None, **overrides: Any) -> 
         UserError: unknown name, or an argument that this model's constructor does not take.
     """
     check_name(name)
-    own = get_pretrained_cfg(name)
+    own = _stock_config(name)
     if img_size is not None and (own is None or own.fixed_input_size):
         overrides = {"img_size": img_size, **overrides}
     try:

@@ -390,7 +390,7 @@ def test_more_bad_input(tmp_path, trained, images, capsys):
         ([*RUN, "--model-kwargs", "norm_layer=foo"], "cannot be built"),
         ([*RUN, "--model", "deit_tiny_patch16_224.foo"], "cannot be built"),
         ([*RUN, "--model", "local-dir:/nowhere"], "cannot be built"),
-        ([*RUN, "--opt", "bnbadam8bit"], "--opt bnbadam8bit and --sched cosine cannot be built"),
+        ([*RUN, "--opt", "bnbadam8bit"], "--opt bnbadam8bit cannot be built"),
         ([*RUN, "--opt", "adahessian"], "set the environment variable TIMM_FUSED_ATTN=0"),
         ([*RUN, "--resume", best, "--opt", "sgd"], "was trained with --opt adamw, not sgd"),
         ([*RUN, "--resume", best, "--sched", "step"], "was trained with --sched cosine, not step"),
