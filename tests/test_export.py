@@ -441,7 +441,8 @@ def test_the_command_says_what_it_did(tmp_path, monkeypatch):
         "model.safetensors",
     ]
     first, *lines = run.stdout.splitlines()
-    assert first == "deit_tiny_patch16_224_diverse from x.pth: the EMA's weights (model_ema)"
+    took = "the EMA's weights (model_ema), whose accuracy the checkpoint does not say"
+    assert first == f"deit_tiny_patch16_224_diverse from x.pth: {took}"
     assert any(line.startswith("timm: out/model.safetensors (") for line in lines)
     loads = [line.strip() for line in lines if line.startswith("    model = ")]
     assert len(loads) == 2
