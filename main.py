@@ -56,8 +56,8 @@ from options import config
 from options.config import Resolved
 from program import Patience, Signals
 from regularizers import Diversity
-from runs import build_run, global_batch, scaled_lr
-from schedules import without_effect
+from runs import build_run
+from schedules import global_batch, scaled_lr, without_effect
 from state import checkpoint, resumption
 from state.lock import Lock
 from state.preprocessing import follow_weights

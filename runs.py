@@ -19,13 +19,13 @@ from models import DiverseViT
 from models.sharding import check_shards, shard
 from options import config
 from options.flags import Args
-from schedules import PlateauLR, build_schedule
+from schedules import PlateauLR, build_schedule, global_batch, scaled_lr
 from state import checkpoint
 from state.contents import check_optimizer, check_scheduler
 from state.optimizers import try_optimizer
 from state.resumption import Earlier
 from state.run_state import RunState
-from utils import print_main, world_size
+from utils import print_main
 
 # The flags that make a schedule; the peak, which the global batch scales, is compared by itself.
 SCHEDULE = (
@@ -137,16 +137,6 @@ def build_optimizer(args: Args, backbone: nn.Module) -> Optimizer:
         return create_optimizer(replace(args, lr=scaled_lr(args)), backbone)
     except BAD_ARGUMENT as error:
         raise UserError(f"--opt {args.opt} cannot be built: {reason(error)}") from error
-
-
-def scaled_lr(args: Args, processes: int | None = None) -> float:
-    """--lr is for 512 images; scale it to the global batch unless told not to."""
-    return args.lr * global_batch(args, processes) / 512.0 if args.scale_lr_flag else args.lr
-
-
-def global_batch(args: Args, processes: int | None = None) -> int:
-    """Images in one step, over all processes (of this run, or as many as are given) and accumulated batches."""
-    return args.batch_size * args.grad_accum_steps * (processes or world_size())
 
 
 # ------------------------------------------------------------------------------------------------------------

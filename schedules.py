@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from errors import BAD_ARGUMENT, UserError, reason
 from options.flags import Args
 from options.parser import dashed
-from utils import print_main
+from utils import print_main, world_size
 
 # Which schedules use a flag, of those that not all of them use.
 USED_BY = {
@@ -23,6 +23,16 @@ USED_BY = {
     "decay_rate": ("step", "multistep", "plateau", "poly"),
     "patience_epochs": ("plateau",),
 }
+
+
+def scaled_lr(args: Args, processes: int | None = None) -> float:
+    """--lr is for 512 images; scale it to the global batch unless told not to."""
+    return args.lr * global_batch(args, processes) / 512.0 if args.scale_lr_flag else args.lr
+
+
+def global_batch(args: Args, processes: int | None = None) -> int:
+    """Images in one step, over all processes (of this run, or as many as are given) and accumulated batches."""
+    return args.batch_size * args.grad_accum_steps * (processes or world_size())
 
 
 class PlateauLR(Scheduler):

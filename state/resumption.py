@@ -17,6 +17,7 @@ from options.config import Resolved
 from options.flags import Args
 from options.parser import Resume, dashed, declared
 from regularizers import REFERENCE_FLAGS, parse_spec
+from schedules import scaled_lr
 from state import checkpoint
 from state.contents import check_contents
 from utils import broadcast_object, print_main
@@ -120,7 +121,10 @@ def in_force(args: Resolved, earlier: Earlier) -> Resolved:
     """
     state, path = earlier.state, earlier.path
     step = state.get("step", 0)
-    found = differences(flags_of(state), args)
+    saved = flags_of(state)
+    if isinstance(state.get("args"), argparse.Namespace) and saved.get("lr") == scaled_lr(args):
+        del saved["lr"]  # DeiT and the reference save it scaled
+    found = differences(saved, args)
     kept: dict[str, Any] = {}
     for change in found:
         before = _option(change.name, change.was)

@@ -163,6 +163,8 @@ class RunState:
             if self.scaler.is_enabled() and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.running.step = int(state["epoch"]), int(state.get("step", 0))
+            if self.steps_per_epoch and self.running.step > self.steps_per_epoch:
+                raise UserError(f"{path} is {self.running.step} steps into an epoch of {self.steps_per_epoch}")
             steps = (self.epoch + 1) * self.steps_per_epoch + self.running.step
             self.running.updates = int(state.get("updates", steps))
             self.max_acc = float(state.get("max_acc", 0.0))

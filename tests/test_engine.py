@@ -18,6 +18,7 @@ from torch import nn
 import build
 import main
 import runs
+import schedules
 from datasets import build_dataset
 from engine import Finite, Precision, Running, Updater, evaluate, evaluate_together, train_one_epoch
 from errors import TrainingDiverged, UserError
@@ -428,7 +429,7 @@ def cosine_rate(epoch: int, epochs: int = 300) -> float:
 
 def test_learning_rates_of_all_300_epochs(monkeypatch, capsys):
     """8 processes x 128 images: 5e-4 * 1024 / 512 = 1e-3."""
-    monkeypatch.setattr(runs, "world_size", lambda: 8)
+    monkeypatch.setattr(schedules, "world_size", lambda: 8)
     monkeypatch.setattr(main, "distribute", lambda model, device: model)
     seen = rates("--no-model-ema")
     assert len(seen) == 300

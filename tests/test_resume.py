@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import PATIENCE
-from small_runs import make_images
+from small_runs import assert_same, make_images
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds a launcher's processes in /proc")
 
@@ -115,21 +115,6 @@ def kill(run: subprocess.Popen[str]) -> None:
 def children(parent: int) -> list[int]:
     """The processes that a launcher started; a single training process has none."""
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def assert_same(one: object, other: object, where: str = "") -> None:
-    if isinstance(one, torch.Tensor):
-        assert isinstance(other, torch.Tensor) and torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert isinstance(other, dict) and list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert isinstance(other, (list, tuple)) and len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}/{i}")
-    else:
-        assert one == other or (one != one and other != other), f"{where}: {one} and {other}"
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:

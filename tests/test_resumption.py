@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tarfile
@@ -111,6 +112,22 @@ def test_the_references_coefficients_and_reg_are_the_same():
     assert differences({"emb_cos_within_coef": 0.5, "mixing_coef": 0}, args) == []
     (change,) = differences({"emb_cos_within_coef": 0.25}, args)
     assert (change.name, change.was) == ("reg", ["patch.cosine@last=0.25"])
+
+
+def test_deits_checkpoints_hold_the_scaled_rate(capsys):
+    """Its main.py multiplies args.lr before it saves: 5e-4 x 128 / 512."""
+    args = config.resolve(["--data-set", "DIGITS"])
+    for lr, changed in ((1.25e-4, False), (1e-3, True)):
+        earlier = Earlier("x.pth", {"args": argparse.Namespace(lr=lr, batch_size=128, data_set="DIGITS")})
+        assert in_force(args, earlier) == args and ("lr" in earlier.was) == changed
+
+
+def test_a_step_beyond_the_epoch_is_refused(images, tmp_path, capsys):
+    assert train(images, tmp_path, "--epochs", "1") == 0
+    torch.save({**saved(tmp_path), "epoch": -1, "step": 99}, tmp_path / "checkpoint.pth")
+    (tmp_path / "checkpoint_best.pth").unlink()
+    assert train(images, tmp_path, "--epochs", "1", "--resume", str(tmp_path / "checkpoint.pth")) == 2
+    assert "99 steps into an epoch of 3" in capsys.readouterr().err
 
 
 def test_a_switch_is_named_as_one_types_it(capsys):
