@@ -246,6 +246,7 @@ def test_diversity_runs_in_float32_outside_autocast(tiny, dtype):
     assert math.isfinite(means["loss"])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # torch says it once a process
 def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
     model, diversity = tiny()
     with pytest.raises(
@@ -255,8 +256,16 @@ def test_second_order_optimizers_get_their_graph(tiny, monkeypatch):
     for block in model.backbone.blocks:
         block.attn.fused_attn = False
     optimizer = runs.build_run(run_args("--opt", "adahessian"), model, CPU, no_mixing()).optimizer
-    with pytest.warns(UserWarning, match="create_graph=True"):
-        train_one_epoch(model, Objective(diversity=diversity), batches(2), Updater(optimizer, CPU), no_mixing())
+    step, with_graph = optimizer.step, []
+
+    def watched(*args):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        with_graph.append(all(gradient.grad_fn is not None for gradient in gradients))
+        return step(*args)
+
+    monkeypatch.setattr(optimizer, "step", watched)
+    train_one_epoch(model, Objective(diversity=diversity), batches(2), Updater(optimizer, CPU), no_mixing())
+    assert with_graph == [True, True]
 
 
 # ------------------------------------------------------------------------------------------------------------
