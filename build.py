@@ -46,9 +46,10 @@ def build_backbone(args: Args, num_classes: int) -> Any:
         adapted = broadcast_object(lambda: load_timms(backbone, args.model))
         print_main("; ".join(filter(None, [f"starting from the weights of {args.model} in timm", str(adapted)])))
     if args.finetune:
-        weights = model_weights(checkpoint.load(args.finetune), args.finetune)
+        weights = model_weights(checkpoint.load(args.finetune), args.finetune, ema=args.weights == "ema")
         adapted = load_for_finetuning(backbone, weights, args.finetune)
-        print_main("; ".join(filter(None, [f"fine-tuning from {args.finetune}", str(adapted)])))
+        source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
+        print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
     return backbone
 
 
@@ -124,7 +125,7 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
         teacher = build_model(
             args.teacher_model, **{"num_classes": num_classes, "img_size": size} | args.teacher_model_kwargs
         )
-        weights = model_weights(state, args.teacher_path)
+        weights = model_weights(state, args.teacher_path, ema=args.teacher_weights == "ema")
         load_weights(
             teacher, weights, args.teacher_path, f"Check {flags}; it must know the data's {num_classes} classes"
         )

@@ -139,6 +139,7 @@ def to_timm(
         config = {LABELS: list(class_names)} if class_names else {}
         arguments = dict(model_args or {})
         save_for_hf(backbone, str(staging), config, model_args=arguments, safe_serialization=True)
+        _keep_one_count(staging / "config.json")
         again = timm.create_model(f"local-dir:{staging}", pretrained=True).eval()
         difference = _compare(again, backbone, input_size, SAME, "timm's model")
     load = f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
@@ -259,6 +260,13 @@ def check_folder(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # Parts
+
+
+def _keep_one_count(path: Path) -> None:
+    """Say the number of classes once, where timm reads it: transformers builds no model that is told it twice."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _trace(backbone: nn.Module, input_size: int) -> torch.export.ExportedProgram:

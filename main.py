@@ -47,11 +47,12 @@ from engine import Loader, Observer, Precision, Updater, evaluate, evaluate_toge
 from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine, shown
 from loaders import build_eval_loader, build_train_loader
 from loggers.progress import Progress, clock
+from loggers.summary import SUMMARY, Summary
 from loggers.text import LOG, TextLog, read_lines, set_aside
 from losses import Objective
 from models import DiverseViT, check_name
 from models.sharding import is_sharded, shard
-from models.weights import load_weights, model_weights
+from models.weights import has_average, load_weights, model_weights
 from options import config
 from options.config import Resolved
 from program import Patience, Signals
@@ -79,6 +80,7 @@ from warmup import Batches, compile_model, warm_up
 from workers import name_dead_workers
 
 LONGEST = 4000  # characters of a message
+AVERAGE = "EMA network"  # what a checkpoint's moving average is called in print
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,7 +196,7 @@ def train(
         objective.compile(args.torchcompile)
     output = Path(args.output_dir) if args.output_dir else None
     saver = build_saver(args, run_state, output, signals, len(val_set) // world_size() // val_loader.batch_size)
-    observers: list[Observer] = [TextLog(output / LOG, run_state.log), saver] if output else [saver]
+    observers: list[Observer] = [*build_logs(output, run_state), saver]
     if earlier is not None and earlier.is_in(output) and run_state.running.step == 0:
         for observer in observers:
             observer.complete()
@@ -251,6 +253,13 @@ def build_saver(
     return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches, patience)
 
 
+def build_logs(output: Path | None, run_state: RunState) -> list[Observer]:
+    """What is written of each epoch before it is saved."""
+    if output is None:
+        return []
+    return [TextLog(output / LOG, run_state.log), Summary(output / SUMMARY, run_state.log)]
+
+
 def evaluate_run(
     run_state: RunState,
     loader: Loader,
@@ -279,30 +288,29 @@ def evaluate_checkpoint(
     precision: Precision,
     measure: Diversity,
 ) -> None:
-    """--eval: print the accuracy of --resume's weights, which `state` holds, and of its EMA if it has one."""
+    """--eval: print the accuracy of the weights in `state`, of their average, or of both, as --weights says."""
     if isinstance(state, dict):
         check_class_names(state.get("args"), args.class_names, args.resume)
-    networks = {"network": model}
-    if isinstance(state, dict) and "model_ema" in state:
+    networks = {AVERAGE if args.weights == "ema" else "network": model}
+    if args.weights == "auto" and has_average(state):
         if args.fsdp:
             model.cpu()  # so that no GPU ever holds the copy
-        networks["EMA network"] = copy.deepcopy(model)
-    for network in networks.values():
+        networks[AVERAGE] = copy.deepcopy(model)
+    for name, network in networks.items():
         if args.fsdp:
             shard(network, precision.device)
         if args.torchcompile:
             compile_model(args.torchcompile, network)
         if args.resume:
-            weights = model_weights(state, args.resume, ema=network is not model)
+            weights = model_weights(state, args.resume, ema=name == AVERAGE)
             load_weights(network.backbone, weights, args.resume)
     if not (args.resume or args.finetune or args.pretrained):
         print_main("warning: --eval without --resume evaluates untrained weights")
     found = evaluate_together(list(networks.values()), loader, precision, measure)
     for name, results in zip(networks, found, strict=True):
         report(results, samples, name)
-        if name == "network":
-            for measured in measure.names:
-                print_main(f"{measured} {results[measured]:.6g}")
+        for measured in (each for each in measure.names if each in results):  # of the first one
+            print_main(f"{measured} {results[measured]:.6g}")
 
 
 def print_plan(args: Resolved, model: DiverseViT, precision: Precision, samples: int, run_state: RunState) -> None:
@@ -342,7 +350,8 @@ def prepare(output: Path, args: Resolved, run_state: RunState) -> None:
             checkpoint.check_space(output, more * run_state.nbytes())
             config.write_args(args, output / "args.yaml", run_state.changes)
             if not run_state.resumed:
-                set_aside(output / LOG)
+                for name in (LOG, SUMMARY):
+                    set_aside(output / name)
             elif not run_state.log:  # of a file that holds no log
                 run_state.log += read_lines(output / LOG, run_state.epoch)
         except OSError as error:

@@ -19,19 +19,30 @@ from models.sharding import like
 SHOWN = 4  # names that a message lists
 UNREADABLE = (*BAD_ARGUMENT, SafetensorError, pickle.UnpicklingError, EOFError)
 ADVICE = "Check --model, --input-size and --data-set; --finetune accepts another head and image size"
+# Where a checkpoint keeps its weights and their average: DeiT's keys, which are this project's, and timm's.
+TRAINED, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 OF_ONE_MODEL = "Choose the --model and --model-kwargs that the weights were trained with"
 
 
-def model_weights(checkpoint: Any, path: str, ema: bool = False) -> StateDict:
-    """The weights in a checkpoint: under 'model' (or 'model_ema'), 'state_dict', or the file itself.
+def has_average(checkpoint: Any) -> bool:
+    """Whether a checkpoint holds a moving average of its weights besides the weights themselves."""
+    return isinstance(checkpoint, dict) and any(checkpoint.get(key) is not None for key in AVERAGED)
 
+
+def model_weights(checkpoint: Any, path: str, ema: bool = False) -> StateDict:
+    """The weights in a checkpoint: under 'model' or timm's 'state_dict', or the file itself.
+
+    Args:
+        ema: their moving average instead, under 'model_ema' or timm's 'state_dict_ema'.
     Raises:
         UserError: there are none.
     """
-    candidates = ["model_ema"] if ema else ["model", "state_dict"]
+    keys = AVERAGED if ema else TRAINED
+    if ema and not has_average(checkpoint):
+        raise UserError(f"{path} holds no EMA of its weights: take the weights themselves (raw)")
     found = checkpoint
     if isinstance(checkpoint, dict):
-        found = next((checkpoint[key] for key in candidates if key in checkpoint), checkpoint)
+        found = next((checkpoint[key] for key in keys if checkpoint.get(key) is not None), checkpoint)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path} holds no model weights: expected a dict of tensors under 'model' or by itself")
     prefixes = re.compile(r"^(module\.|_orig_mod\.)+")  # left by DDP and torch.compile

@@ -166,6 +166,15 @@ def check_combinations(args: Args) -> None:
         )
     if args.distillation_type != "none" and args.finetune:
         raise UserError("distillation cannot be combined with --finetune: drop one of the two")
+    if args.weights != "auto" and not (args.finetune or (args.eval and args.resume)):
+        raise UserError(
+            f"--weights {args.weights} chooses among a checkpoint's weights: give --finetune FILE, or --eval with "
+            "--resume FILE"
+        )
+    if args.teacher_weights != "auto" and not args.teacher_path:
+        raise UserError(
+            f"--teacher-weights {args.teacher_weights} is for the weights of --teacher-path FILE: give it"
+        )
     if args.group_repeats and not args.repeated_aug:
         raise UserError("--group-repeats keeps copies together, and --no-repeated-aug makes none: drop one of them")
 

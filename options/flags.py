@@ -29,9 +29,9 @@ DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOL
 AMP_DTYPES = ("float32", "bfloat16", "float16")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant")
-# Those of script/export_model.py: what a model is written as, and which weights are taken from a checkpoint.
-FORMATS = ("timm", "torch", "onnx")
-WEIGHTS = ("auto", "ema", "model")
+# Which of a checkpoint's weights are taken: those that were trained, or their moving average.
+WEIGHTS = ("auto", "raw", "ema")
+FORMATS = ("timm", "torch", "onnx")  # of script/export_model.py: what a model is written as
 
 # What --pretrained's models have: how images are cropped for evaluation, and resized by Pillow.
 CROP_MODES = ("center", "squash")
@@ -301,6 +301,9 @@ class Args:
     distillation_type: str = flag("none", EPOCH, "how the teacher is followed", choices=["none", "soft", "hard"])
     distillation_alpha: float = flag(0.5, EPOCH, "share of the distillation loss", limits=SHARE)
     distillation_tau: float = flag(1.0, EPOCH, "temperature of soft distillation", limits=ABOVE_0)
+    teacher_weights: str = flag(
+        "auto", EPOCH, "which of the teacher's weights: raw, or their average ema; auto: raw", choices=list(WEIGHTS)
+    )
     teacher_eval: bool = switch(False, FREE, on={"--teacher_eval": "evaluate the teacher and stop"})
     teacher_input_size: int | None = flag(
         None, EPOCH, "the teacher's image size in pixels, by default the student's", limits=FROM_1
@@ -309,6 +312,13 @@ class Args:
         {}, EPOCH, "arguments of the teacher's constructor", nargs="*", action=KeyValues, metavar="KEY=VALUE"
     )
     finetune: str = flag("", SAVED, "start from this checkpoint's weights: a file or an https address")
+    weights: str = flag(
+        "auto",
+        SAVED,
+        "which weights in the file of --finetune, or of --eval --resume: raw, or their average ema; auto: raw to "
+        "fine-tune, both to evaluate",
+        choices=list(WEIGHTS),
+    )
     train_mode: bool | None = switch(
         None,
         NOW,

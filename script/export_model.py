@@ -1,7 +1,7 @@
 """Export a trained model for use without this repository.
 
     python script/export_model.py runs/x/checkpoint_best.pth exported
-    python script/export_model.py runs/x/checkpoint_best.pth exported --formats timm torch onnx --weights model
+    python script/export_model.py runs/x/checkpoint_best.pth exported --formats timm torch onnx --weights raw
     python script/export_model.py deit_small_patch16_224-cd65a155.pth exported --model deit_small_patch16_224
 
 Formats: timm (model.safetensors, config.json), torch (model.pt2) and onnx (model.onnx, which needs
@@ -64,7 +64,7 @@ def describe(trained: Trained, source: str) -> str:
     from export import preprocessing
     from images.tree import few
 
-    took = {"ema": "the EMA's weights (model_ema)", "model": "the trained weights (model)"}[trained.weights]
+    took = {"ema": "the moving average of the weights (ema)", "raw": "the trained weights (raw)"}[trained.weights]
     took += accuracy(trained.evaluated, trained.weights)
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
@@ -83,7 +83,7 @@ def accuracy(evaluated: Evaluated, weights: str) -> str:
     if own is None:
         return ", whose accuracy the checkpoint does not say"
     when = f" {evaluated.steps_ago} steps before" if evaluated.steps_ago else ""
-    against = f" ({'model' if weights == 'ema' else 'EMA'}: {other:.2f}%)" if other is not None else ""
+    against = f" ({'raw' if weights == 'ema' else 'ema'}: {other:.2f}%)" if other is not None else ""
     return f", top-1 {own:.2f}%{when} on the run's evaluation images{against}"
 
 

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from errors import BAD_ARGUMENT, UserError, reason, shown
 from options.flags import Args
 from options.parser import declared
+from state.saved_flags import flags_of
 from utils import keep_random_state, set_streams
 
 LARGEST = 2**40  # of what counts epochs, steps or updates
@@ -158,13 +159,11 @@ def check_description(state: Any, path: str, names: Collection[str] = DESCRIBED)
     Raises:
         UserError: the first of them.
     """
-    if not isinstance(state, dict):
-        return
-    args = state.get("args")
+    args = state.get("args") if isinstance(state, dict) else None
     if args is None:
         return
-    flags = vars(args) if isinstance(args, argparse.Namespace) else args
-    _check_names(flags, "args", path)
+    _check_names(vars(args) if isinstance(args, argparse.Namespace) else args, "args", path)
+    flags = flags_of(state)
     types, table = get_type_hints(Args), declared(Args)
     for name in flags.keys() & types.keys() & set(names):
         value, limits = flags[name], table[name].limits

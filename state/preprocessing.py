@@ -17,7 +17,7 @@ from models import pretrained_config
 from options.config import Resolved
 from options.flags import CROP_MODES, INTERPOLATIONS, Args
 from state import checkpoint
-from state.resumption import flags_of
+from state.saved_flags import flags_of
 from utils import print_main
 
 FIELDS = Preprocessing._fields  # each is a flag

@@ -20,6 +20,7 @@ from regularizers import REFERENCE_FLAGS, parse_spec
 from schedules import scaled_lr
 from state import checkpoint
 from state.contents import check_contents
+from state.saved_flags import flags_of
 from utils import broadcast_object, print_main
 
 NEEDED = ("model", "optimizer", "lr_scheduler", "epoch")
@@ -72,13 +73,6 @@ class Earlier:
         """How many there were, if the checkpoint says so."""
         own = self.state.get("processes")
         return len(own) if own is not None else None
-
-
-def flags_of(state: Any) -> dict[str, Any]:
-    """The flags that a checkpoint holds; those of the reference and of DeiT are an argparse.Namespace."""
-    saved = state.get("args") if isinstance(state, dict) else None
-    flags = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    return dict(flags) if isinstance(flags, Mapping) else {}
 
 
 def find(args: Args) -> Earlier | None:

@@ -119,9 +119,22 @@ class RunState:
             "changes": self.changes,
             "processes": gather_to_main(own),
         }
+        if (metric := self.metric) is not None:
+            state["metric"] = metric
         if self.ema is not None:
             state["model_ema"] = whole(self.ema.module.backbone.state_dict(), is_main())
         return state
+
+    @property
+    def metric(self) -> float | None:
+        """Top-1 of the weights that timm's tools take from this state: the average's, where there is one.
+
+        None in the middle of an epoch, and where these weights have not been evaluated.
+        """
+        if self.running.step or not self.log:
+            return None
+        last: dict[str, Any] = json.loads(self.log[-1])
+        return last.get("test_acc1" if self.ema is None else "ema_test_acc1")
 
     @property
     def is_best(self) -> bool:

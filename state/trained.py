@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from errors import UserError
 from images.transforms import Preprocessing
 from models import VARIANTS, build_model, check_name, pretrained_config
-from models.weights import StateDict, load_weights, model_weights
+from models.weights import StateDict, has_average, load_weights, model_weights
 from state import checkpoint
 from state.contents import check_description
 from state.preprocessing import preprocessing_of
-from state.resumption import flags_of
+from state.saved_flags import flags_of
 
 DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change training alone
 
@@ -43,7 +43,7 @@ class Trained:
         model_args: what its constructor takes besides the architecture's own values, without dropout rates.
         input_size: S, the image size in pixels.
         preprocessing: what the weights take images to have gone through.
-        weights: 'ema' or 'model', which of the checkpoint's weights these are.
+        weights: 'raw' or 'ema', the trained weights or their average.
         evaluated: what the run's last evaluation gave.
         class_names: in the order of the logits; none if the classes have no names.
     """
@@ -74,8 +74,8 @@ def read_trained(
 
     Args:
         path: a file or an https address.
-        weights: 'ema', 'model', or 'auto', which takes the EMA if there is one, unless the run found it worse than
-            the model itself.
+        weights: 'raw', 'ema', or 'auto', which takes the EMA if there is one, unless the run found it worse than
+            the trained weights.
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
@@ -108,7 +108,7 @@ def read_trained(
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     names = _class_names(flags, backbone.num_classes, path)
     images = preprocessing_of(state, path, name, size)
-    kind = "ema" if use_ema else "model"
+    kind = "ema" if use_ema else "raw"
     return Trained(name, backbone.eval(), model_args, size, images, kind, evaluated, names)
 
 
@@ -134,12 +134,11 @@ def _class_names(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple
 
 
 def _uses_ema(state: Any, weights: str, evaluated: Evaluated, path: str) -> bool:
-    has_ema = isinstance(state, dict) and "model_ema" in state
-    if weights == "ema" and not has_ema:
-        raise UserError(f"{path} holds no EMA: choose --weights model or auto")
+    if weights == "ema" and not has_average(state):
+        raise UserError(f"{path} holds no EMA: choose --weights raw or auto")
     if weights == "auto" and evaluated.model is not None:
-        return has_ema and evaluated.ema is not None and evaluated.ema >= evaluated.model
-    return has_ema and weights != "model"
+        return has_average(state) and evaluated.ema is not None and evaluated.ema >= evaluated.model
+    return has_average(state) and weights != "raw"
 
 
 def _plain_names(tensors: StateDict) -> StateDict:

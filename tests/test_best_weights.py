@@ -107,11 +107,11 @@ def test_export_takes_the_better_weights_and_says_so(images, tmp_path, monkeypat
     path = str(tmp_path / "checkpoint_best.pth")
     state = saved(tmp_path, "checkpoint_best.pth")
     for weights, key, said in (
-        ("auto", "model", "the trained weights (model), top-1 33.00% on the run's evaluation images (EMA: 9.70%)"),
+        ("auto", "model", "the trained weights (raw), top-1 33.00% on the run's evaluation images (ema: 9.70%)"),
         (
             "ema",
             "model_ema",
-            "the EMA's weights (model_ema), top-1 9.70% on the run's evaluation images (model: 33",
+            "the moving average of the weights (ema), top-1 9.70% on the run's evaluation images (raw: 33",
         ),
     ):
         assert export_model([path, str(tmp_path / weights), "--formats", "timm", "--weights", weights]) == 0

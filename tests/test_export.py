@@ -367,16 +367,16 @@ def test_the_ema_is_taken_where_there_is_one(tmp_path, capsys):
     path = tmp_path / "x.pth"
     ema = save_checkpoint("tiny", path).state_dict()
     state = checkpoint.load(str(path))
-    for weights, expected in (("auto", ema), ("ema", ema), ("model", state["model"])):
+    for weights, expected in (("auto", ema), ("ema", ema), ("raw", state["model"])):
         trained = read_trained(str(path), weights)
         found = trained.backbone.state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
-        assert trained.weights == ("model" if weights == "model" else "ema")
+        assert trained.weights == ("raw" if weights == "raw" else "ema")
         assert not torch.equal(ema["norm.bias"], state["model"]["norm.bias"])
     del state["model_ema"]
     checkpoint.save(state, path)
-    assert read_trained(str(path)).weights == "model"
-    with pytest.raises(UserError, match="holds no EMA: choose --weights model or auto"):
+    assert read_trained(str(path)).weights == "raw"
+    with pytest.raises(UserError, match="holds no EMA: choose --weights raw or auto"):
         read_trained(str(path), "ema")
 
 
@@ -413,7 +413,7 @@ def test_a_checkpoint_of_the_references_form_is_exported(tmp_path, capsys):
     weights = build_model(name, img_size=PIXELS, num_classes=7).state_dict()
     torch.save({"model": weights, "args": args}, tmp_path / "x.pth")
     assert SCRIPT.main([str(tmp_path / "x.pth"), str(tmp_path / "x"), "--formats", "timm"]) == 0
-    assert "the trained weights (model)" in capsys.readouterr().out
+    assert "the trained weights (raw)" in capsys.readouterr().out
     again = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True)
     assert again.num_classes == 7 and torch.equal(again.pos_embed, weights["pos_embed"])
 
@@ -422,7 +422,7 @@ def test_stock_weights_need_a_name_and_nothing_else(tmp_path):
     weights = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3).state_dict()
     torch.save({"model": weights}, tmp_path / "x.pth")
     trained = read_trained(str(tmp_path / "x.pth"), model="deit_tiny_distilled_patch16_224")
-    assert (trained.input_size, trained.backbone.num_classes, trained.weights) == (224, 3, "model")
+    assert (trained.input_size, trained.backbone.num_classes, trained.weights) == (224, 3, "raw")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_the_command_says_what_it_did(tmp_path, monkeypatch):
         "model.safetensors",
     ]
     first, *lines = run.stdout.splitlines()
-    took = "the EMA's weights (model_ema), whose accuracy the checkpoint does not say"
+    took = "the moving average of the weights (ema), whose accuracy the checkpoint does not say"
     assert first == f"deit_tiny_patch16_224_diverse from x.pth: {took}"
     assert any(line.startswith("timm: out/model.safetensors (") for line in lines)
     loads = [line.strip() for line in lines if line.startswith("    model = ")]

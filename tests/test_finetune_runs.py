@@ -14,7 +14,7 @@ from small_runs import FLAGS, assert_same, make_images, saved, train
 from timm.models import save_for_hf
 
 import main
-from state.resumption import flags_of
+from state.saved_flags import flags_of
 
 HALF = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]
 SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
