@@ -61,9 +61,9 @@ class TextLog:
 
 
 def set_aside(path: Path) -> None:
-    """Keep the log of an earlier run in the same folder as log.old.txt."""
+    """Keep the log of an earlier run in the same folder, log.txt as log.old.txt."""
     if path.exists():
-        path.replace(path.with_name("log.old.txt"))
+        path.replace(path.with_name(f"{path.stem}.old{path.suffix}"))
 
 
 def read_lines(path: Path, last_epoch: int) -> list[str]:
