@@ -1,6 +1,7 @@
-"""torch.hub entry points: the reference's model names.
+"""torch.hub entry points: the reference's model names, and diversity terms for training loops of others.
 
     torch.hub.load("path/to/this/folder", "deit_small_patch16_224_diverse", source="local", num_classes=100)
+    torch.hub.load("path/to/this/folder", "diversity", model, "patch.cosine@last=0.5", source="local")
 
 A program that uses torch.hub may have a utils.py or a package models of its own. So the modules of this project are
 loaded under private names here, and import each other by these; the program's modules and its sys.path stay as
@@ -89,24 +90,47 @@ def _import(
 # Entry points
 
 _errors, _models, _backbones = _load("errors"), _load("models"), _load("models.backbones")
+_elsewhere = _load("elsewhere")
+
+
+def diversity(model: _nn.Module, *terms: str, img_size: int | None = None) -> _nn.Module:
+    """Let a timm model return diversity terms beside its output, for a training loop of your own.
+
+        model = torch.hub.load(REPOSITORY, "diversity", model, "patch.cosine@last=0.5", "attn.cosine@0=1e-4")
+        output, diversity, terms = model(images)
+        loss = criterion(output, labels) + diversity
+
+    `output` is what the model itself returns. `diversity` is the sum of coefficient * term, 0 while gradients are
+    off. `terms` has the value of each term by name, for the log. The model is changed in place, but its class, its
+    parameters and its state dict stay its own. `model.diversity.remove()` undoes it.
+
+    Args:
+        model: any timm model that diversity terms know, or a model with one inside, such as transformers'
+            TimmWrapperForImageClassification. Give it before DDP or torch.compile wraps it.
+        terms: as for --reg, "LEVEL.MEASURE[:OPTIONS][@LAYERS]=COEF"; but none that takes labels.
+        img_size: of your images, in pixels, if the model takes others than it was built for.
+    """
+    attached: _nn.Module = _elsewhere.attach(model, terms, img_size)
+    return attached
 
 
 def _entry_point(name: str) -> _Callable[..., _nn.Module]:
+    base, overrides = _backbones.VARIANTS.get(name, (name, {}))
+
     def build(pretrained: bool = False, **kwargs: _Any) -> _nn.Module:
         if not pretrained:
             model: _nn.Module = _models.build_model(name, **kwargs)
             return model
-        if name in _backbones.VARIANTS:
+        if overrides:
             raise _errors.UserError(f"no weights of {name} are published: load a checkpoint of your own into it")
-        return _timm.create_model(name, pretrained=True, **kwargs)
+        return _timm.create_model(base, pretrained=True, **kwargs)
 
-    base, overrides = _backbones.VARIANTS.get(name, (name, {}))
     changes = "".join(f", {key} {value}" for key, value in overrides.items())
     build.__name__ = name
     build.__doc__ = f"""{base}{changes}.
 
     Args:
-        pretrained: load DeiT's published ImageNet-1k weights through timm; only for names without additions.
+        pretrained: load DeiT's published ImageNet-1k weights of {base} through timm; not where the depth differs.
         kwargs: arguments of the model's constructor, e.g. num_classes, img_size, drop_path_rate.
     """
     return build

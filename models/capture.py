@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from errors import BAD_ARGUMENT, UserError, reason
 from models.adapters import INPUT, Layout, MapTap, find_layout
@@ -105,6 +106,8 @@ class DiverseViT(nn.Module):
         self.layout = find_layout(backbone) if hooked else None
         self._head: PatchHead | None = None
         self._taps: dict[int, list[MapTap]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._fused: list[tuple[Any, bool]] = []  # attentions that left the fused kernel, and whether they had it
         self._wanted = Needs()
         self._sink: dict[tuple[str, int, int], Tensor] = {}
         if self.layout:
@@ -129,17 +132,28 @@ class DiverseViT(nn.Module):
     # Hooks
 
     def _install_hooks(self, layout: Layout, hooked: Needs) -> None:
+        self._taps = {index: layout.map_taps(index) for index in sorted(hooked.attention)}  # raises before any hook
         for index in sorted(hooked.tokens):
             if index == INPUT:
-                layout.blocks[0].register_forward_pre_hook(self._before_blocks)
+                handle = layout.blocks[0].register_forward_pre_hook(self._before_blocks)
             else:
-                layout.blocks[index].register_forward_hook(partial(self._after_block, index))
-        for index in sorted(hooked.attention):
-            self._taps[index] = layout.map_taps(index)
-            for number, tap in enumerate(self._taps[index]):
+                handle = layout.blocks[index].register_forward_hook(partial(self._after_block, index))
+            self._handles.append(handle)
+        for index, taps in self._taps.items():
+            for number, tap in enumerate(taps):
                 if index in self.needs.attention:
+                    self._fused.append((tap.attention, getattr(tap.attention, "fused_attn", False)))
                     tap.attention.fused_attn = False
-                tap.hooked.register_forward_pre_hook(partial(self._at_map, index, number))
+                at_map = partial(self._at_map, index, number)
+                self._handles.append(tap.hooked.register_forward_pre_hook(at_map))
+
+    def unhook(self) -> None:
+        """Leave the backbone as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        for attention, was in self._fused:
+            attention.fused_attn = was
+        self._handles, self._fused = [], []
 
     def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if INPUT not in self._wanted.tokens:
@@ -170,7 +184,7 @@ class DiverseViT(nn.Module):
         try:
             yield
         finally:
-            self._wanted, self._sink = Needs(), {}
+            self.forget()
             for attention, was in zip(only_now, fused, strict=True):
                 attention.fused_attn = was
 
@@ -196,7 +210,7 @@ class DiverseViT(nn.Module):
         """Classify images, and show what is needed.
 
         Args:
-            images: [B, 3, S, S].
+            images: [B, C, H, W].
             needs: what to capture; None is what training captures, `Needs()` nothing but the logits.
             labels: of the images, for the patches' head.
         Raises:
@@ -214,13 +228,49 @@ class DiverseViT(nn.Module):
                 patch_logits = self._head(features, labels)
             else:
                 outputs, patch_logits = self.backbone(images), None
-            tokens = {index: self._caught("tokens", index) for index in sorted(needs.tokens)}
-            attention = {index: self._caught("attention", index) for index in sorted(needs.attention)}
+            return self._captured(outputs, patch_logits, needs)
+
+    def _captured(self, outputs: Any, patch_logits: Tensor | None, needs: Needs) -> Captured:
+        """What the hooks stored, with what the model returned."""
+        assert self.layout is not None
+        tokens = {index: self._caught("tokens", index) for index in sorted(needs.tokens)}
+        attention = {index: self._caught("attention", index) for index in sorted(needs.attention)}
         prefix_tokens = {index: self.layout.prefix_tokens(index) for index in tokens}
         return Captured(*_split(outputs), patch_logits, tokens, attention, prefix_tokens)
 
+    def watch(self) -> None:
+        """Let the hooks store what training needs while others call the backbone, until `take`."""
+        self._wanted = self.needs
+
+    def take(self, outputs: Any) -> Captured:
+        """What the hooks stored since `watch`; they forget it.
+
+        Args:
+            outputs: what the backbone returned, or the model around it.
+        Raises:
+            UserError: something needed did not arrive, or arrived without gradient while gradients are on.
+        """
+        try:
+            return self._captured(outputs, None, self.needs)
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Store nothing, and keep nothing."""
+        self._wanted, self._sink = Needs(), {}
+
     @torch.no_grad()
-    def check(self, image_size: int, num_classes: int, needs: Needs) -> Captured:
+    def tried(self, images: Tensor, needs: Needs) -> Captured:
+        """What some images show in evaluation mode; each module is then in the mode that it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            return self(images, needs=needs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def check(self, image_shape: tuple[int, int, int], num_classes: int, needs: Needs) -> Captured:
         """Try two blank images, so that what cannot work is refused before training.
 
         Returns: what they show, for `Diversity.check`.
@@ -228,29 +278,33 @@ class DiverseViT(nn.Module):
             UserError: the model does not take such images or returns other logits, or what is captured is not
                 what the terms take it for: a grid of P patches after T prefix tokens, softmax maps of all heads.
         """
-        name, was_training = type(self.backbone).__name__, self.training
-        blank = torch.zeros(2, 3, image_size, image_size, device=next(self.parameters()).device)
-        self.eval()
+        name = type(self.backbone).__name__
+        blank = torch.zeros(2, *image_shape, device=next(self.parameters()).device)
         try:
-            captured = self(blank, needs=needs)
+            captured = self.tried(blank, needs)
         except BAD_ARGUMENT as error:
             raise UserError(
-                f"{name} cannot take images of 3 x {image_size} x {image_size} pixels: {reason(error)}. "
-                "Check --input-size and --model-kwargs"
+                f"{name} cannot take images of {' x '.join(map(str, image_shape))} pixels: {reason(error)}. "
+                "Check --input-size, --in-chans and --model-kwargs"
             ) from error
-        finally:
-            self.train(was_training)
         if captured.logits.shape != (2, num_classes):
             raise UserError(
                 f"{name} returns {list(captured.logits.shape[1:])} numbers an image, the data has {num_classes} "
                 "classes: leave num_classes and the head out of --model-kwargs"
             )
         if self.layout is not None:
-            _check_captured(captured, self.layout, image_size)
+            check_captured(captured, self.layout, image_shape[1:])
         return captured
 
 
-def _check_captured(captured: Captured, layout: Layout, image_size: int) -> None:
+def check_captured(captured: Captured, layout: Layout, image_size: tuple[int, int]) -> None:
+    """Refuse what is not what the terms take it for.
+
+    Args:
+        image_size: height and width of the images that showed it.
+    Raises:
+        UserError: tokens that are no grid of patches after the prefix tokens, or maps that are no softmax.
+    """
     for index, tokens in captured.tokens.items():
         patches = tokens.shape[1] - captured.prefix_tokens[index] if tokens.ndim == 3 else 0
         if not _is_grid(patches, layout, image_size):
@@ -269,7 +323,7 @@ def _check_captured(captured: Captured, layout: Layout, image_size: int) -> None
             )
     if captured.patch_logits is not None:
         height, width = layout.patch_size
-        shape = (image_size // height * (image_size // width), captured.logits.shape[1])
+        shape = (_patches_of(layout, image_size), captured.logits.shape[1])
         if captured.patch_logits.shape[1:] != shape:
             raise UserError(
                 f"patch.mixing labels {shape[0]} patches of {height} x {width} pixels and {shape[1]} classes, but "
@@ -277,12 +331,19 @@ def _check_captured(captured: Captured, layout: Layout, image_size: int) -> None
             )
 
 
-def _is_grid(patches: int, layout: Layout, image_size: int) -> bool:
-    """Whether that many patches can cover a square image: k x k, or as many as the model's patches."""
-    if patches > 0 and math.isqrt(patches) ** 2 == patches:
+def _is_grid(patches: int, layout: Layout, image_size: tuple[int, int]) -> bool:
+    """Whether that many patches can cover an image: k x k, or as many as the model's patches."""
+    height, width = image_size
+    rows = round(math.sqrt(max(patches, 0) * height / width))
+    if rows and patches % rows == 0 and abs(patches // rows - rows * width / height) < 1:
         return True
-    height, width = layout.patch_size
-    return patches == image_size // height * (image_size // width)
+    return patches == _patches_of(layout, image_size)
+
+
+def _patches_of(layout: Layout, image_size: tuple[int, int]) -> int:
+    """P, the patches of the last block in images of this height and width."""
+    (height, width), (patch_height, patch_width) = image_size, layout.patch_size
+    return height // patch_height * (width // patch_width)
 
 
 def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,6 @@ Nothing is imported before it is asked for, so that `regularizers.catalogue` ans
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ else:
     def __getattr__(name):
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        # what an import statement calls, since torch.hub has these modules under other names (hubconf.py)
+        return getattr(__import__(f"regularizers.{_MODULES[name]}", fromlist=[name]), name)
 
 
 __all__ = ["MEASURES", "REFERENCE_FLAGS", "Diversity", "Measure", "Spec", "Term", "parse_spec", "total"]

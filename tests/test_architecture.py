@@ -19,7 +19,7 @@ FLOORS = (
     ("options.flags",),
     ("images", "models", "samplers", "workers", "exchange"),
     ("options.config", "losses", "datasets", "schedules"),
-    ("loaders", "engine"),
+    ("loaders", "engine", "elsewhere"),
     ("state",),
     ("build", "runs", "warmup", "export", "check_data"),
     ("main",),
@@ -30,7 +30,14 @@ KNOWS = {
     "errors": (),
     "options.parser": ("errors",),
     "options.yaml_file": ("errors", "options.parser", "options.paths"),
-    "options.flags": ("errors", "options.parser", "options.yaml_file", "mixing", "regularizers.catalogue"),
+    "options.flags": (
+        "errors",
+        "options.parser",
+        "options.yaml_file",
+        "mixing",
+        "loggers.backends",
+        "regularizers.catalogue",
+    ),
     "program": ("errors",),
     "utils": ("errors",),
     "regularizers": ("errors", "utils", "regularizers"),  # tensors, not models
@@ -38,6 +45,7 @@ KNOWS = {
     "loggers": ("errors", "utils", "loggers"),
     "mixing": ("errors", "mixing"),
     "models": ("errors", "utils", "models"),  # timm, not losses
+    "elsewhere": ("errors", "models", "regularizers"),  # a model and its terms, no loop
 }
 # For a type alone, regularizers name what a model shows and how labels are mixed; without an import at run time.
 NAMES_TYPES_OF = {"regularizers": ("models.capture", "mixing")}

@@ -8,9 +8,13 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 from processes import PATIENCE
+from small_runs import assert_same
+from torch import nn
 
 import hubconf
 from models.backbones import REFERENCE_NAMES
@@ -35,6 +39,13 @@ path, modules = list(sys.path), dict(sys.modules)
 tiny = torch.hub.load(root, "deit_tiny_patch16_224", source="local", img_size=32, patch_size=8)
 name = "deit_small_layer24_patch16_224_diverse"
 model = torch.hub.load(root, name, source="local", num_classes=7, embed_dim=48)
+diverse = torch.hub.load(root, "diversity", tiny, "patch.cosine@last=0.5", "weight.cno@all=1e-3", source="local")
+assert diverse is tiny
+output, diversity, terms = tiny(torch.ones(2, 3, 32, 32))
+try:
+    torch.hub.load(root, "diversity", model, "patch.cosin@last=0.5", source="local")
+except Exception as error:
+    mistake = f"{type(error).__name__}: {error}"
 assert sys.path[:len(path)] == path and root not in sys.path  # torch 2.6 appends a folder of its own
 assert all(sys.modules[name] is module for name, module in modules.items())
 ours = {name for name in sys.modules if name.partition(".")[0] in names}
@@ -52,6 +63,9 @@ print(json.dumps({
     "depth": len(model.blocks),
     "classes": list(model(torch.zeros(1, 3, 224, 224)).shape),
     "patches": tiny.patch_embed.num_patches,
+    "terms": list(terms),
+    "trains": [output.requires_grad, diversity.requires_grad],
+    "mistake": mistake,
     "imported": sorted(imported - sys.stdlib_module_names - set(names)),
 }))
 """
@@ -80,10 +94,14 @@ def test_a_program_keeps_modules_of_its_own_with_our_names(tmp_path: Path, when:
     loaded = json.loads(run.stdout.splitlines()[-1])
     assert (loaded["depth"], loaded["classes"], loaded["patches"]) == (24, [1, 7], 16)
     assert loaded["imported"] == sorted(hubconf.dependencies)
+    assert loaded["terms"] == ["patch.cosine@last", "weight.cno@all"] and loaded["trains"] == [True, True]
+    assert loaded["mistake"].startswith("UserError: unknown regularizer 'patch.cosin'. Did you mean patch.cosine")
 
 
 def test_every_module_works_under_its_private_name() -> None:
     """Also what an entry point does not load yet; and objects of ours can be copied to other processes."""
+    for name in ("Diversity", "parse_spec"):  # found when they are asked for
+        assert getattr(hubconf._load("regularizers"), name).__module__.startswith(hubconf._PREFIX)
     capture = hubconf._load("models.capture")
     assert hubconf._load("models").capture is capture and capture is not sys.modules.get("models.capture")
     for name in ("main", "export", "state.trained", "regularizers", "warmup"):
@@ -116,17 +134,35 @@ def test_a_module_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
         del sys.modules[name]
 
 
-def test_entry_points_are_the_reference_names() -> None:
+def test_entry_points_are_the_reference_names_and_diversity() -> None:
     """torch.hub lists every public callable, so there must be no other; each has its own name and docstring."""
     public = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert public == REFERENCE_NAMES
+    assert public == REFERENCE_NAMES | {"diversity"}
     for name in REFERENCE_NAMES:
         entry = getattr(hubconf, name)
         assert entry.__name__ == name
         assert "pretrained" in entry.__doc__
+    assert "--reg" in str(hubconf.diversity.__doc__)
 
 
-def test_unpublished_weights_are_refused() -> None:
-    """A diversified model must not silently hold plain DeiT's weights."""
-    with pytest.raises(hubconf._errors.UserError, match="no weights of deit_small_patch16_224_diverse"):
-        hubconf.deit_small_patch16_224_diverse(pretrained=True)
+@pytest.mark.parametrize("name", sorted(REFERENCE_NAMES))
+def test_published_weights_are_those_of_the_base(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As with --pretrained: the suffix changes nothing but the name. There are none of another depth."""
+    small = {"num_classes": 3, "depth": 1}
+    asked = []
+
+    def load(model: nn.Module, pretrained_cfg: dict[str, Any], **rest: Any) -> None:
+        asked.append(pretrained_cfg["architecture"])
+        model.load_state_dict(published.state_dict())
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", load)
+    build = getattr(hubconf, name)
+    if "layer24" in name:
+        with pytest.raises(hubconf._errors.UserError, match=f"no weights of {name} are published: load a check"):
+            build(pretrained=True)
+        assert not asked
+        return
+    published = timm.create_model(name.removesuffix("_diverse"), **small)
+    model = build(pretrained=True, **small)
+    assert asked == [name.removesuffix("_diverse")]
+    assert_same(model.state_dict(), published.state_dict())
