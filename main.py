@@ -49,6 +49,7 @@ from loaders import build_eval_loader, build_train_loader
 from loggers.progress import Progress, clock
 from loggers.summary import SUMMARY, Summary
 from loggers.text import LOG, TextLog, read_lines, set_aside
+from loggers.trackers import Trackers
 from losses import Objective
 from models import DiverseViT, check_name
 from models.sharding import is_sharded, shard
@@ -150,8 +151,9 @@ def run(args: Resolved) -> None:
         evaluate_checkpoint(args, model, state, val_loader, len(val_set), precision, measure)
         return
     objective = build_objective(args, diversity, num_classes, device)
-    with Signals() as signals, Lock(Path(args.output_dir) if args.output_dir else None):
-        train(args, model, objective, measure, val_set, precision, signals, earlier)
+    output = Path(args.output_dir) if args.output_dir else None
+    with Signals() as signals, Lock(output), build_trackers(args) as trackers:
+        train(args, model, objective, measure, val_set, precision, signals, earlier, trackers)
 
 
 def start(args: Resolved) -> Precision:
@@ -183,6 +185,7 @@ def train(
     precision: Precision,
     signals: Signals,
     earlier: Earlier | None = None,
+    trackers: Trackers | None = None,
 ) -> None:
     """Build what only training needs; then the epochs: train, save, evaluate the model and its EMA, log, save."""
     device = precision.device
@@ -196,7 +199,9 @@ def train(
         objective.compile(args.torchcompile)
     output = Path(args.output_dir) if args.output_dir else None
     saver = build_saver(args, run_state, output, signals, len(val_set) // world_size() // val_loader.batch_size)
-    observers: list[Observer] = [*build_logs(output, run_state), saver]
+    trackers = trackers or build_trackers(args)
+    trackers.follow(run_state.log, run_state.resumed)
+    observers: list[Observer] = [*build_logs(output, run_state), saver, trackers]
     if earlier is not None and earlier.is_in(output) and run_state.running.step == 0:
         for observer in observers:
             observer.complete()
@@ -206,6 +211,7 @@ def train(
         return
     if output is not None:
         prepare(output, args, run_state)
+        trackers.start()
     updater = Updater(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps)
     wrapped = distribute(model, device)
     with_dropout = training_mode(args)
@@ -251,6 +257,12 @@ def build_saver(
     often = args.save_interval_steps, args.save_interval_minutes
     patience = Patience(args.dist_timeout)
     return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches, patience)
+
+
+def build_trackers(args: Resolved) -> Trackers:
+    """Those of --log-with; nothing is started yet."""
+    output = Path(args.output_dir)
+    return Trackers(args.log_with, output, args.project, args.run_name or output.resolve().name, config.plain(args))
 
 
 def build_logs(output: Path | None, run_state: RunState) -> list[Observer]:

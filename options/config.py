@@ -18,6 +18,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from errors import UserError, did_you_mean, shown
+from loggers.backends import check_packages
 from options.flags import LARGEST, Args, get_args_parser
 from options.parser import dashed, declared
 from options.paths import usable
@@ -103,6 +104,8 @@ def check(args: Resolved) -> None:
         check_fsdp(args)
     check_files(args)
 
+    if args.log_with:
+        check_trackers(args)
 
 def _check_limits(name: str, value: float | None, low: float, high: float) -> None:
     if value is None or low <= value <= high:
@@ -220,6 +223,19 @@ def check_files(args: Args) -> None:
 def mixing_is_on(args: Args) -> bool:
     """Whether the flags ask for Mixup or CutMix."""
     return args.mixup_prob > 0 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None)
+
+
+def check_trackers(args: Args) -> None:
+    """Refuse trackers that cannot start, as far as that can be known.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    if not args.output_dir:
+        raise UserError(f"--log-with {' '.join(args.log_with)} writes below --output_dir: give one")
+    if "/" in args.run_name or args.run_name in (".", ".."):
+        raise UserError(f"--run-name {shown(args.run_name)} becomes the name of a folder: drop the '/' or the dots")
+    check_packages(args.log_with)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError, is_first_on_machine, shown
+from loggers.backends import BACKENDS
 from mixing import MODES
 from options.parser import Formatter, KeyValues, Parser, Resume, flag, switch
 from options.yaml_file import read_config
@@ -369,6 +370,15 @@ class Args:
         "--world_size",
         limits=FROM_1,
     )
+    log_with: list[str] = flag(
+        [],
+        FREE,
+        "trackers that get each epoch as well; without accounts they write below --output_dir",
+        nargs="+",
+        choices=list(BACKENDS),
+    )
+    project: str = flag("diverse-vit", FREE, "what trackers call the project")
+    run_name: str = flag("", FREE, "what trackers call the run; by default as the folder --output_dir is called")
     dist_url: str = flag("env://", FREE, "rendezvous address", "--dist_url")
     dist_timeout: float = flag(
         1800.0, FREE, "seconds that processes wait for one that may have died", limits=FROM_1

@@ -154,6 +154,14 @@ class Parser(argparse.ArgumentParser):
         hint = did_you_mean(unknown[0].partition("=")[0], self.long_names()) if unknown else ""
         raise UserError(f"{message}.{hint} --help lists every flag")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own check of `choices`, with the nearest ones."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = did_you_mean(str(value), [str(choice) for choice in action.choices or ()])
+            raise argparse.ArgumentError(action, error.message + (f".{hint}" if hint else "")) from None
+
     def long_names(self) -> dict[str, argparse.Action]:
         """What stands behind every name with two dashes."""
         return {name: action for name, action in self._option_string_actions.items() if name.startswith("--")}

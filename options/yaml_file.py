@@ -77,8 +77,10 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
         result = [convert(str(one)) for one in value] if many else convert(str(value))
     except ValueError as error:
         raise UserError(f"{path}: {name} must be of type {convert.__name__}, not {_said(value)}") from error
-    if action.choices is not None and result not in action.choices:
-        raise UserError(f"{path}: {name} must be one of {', '.join(action.choices)}, not {_said(value)}")
+    for one in result if many else [result]:
+        if action.choices is not None and one not in action.choices:
+            hint = did_you_mean(str(one), action.choices)
+            raise UserError(f"{path}: {name} must be one of {', '.join(action.choices)}, not {_said(one)}.{hint}")
     return result
 
 
