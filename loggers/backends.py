@@ -54,7 +54,7 @@ class Backend:
         module: what is imported, where that has another name.
         environment: variables that say where it writes, unless the user has set them.
         hint: what to do if it does not start.
-        between: what stands around a spelled-out character in a name (see `spelled`); empty: names stay.
+        spells: whether it refuses characters in names, which are spelled out for it (see `spelled`).
         log_with: what else its `log` is called with.
         flags_once: whether the flags are told at the beginning of a run only, not when it is continued.
         own_id: how its own name for the run is read from accelerate's object.
@@ -65,7 +65,7 @@ class Backend:
     module: str = ""
     environment: Callable[[Path], dict[str, str]] = lambda folder: {}
     hint: str = ""
-    between: str = ""
+    spells: bool = False
     log_with: Mapping[str, Any] = field(default_factory=dict)
     flags_once: bool = False
     own_id: Callable[[Any], str] = lambda tracker: ""
@@ -127,7 +127,7 @@ def _swanlab(run: TrackedRun) -> dict[str, Any]:
 
 
 BACKENDS = {
-    "tensorboard": Backend(_tensorboard, between="/", flags_once=True),
+    "tensorboard": Backend(_tensorboard, flags_once=True),
     "wandb": Backend(
         _wandb,
         environment=lambda folder: {"WANDB_DIR": str(folder)},
@@ -139,7 +139,7 @@ BACKENDS = {
         _mlflow,
         environment=_mlflow_database,
         hint="to write a file it needs the whole of mlflow, not only mlflow-skinny; or export MLFLOW_TRACKING_URI",
-        between=" ",
+        spells=True,
         flags_once=True,  # which cannot be changed there
         own_id=lambda tracker: str(tracker.info.run_id),
     ),
@@ -156,7 +156,7 @@ BACKENDS = {
         _swanlab,
         environment=lambda folder: {"SWANLAB_LOG_DIR": str(folder / "swanlab")},
         hint="log in with `swanlab login`, or export SWANLAB_MODE=local",
-        between=" ",
+        spells=True,
     ),
 }
 
@@ -190,19 +190,14 @@ WORDS = {"@": "at", ":": "colon", ",": "comma", "=": "is", "/": "slash", " ": "s
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
-def spelled(name: str, between: str) -> str:
-    """A name without characters that a tracker refuses, or would make one and the same; two names stay two.
+def spelled(name: str) -> str:
+    """A name without characters that a tracker refuses: each becomes a word between two spaces.
 
-    spelled("train_patch.cosine@last", "/") == "train_patch.cosine/at/last"
+    Two names stay two, since a space in a name becomes a word as well.
 
-    Args:
-        between: stands around each word that takes the place of a character; empty leaves the name as it is.
+    spelled("train_patch.cosine@last") == "train_patch.cosine at last"
     """
-    if not between:
-        return name
-    return "".join(
-        char if char in PLAIN else between + WORDS.get(char, f"u{ord(char):04x}") + between for char in name
-    )
+    return "".join(char if char in PLAIN else f" {WORDS.get(char, f'u{ord(char):04x}')} " for char in name)
 
 
 def flattened(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Book:
 
     def write(self, path: Path) -> None:
         """Raises OSError if it cannot be written."""
-        content = json.dumps(asdict(self), indent=1).encode()
+        content = (json.dumps(asdict(self), indent=1) + "\n").encode()
         write_atomically(path, lambda file: file.write(content))
 
 
@@ -191,7 +191,7 @@ class Trackers:
                 os.environ[variable] = value
                 self._environment.append(variable)
         had, run = self._had(name), self._tracked_run(name)
-        flags = {spelled(flag, backend.between): value for flag, value in flattened(self.flags).items()}
+        flags = {_name(backend, flag): value for flag, value in flattened(self.flags).items()}
         try:
             tracker = LOGGER_TYPE_TO_CLASS[name](**backend.arguments(run))
             tracker.start()
@@ -221,7 +221,7 @@ class Trackers:
         """Give a tracker one epoch; its step is log.txt's `epoch`, counted from 0."""
         backend = BACKENDS[name]
         values = {
-            spelled(key, backend.between): value
+            _name(backend, key): value
             for key, value in record.items()
             if isinstance(value, (int, float))  # None: it was not finite
         }
@@ -254,6 +254,11 @@ class Trackers:
             self._book.write(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _name(backend: Backend, name: str) -> str:
+    """A number's or flag's name, as the tracker takes it."""
+    return spelled(name) if backend.spells else name
 
 
 def _be_alone() -> None:

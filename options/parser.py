@@ -152,7 +152,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
         hint = did_you_mean(unknown[0].partition("=")[0], self.long_names()) if unknown else ""
-        raise UserError(f"{message}.{hint} --help lists every flag")
+        end = "" if message.endswith("?") else "."  # of a choice, which has its hint
+        raise UserError(f"{message}{end}{hint} --help lists every flag")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse's own check of `choices`, with the nearest ones."""
