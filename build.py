@@ -17,16 +17,18 @@ from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead
 from models.weights import load_for_finetuning, load_timms, load_weights, model_weights
 from options.config import Resolved
-from options.flags import Args
+from options.flags import Args, shape_of, sides
 from regularizers import Diversity
 from state import checkpoint
+from state.contents import check_description
 from state.preprocessing import preprocessing_of
+from state.saved_flags import flags_of
 from utils import broadcast_from_main, broadcast_object, print_main, rank
 
 
 def build_backbone(args: Args, num_classes: int) -> Any:
     """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
-    options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size}
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size, **_channels(args)}
     if args.drop_path > 0:
         options |= {"drop_path_rate": args.drop_path}
     if args.drop > 0:
@@ -46,11 +48,19 @@ def build_backbone(args: Args, num_classes: int) -> Any:
         adapted = broadcast_object(lambda: load_timms(backbone, args.model))
         print_main("; ".join(filter(None, [f"starting from the weights of {args.model} in timm", str(adapted)])))
     if args.finetune:
-        weights = model_weights(checkpoint.load(args.finetune), args.finetune, ema=args.weights == "ema")
-        adapted = load_for_finetuning(backbone, weights, args.finetune)
+        state = checkpoint.load(args.finetune)
+        check_description(state, args.finetune, ("input_size",))
+        weights = model_weights(state, args.finetune, ema=args.weights == "ema")
+        size = flags_of(state).get("input_size")
+        adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=sides(size) if size else ())
         source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
         print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
     return backbone
+
+
+def _channels(args: Args) -> dict[str, int]:
+    """What a constructor is told of the channels; nothing of three, which not every one takes."""
+    return {} if args.in_chans == 3 else {"in_chans": args.in_chans}
 
 
 def use_grad_checkpointing(backbone: Any) -> None:
@@ -93,7 +103,7 @@ def build_student(
     """
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs)
     model = DiverseViT(backbone, needs, measured, find_scheme(diversity).head).to(device)
-    tried = model.check(args.input_size, num_classes, needs | measured)
+    tried = model.check(shape_of(args), num_classes, needs | measured)
     diversity.check(tried)
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
@@ -119,37 +129,39 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
         UserError: it cannot be built, its weights do not fit, or it does not take such images.
     """
     size = args.teacher_input_size or args.input_size
+    shape = (args.in_chans, *sides(size))
     flags = "--teacher-model, --teacher-path, --teacher-input-size and --teacher-model-kwargs"
     state = checkpoint.load(args.teacher_path)
     try:
         teacher = build_model(
-            args.teacher_model, **{"num_classes": num_classes, "img_size": size} | args.teacher_model_kwargs
+            args.teacher_model,
+            **{"num_classes": num_classes, "img_size": size, **_channels(args)} | args.teacher_model_kwargs,
         )
         weights = model_weights(state, args.teacher_path, ema=args.teacher_weights == "ema")
         load_weights(
             teacher, weights, args.teacher_path, f"Check {flags}; it must know the data's {num_classes} classes"
         )
-        own = preprocessing_of(state, args.teacher_path, args.teacher_model, size)
+        own = preprocessing_of(state, args.teacher_path, args.teacher_model, shape)
     except UserError as error:
         raise UserError(f"--teacher-model {args.teacher_model}: {error}") from error
     teacher.eval().requires_grad_(False).to(device)
     try:
         with torch.no_grad():
-            answer = teacher(torch.zeros(2, 3, size, size, device=device))
+            answer = teacher(torch.zeros(2, *shape, device=device))
         if answer.shape != (2, num_classes):
             raise ValueError(
                 f"it returns {list(answer.shape[1:])} numbers an image, the data has {num_classes} classes"
             )
     except BAD_ARGUMENT as error:
         raise UserError(
-            f"--teacher-model {args.teacher_model} does not take images of {size} x {size}: {reason(error)}; "
-            f"check {flags}"
+            f"--teacher-model {args.teacher_model} does not take images of {shape[1]} x {shape[2]}: {reason(error)}"
+            f"; check {flags}"
         ) from error
     students = preprocessing(args)
     if size == args.input_size and (own.mean, own.std) == (students.mean, students.std):
         return teacher
-    print_main(f"the teacher takes images of {size} pixels, normalised by {own.colours}")
-    return Teacher(teacher, size, [(students.mean, students.std), (own.mean, own.std)]).to(device)
+    print_main(f"the teacher takes images of {shape[1]} x {shape[2]} pixels, normalised by {own.colours}")
+    return Teacher(teacher, sides(size), [(students.mean, students.std), (own.mean, own.std)]).to(device)
 
 
 def build_objective(args: Args, diversity: Diversity, num_classes: int, device: torch.device) -> Objective:

@@ -25,12 +25,12 @@ from images.lists import cifar, digits, inaturalist
 from images.shards import shards
 from images.torchvision_sets import torchvision_set
 from images.transforms import Box, Preprocessing, build_transform, check_sides, preprocessing, to_bytes
-from options.flags import DATA_SETS, Args
+from options.flags import DATA_SETS, Args, sides
 
 STREAMS = ("tfds", "hfids")  # timm's other sources of data
 PREFIXES = ("wds", "torch")  # of names with a part of their own
 
-Example = tuple[Tensor, int, list[Box]]  # uint8 [3, S, S], label, boxes to erase
+Example = tuple[Tensor, int, list[Box]]  # uint8 [C, H, W], label, boxes to erase
 
 
 class LabelledImages(Dataset[Example]):
@@ -38,11 +38,11 @@ class LabelledImages(Dataset[Example]):
 
     Args:
         samples: of each image what `read` takes, and its label.
-        transform: makes uint8 [3, S, S] of a decoded image.
+        transform: makes uint8 [C, H, W] of a decoded image.
         read: decodes an image.
         as_bytes: `--fast-resize`: decoded images are uint8 [3, H, W], not PIL images.
         name: what to call what `read` takes, in a message.
-        input_size: for which the transform resizes images.
+        size: height and width to which the transform resizes images.
         crop: how evaluation resizes them; too thin ones are refused. None: it does not.
     """
 
@@ -53,7 +53,7 @@ class LabelledImages(Dataset[Example]):
         read: Callable[[Any], Image.Image] = load_image,
         as_bytes: bool = False,
         name: Callable[[Any], str] = str,
-        input_size: int = 0,
+        size: tuple[int, int] = (0, 0),
         crop: Preprocessing | None = None,
     ) -> None:
         self.samples = samples
@@ -61,7 +61,7 @@ class LabelledImages(Dataset[Example]):
         self.read = read
         self.as_bytes = as_bytes
         self.name = name
-        self.input_size = input_size
+        self.size = size
         self.crop = crop
 
     def __len__(self) -> int:
@@ -76,11 +76,11 @@ class LabelledImages(Dataset[Example]):
         source, label = self.samples[index]
         image = self.read(source)
         if self.crop is not None:
-            check_sides(self.name(source), *image.size, self.input_size, self.crop)
+            check_sides(self.name(source), *image.size, self.size, self.crop)
         return to_bytes(image) if self.as_bytes else image, label
 
     def __getitem__(self, index: int) -> Example:
-        """The image transformed, uint8 [3, S, S], its label, and no boxes to erase: what evaluation takes."""
+        """The image transformed, uint8 [C, H, W], its label, and no boxes to erase: what evaluation takes."""
         image, label = self.decode(index)
         return self.transform(image), label, []
 
@@ -118,7 +118,7 @@ def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, list[str]
         )
     if args.class_names:
         classes = _check_names(classes, args.class_names)
-    size, crop = args.input_size, preprocessing(args)
+    size, crop = sides(args.input_size), preprocessing(args)
     images = LabelledImages(found.samples, transform, found.read, args.fast_resize, found.name, size, crop)
     return images, classes
 
@@ -150,7 +150,7 @@ def _find(is_train: bool, args: Args) -> Found:
     name, prefix = args.data_set, args.data_set.partition("/")[0]
     _check_flags(args)
     if name == "DIGITS":
-        return digits(is_train, args.input_size)
+        return digits(is_train, sides(args.input_size))
     if prefix == "hfds" and name != prefix:
         return hugging_face_set(args, is_train)
     if prefix in STREAMS:

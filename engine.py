@@ -35,7 +35,7 @@ from utils import Vote, all_reduce, print_main
 
 
 class Loader(Protocol):
-    """Batches of images [B, 3, S, S] and class indices [B]; a torch DataLoader is one."""
+    """Batches of images [B, C, H, W] and class indices [B]; a torch DataLoader is one."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -262,7 +262,7 @@ def train_one_epoch(
     Args:
         model: a DiverseViT, sharded or not, or DDP around one.
         objective: label loss and diversity terms.
-        loader: batches of images [B, 3, S, S] and class indices [B], from the first step that is not done.
+        loader: batches of images [B, C, H, W] and class indices [B], from the first step that is not done.
         updater: optimiser, precision, clipping, EMA, and how many batches make a step.
         mixing: mixes images and labels them.
         running: where the epoch stands; it is kept up to date.
@@ -387,7 +387,7 @@ class Tally:
         self._sums = sums if precision.device.type == "mps" else sums.to(precision.device)  # MPS has no float64
 
     def add(self, images: Tensor, targets: Tensor) -> None:
-        """Classify images [B, 3, S, S]. Without targets they only keep a sharded model's processes in step."""
+        """Classify images [B, C, H, W]. Without targets they only keep a sharded model's processes in step."""
         device = self.precision.device
         with self.precision.autocast():
             captured = self.model(images, needs=self._needs)

@@ -1,6 +1,6 @@
 """A trained model leaves the project: as a folder for timm, an ONNX file, or a PyTorch program.
 
-Whatever is written is the plain timm model in evaluation mode, images [B, 3, S, S] -> logits [B, K] with any B; no
+Whatever is written is the plain timm model in evaluation mode, images [B, C, H, W] -> logits [B, K] with any B; no
 hook and nothing of this repository goes with it. Every file is read back and compared with the model before it
 takes its name, so a file that exists is one that works.
 """
@@ -107,7 +107,7 @@ class Exported:
 def to_timm(
     model: nn.Module,
     folder: Path,
-    input_size: int,
+    image_shape: tuple[int, int, int],
     model_args: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
     images: Preprocessing | None = None,
@@ -119,6 +119,7 @@ def to_timm(
 
     Args:
         model: a timm model, or the DiverseViT around it.
+        image_shape: channels, height and width.
         model_args: what the constructor was given (current versions of timm remember that by themselves).
         class_names: in the order of the logits, for the configuration's `label_names`; none leaves it out.
         images: what they are to go through, by default DeiT's preprocessing.
@@ -130,8 +131,10 @@ def to_timm(
     kept = ("architecture", "first_conv", "classifier", "fixed_input_size", "min_input_size")
     backbone.pretrained_cfg = {
         **{key: stock[key] for key in kept if key in stock},
-        **preprocessing(images or preprocessing_of(Args(input_size=input_size))),
-        "input_size": (3, input_size, input_size),
+        **preprocessing(
+            images or preprocessing_of(Args(input_size=list(image_shape[1:]), in_chans=image_shape[0]))
+        ),
+        "input_size": image_shape,
         "num_classes": backbone.num_classes,
     }
     backbone.default_cfg = backbone.pretrained_cfg
@@ -141,16 +144,19 @@ def to_timm(
         save_for_hf(backbone, str(staging), config, model_args=arguments, safe_serialization=True)
         _keep_one_count(staging / "config.json")
         again = timm.create_model(f"local-dir:{staging}", pretrained=True).eval()
-        difference = _compare(again, backbone, input_size, SAME, "timm's model")
+        difference = _compare(again, backbone, image_shape, SAME, "timm's model")
     load = f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
     return Exported((folder / "model.safetensors", folder / "config.json"), difference, load)
 
 
-def to_torch(model: nn.Module, folder: Path, input_size: int, class_names: Sequence[str] = ()) -> Exported:
+def to_torch(
+    model: nn.Module, folder: Path, image_shape: tuple[int, int, int], class_names: Sequence[str] = ()
+) -> Exported:
     """Write model.pt2, a program for `torch.export.load(FILE).module()`, which needs torch alone, on the CPU.
 
     Args:
         model: a timm model, or the DiverseViT around it.
+        image_shape: channels, height and width.
         class_names: in the order of the logits, as the extra file `label_names`, a JSON list.
     Raises:
         UserError: the folder cannot be written to, or torch.export cannot follow this model.
@@ -158,15 +164,19 @@ def to_torch(model: nn.Module, folder: Path, input_size: int, class_names: Seque
     backbone = plain_backbone(model)
     with _staged(folder) as staging, _explained(backbone, "torch"):
         extra = {LABELS: json.dumps(list(class_names))} if class_names else {}
-        torch.export.save(_trace(backbone, input_size), staging / "model.pt2", extra_files=extra)
+        torch.export.save(_trace(backbone, image_shape), staging / "model.pt2", extra_files=extra)
         again = torch.export.load(staging / "model.pt2").module()
-        difference = _compare(again, backbone, input_size, ROUNDING, "model.pt2")
+        difference = _compare(again, backbone, image_shape, ROUNDING, "model.pt2")
     path = folder / "model.pt2"
     return Exported((path,), difference, f'model = torch.export.load("{path}").module()')
 
 
 def to_onnx(
-    model: nn.Module, folder: Path, input_size: int, opset: int | None = None, class_names: Sequence[str] = ()
+    model: nn.Module,
+    folder: Path,
+    image_shape: tuple[int, int, int],
+    opset: int | None = None,
+    class_names: Sequence[str] = (),
 ) -> Exported:
     """Write model.onnx, with input `images` and output `logits`.
 
@@ -174,6 +184,7 @@ def to_onnx(
 
     Args:
         model: a timm model, or the DiverseViT around it.
+        image_shape: channels, height and width.
         opset: ONNX's operator set, torch's choice by default; from 23 on fused attention stays one node.
         class_names: in the order of the logits, as the file's metadata `label_names`, a JSON list.
     Raises:
@@ -188,7 +199,7 @@ def to_onnx(
     fused = opset is not None and opset >= ATTENTION_OPSET
     with _staged(folder) as staging, _explained(backbone, "onnx", errors):
         torch.onnx.export(
-            _trace(backbone if fused else _unfused(backbone), input_size),
+            _trace(backbone if fused else _unfused(backbone), image_shape),
             f=staging / "model.onnx",
             input_names=["images"],
             output_names=["logits"],
@@ -205,7 +216,7 @@ def to_onnx(
         def again(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-        difference = _compare(again, backbone, input_size, ROUNDING, "model.onnx")
+        difference = _compare(again, backbone, image_shape, ROUNDING, "model.onnx")
         names = sorted(file.name for file in staging.iterdir())
     load = f'session = onnxruntime.InferenceSession("{folder / "model.onnx"}")'
     return Exported(tuple(folder / name for name in names), difference, load)
@@ -221,14 +232,14 @@ def export(trained: Trained, folder: Path, form: str, opset: int | None = None) 
         return to_timm(
             trained.backbone,
             folder,
-            trained.input_size,
+            trained.image_shape,
             trained.model_args,
             trained.class_names,
             trained.preprocessing,
         )
     if form == "torch":
-        return to_torch(trained.backbone, folder, trained.input_size, trained.class_names)
-    return to_onnx(trained.backbone, folder, trained.input_size, opset, trained.class_names)
+        return to_torch(trained.backbone, folder, trained.image_shape, trained.class_names)
+    return to_onnx(trained.backbone, folder, trained.image_shape, opset, trained.class_names)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,9 +280,9 @@ def _keep_one_count(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _trace(backbone: nn.Module, input_size: int) -> torch.export.ExportedProgram:
+def _trace(backbone: nn.Module, image_shape: Sequence[int]) -> torch.export.ExportedProgram:
     """The forward pass as a graph, for any number of images from 1 on."""
-    images = torch.zeros(2, 3, input_size, input_size)  # torch takes a batch of 1 for a constant
+    images = torch.zeros(2, *image_shape)  # torch takes a batch of 1 for a constant
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(backbone, (images,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
@@ -297,7 +308,7 @@ def _add_metadata(onnx: Any, path: Path, key: str, value: str) -> None:
 
 @torch.no_grad()
 def _compare(
-    again: Callable[[Tensor], Tensor], backbone: nn.Module, input_size: int, tolerance: float, what: str
+    again: Callable[[Tensor], Tensor], backbone: nn.Module, image_shape: Sequence[int], tolerance: float, what: str
 ) -> float:
     """The largest difference of logits on one and on three random images.
 
@@ -306,7 +317,7 @@ def _compare(
     """
     largest = 0.0
     for batch in (1, 3):
-        images = torch.randn(batch, 3, input_size, input_size, generator=torch.Generator().manual_seed(batch))
+        images = torch.randn(batch, *image_shape, generator=torch.Generator().manual_seed(batch))
         expected = backbone(images)  # [B, K]
         difference = float((again(images) - expected).abs().max())
         if not difference <= tolerance * max(1.0, float(expected.abs().max())):

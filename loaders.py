@@ -1,4 +1,4 @@
-"""Batches: from decoded images to float32 [B, 3, S, S] on the device, in an order that can be continued anywhere.
+"""Batches: from decoded images to float32 [B, C, H, W] on the device, in an order that can be continued anywhere.
 
 The pixels of a training sample depend on the image, `--seed`, the epoch and the sample's position in it, and on
 nothing else: SeededDataset seeds python, numpy and torch for each. Neither the number of workers nor a restart in
@@ -74,7 +74,7 @@ class SeededDataset(Dataset[Example]):
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Example]:
-        """The samples of a batch, each (image uint8 [3, S, S], label, boxes); copies in a row are decoded once.
+        """The samples of a batch, each (image uint8 [C, H, W], label, boxes); copies in a row are decoded once.
 
         Raises:
             ImageError: an image cannot be decoded; with `skip_bad`, nor can the BAD_IN_A_ROW - 1 after it.
@@ -127,10 +127,10 @@ class Batch(NamedTuple):
     """What workers hand over.
 
     Attributes:
-        images: uint8 [B, 3, S, S], in memory pixel by pixel (channels last).
+        images: uint8 [B, C, H, W], in memory pixel by pixel (channels last).
         labels: int64 [B].
         boxes: int64 [n, 5], what is erased of the whole batch: image, top, left, height, width.
-        noise: float32 [m], what is put there: 3 x height x width numbers of each box, one box after the other.
+        noise: float32 [m], what is put there: C x height x width numbers of each box, one box after the other.
     """
 
     images: Tensor
@@ -142,7 +142,7 @@ class Batch(NamedTuple):
 def collate(examples: Sequence[Example]) -> Batch:
     """One batch of samples."""
     images, labels, boxes = zip(*examples, strict=True)
-    pixels = default_collate([image.permute(1, 2, 0) for image in images])  # [B, S, S, 3]; shared, in a worker
+    pixels = default_collate([image.permute(1, 2, 0) for image in images])  # [B, H, W, C]; shared, in a worker
     placed = [(number, box) for number, drawn in enumerate(boxes) for box in drawn]
     rows = [[number, box.top, box.left, *box.noise.shape[1:]] for number, box in placed]
     return Batch(
@@ -154,23 +154,24 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def normalise(pixels: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
-    """uint8 [..., 3, S, S] to float32, by mean and deviation; on the CPU torchvision's very bits."""
+    """uint8 [..., C, H, W] to float32, by mean and deviation; on the CPU torchvision's very bits."""
     images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255).sub_(mean).div_(std)
 
 
 def erase(images: Tensor, boxes: Tensor, noise: Tensor) -> None:
-    """Put the noise of each box (see Batch) into images [B, 3, S, S], in place; `boxes` is in host memory."""
+    """Put the noise of each box (see Batch) into images [B, C, H, W], in place; `boxes` is in host memory."""
     start = 0
+    channels = images.shape[1]
     for number, top, left, height, width in boxes.tolist():
-        size = 3 * height * width
-        box = noise[start : start + size].view(3, height, width)
+        size = channels * height * width
+        box = noise[start : start + size].view(channels, height, width)
         images[number, :, top : top + height, left : left + width] = box
         start += size
 
 
 class DeviceLoader:
-    """Batches of a loader on the device: images float32 [B, 3, S, S], normalised and erased, and labels [B].
+    """Batches of a loader on the device: images float32 [B, C, H, W], normalised and erased, and labels [B].
 
     On CUDA the next batch is copied and prepared on a stream of its own, while the one before it is in use.
 
@@ -193,8 +194,7 @@ class DeviceLoader:
         self.exchange = exchange
         self._mean, self._std = MEAN.to(device), STD.to(device)
         if colours is not None:
-            numbers = torch.tensor([*colours.mean, *colours.std], device=device)
-            self._mean, self._std = numbers.view(2, 3, 1, 1)
+            self._mean, self._std = torch.tensor([colours.mean, colours.std], device=device)[..., None, None]
 
     def __len__(self) -> int:
         return len(self.loader)

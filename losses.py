@@ -60,8 +60,8 @@ class Teacher(nn.Module):
         x' = (r(x) std + mean - mean') / std',   r: bicubic, with antialiasing
 
     Args:
-        backbone: a model [B, 3, S', S'] -> [B, K].
-        size: S', in pixels.
+        backbone: a model [B, C, H', W'] -> [B, K].
+        size: H' and W', in pixels.
         colours: (mean, std) of the student's images, then (mean', std') of the teacher's.
     """
 
@@ -69,20 +69,19 @@ class Teacher(nn.Module):
     shift: Tensor
 
     def __init__(
-        self, backbone: nn.Module, size: int, colours: Sequence[tuple[Sequence[float], Sequence[float]]]
+        self, backbone: nn.Module, size: tuple[int, int], colours: Sequence[tuple[Sequence[float], Sequence[float]]]
     ) -> None:
         super().__init__()
         self.backbone, self.size = backbone, size
-        (mean, std), (own_mean, own_std) = torch.tensor(colours, dtype=torch.float64).view(2, 2, 3, 1, 1)
+        (mean, std), (own_mean, own_std) = torch.tensor(colours, dtype=torch.float64)[..., None, None]  # [C, 1, 1]
         self.is_same = bool((mean == own_mean).all() and (std == own_std).all())
         self.register_buffer("scale", (std / own_std).float(), persistent=False)
         self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits [B, K] of images as the student takes them, [B, 3, S, S]."""
-        if images.shape[-1] != self.size:
-            side = (self.size, self.size)
-            images = F.interpolate(images, side, mode="bicubic", align_corners=False, antialias=True)
+        """The logits [B, K] of images as the student takes them, [B, C, H, W]."""
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True)
         if not self.is_same:
             images = images * self.scale + self.shift
         logits: Tensor = self.backbone(images)
@@ -97,7 +96,7 @@ class LabelLoss:
     a = 0 without a teacher.
 
     Args:
-        teacher: a model [B, 3, S, S] -> [B, K] in evaluation mode, or None.
+        teacher: a model [B, C, H, W] -> [B, K] in evaluation mode, or None.
         distillation_type: 'none', 'soft' or 'hard'.
         alpha: a, the distillation loss's share.
         tau: temperature of soft distillation.

@@ -56,6 +56,7 @@ from models.sharding import is_sharded, shard
 from models.weights import has_average, load_weights, model_weights
 from options import config
 from options.config import Resolved
+from options.flags import shape_of
 from program import Patience, Signals
 from regularizers import Diversity
 from runs import build_run
@@ -216,7 +217,7 @@ def train(
     wrapped = distribute(model, device)
     with_dropout = training_mode(args)
     if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
-        batches = Batches(args.input_size, args.batch_size, val_loader.batch_sizes)
+        batches = Batches(shape_of(args), args.batch_size, val_loader.batch_sizes)
         spent = warm_up(wrapped, objective, measure, updater, mixing, batches, with_dropout)
         if args.torchcompile:
             print_main(f"compiled with {args.torchcompile} in {spent:.0f} s")

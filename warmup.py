@@ -26,12 +26,12 @@ class Batches(NamedTuple):
     """The shapes of a run's batches.
 
     Attributes:
-        image_size: S, in pixels.
+        image_shape: channels, height and width.
         train: images in a batch of training.
         test: images in the batches of evaluation, each size once.
     """
 
-    image_size: int
+    image_shape: tuple[int, int, int]
     train: int
     test: Sequence[int]
 
@@ -81,7 +81,7 @@ def warm_up(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def blank(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.zeros(count, 3, batches.image_size, batches.image_size, device=device)
+        images = torch.zeros(count, *batches.image_shape, device=device)
         return images, torch.zeros(count, dtype=torch.long, device=device)
 
     model.train(training_mode)

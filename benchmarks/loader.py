@@ -46,7 +46,7 @@ from exchange import Exchange
 from images.found import Samples, Texts
 from loaders import DeviceLoader, build_train_loader
 from options import config
-from options.flags import Args
+from options.flags import Args, sides
 from samplers import GRANULE, RASampler
 
 WIDTH, HEIGHT, QUALITY = 477, 405, 90  # about 100 KB a file, as ImageNet's average
@@ -92,7 +92,7 @@ def open_rgb(path: str) -> Image.Image:
 def reference_loader(args: Args, world_size: int, rank: int) -> DataLoader[Any]:
     """DeiT's pipeline, and its placement of copies."""
     transform = create_transform(
-        args.input_size,
+        sides(args.input_size),
         is_training=True,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,

@@ -27,8 +27,8 @@ def cifar(root: Path, is_train: bool) -> Found:
     return Found(Samples(found.data, found.targets), found.classes, Image.fromarray)
 
 
-def digits(is_train: bool, size: int) -> Found:
-    """scikit-learn's 8 x 8 handwritten digits, enlarged to size x size: a real task without a download."""
+def digits(is_train: bool, size: tuple[int, int]) -> Found:
+    """scikit-learn's 8 x 8 handwritten digits, enlarged to height x width: a real task without a download."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -36,8 +36,9 @@ def digits(is_train: bool, size: int) -> Found:
     bunch = load_digits()
     half = slice(DIGITS_TRAIN) if is_train else slice(DIGITS_TRAIN, None)
     pixels = (bunch.images[half] * (255 / 16)).round().astype("uint8")  # [N, 8, 8], was 0..16
-    images = [Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC) for each in pixels]
-    pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])  # [N, S, S, 3]
+    height, width = size
+    images = [Image.fromarray(each).resize((width, height), Image.Resampling.BICUBIC) for each in pixels]
+    pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])  # [N, H, W, 3]
     return Found(Samples(pictures, bunch.target[half]), [str(name) for name in bunch.target_names], Image.fromarray)
 
 

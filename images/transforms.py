@@ -1,4 +1,4 @@
-"""What happens to one decoded image: from any size to bytes [3, S, S], and the boxes that random erasing draws.
+"""What happens to one decoded image: from any size to bytes [C, H, W], and the boxes that random erasing draws.
 
 The recipe is DeiT's, from timm: random resized crop, RandAugment, random erasing. Normalising the bytes and filling
 the boxes is left to the device (see loaders.DeviceLoader), so that a loader's workers handle a quarter of the data.
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from errors import UserError
 from images.decode import ImageError
-from options.flags import CROP_MODES, INTERPOLATIONS, Args
+from options.flags import CROP_MODES, INTERPOLATIONS, Args, sides
 
 SMALL_INPUT = 32  # up to this size images are cropped with padding, not rescaled
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
@@ -47,9 +47,10 @@ class Preprocessing(NamedTuple):
     crop_mode: str
     interpolation: str
 
-    def resized(self, size: int) -> int:
-        """What the sides, or the shorter one, are resized to for a crop of that size."""
-        return int(size / self.crop_pct)
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """What an image is resized to, so that a crop of that height and width can be taken from it."""
+        height, width = size
+        return int(height / self.crop_pct), int(width / self.crop_pct)
 
     @property
     def colours(self) -> str:
@@ -62,14 +63,15 @@ class Preprocessing(NamedTuple):
 def preprocessing(args: Args) -> Preprocessing:
     """What the flags say, and where they say nothing DeiT's: ImageNet's colours, crop 0.875, bicubic.
 
-    Up to S = 32 all of the image is brought to S x S instead.
+    Up to 32 pixels all of the image is brought to that size instead. Grey images have one mean, by default the mean
+    of the three.
 
     Raises:
         UserError: a flag has a value that cannot be used.
     """
-    small = args.input_size <= SMALL_INPUT
-    _check_numbers("--mean", args.mean)
-    _check_numbers("--std", args.std)
+    small = max(sides(args.input_size)) <= SMALL_INPUT
+    _check_numbers("--mean", args.mean, args.in_chans)
+    _check_numbers("--std", args.std, args.in_chans)
     if args.std is not None and min(args.std) <= 0:
         raise UserError(f"--std {_spaced(args.std)} has a deviation that is not positive: images are divided by it")
     for flag, value, known in (
@@ -80,17 +82,25 @@ def preprocessing(args: Args) -> Preprocessing:
             resizer = " with --fast-resize" if args.fast_resize else ""
             raise UserError(f"{flag} {value} cannot be used{resizer}; use {', '.join(known)}")
     return Preprocessing(
-        IMAGENET_DEFAULT_MEAN if args.mean is None else tuple(args.mean),
-        IMAGENET_DEFAULT_STD if args.std is None else tuple(args.std),
+        of_channels(IMAGENET_DEFAULT_MEAN if args.mean is None else args.mean, args.in_chans),
+        of_channels(IMAGENET_DEFAULT_STD if args.std is None else args.std, args.in_chans),
         args.crop_pct or (1.0 if small else CROP_PCT),
         args.crop_mode or ("squash" if small else "center"),
         args.interpolation or "bicubic",
     )
 
 
-def _check_numbers(flag: str, numbers: Sequence[float] | None) -> None:
-    if numbers is not None and not (len(numbers) == 3 and all(map(math.isfinite, numbers))):
-        raise UserError(f"{flag} {_spaced(numbers)} cannot be used: it takes three numbers, of red, green and blue")
+def of_channels(numbers: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number for each channel: one number holds for all, and those of colours become one of grey, their mean."""
+    if len(numbers) == channels:
+        return tuple(numbers)
+    return (math.fsum(numbers) / len(numbers),) * channels
+
+
+def _check_numbers(flag: str, numbers: Sequence[float] | None, channels: int) -> None:
+    if numbers is not None and not (len(numbers) in (1, channels) and all(map(math.isfinite, numbers))):
+        three = ", or three, of red, green and blue" if channels == 3 else " with --in-chans 1"
+        raise UserError(f"{flag} {_spaced(numbers)} cannot be used: it takes one number{three}")
 
 
 def _spaced(numbers: Sequence[float]) -> str:
@@ -98,55 +108,70 @@ def _spaced(numbers: Sequence[float]) -> str:
 
 
 def build_transform(is_train: bool, args: Args) -> transforms.Compose:
-    """DeiT's transform up to the bytes: PIL image -> uint8 [3, S, S], S = `--input-size`.
+    """DeiT's transform up to the bytes: PIL image -> uint8 [C, H, W], of `--input-size`.
 
     Training: random resized crop, horizontal flip (not for digits: a mirrored one is another symbol), `--aa`,
-    which switches colour jitter off, as in timm, else colour jitter.
+    which switches colour jitter off, as in timm, else colour jitter; or `--ThreeAugment`.
     Evaluation: what `preprocessing` says, in DeiT the shorter side to int(256/224 S), bicubic; centre crop.
-    Up to S = 32 training brings all images to S x S (nothing to do for CIFAR at 32), then crops randomly out of 4
-    pixels of padding.
+    Up to 32 pixels training brings all images to H x W (nothing to do for CIFAR at 32), then crops randomly out of
+    4 pixels of padding.
+    With `--in-chans 1` evaluation begins with the grey of the image, as timm does, and training ends with it.
 
     With `--fast-resize` it starts from bytes [3, H, W] instead, what `to_bytes` makes of the PIL image.
 
     Raises:
         UserError: a flag has a value that cannot be used.
     """
-    size = args.input_size
-    if size < 1:
-        raise UserError(f"--input-size {size} is not a size in pixels; give a positive number")
-    small, crop = size <= SMALL_INPUT, preprocessing(args)
-    resize: type[Any] = v2.Resize if args.fast_resize else transforms.Resize
+    grey: list[Any] = [transforms.Grayscale()] if args.in_chans == 1 else []
     if not is_train:
-        squash, resized = crop.crop_mode == "squash", crop.resized(size)
-        mode = transforms.InterpolationMode(crop.interpolation)
-        steps: list[Any] = [resize((resized, resized) if squash else (resized,), mode)]
-        if not squash or resized != size:
-            steps.append(transforms.CenterCrop(size))
+        steps = grey + _evaluation_steps(args)
         return transforms.Compose(steps if args.fast_resize else [*steps, transforms.PILToTensor()])
     transform = _train_transform(args)
-    first = transform.transforms[0]
-    if small:
+    transform.transforms[-1:-1] = grey
+    first, resize = transform.transforms[0], _resizer(args)
+    if max(sides(args.input_size)) <= SMALL_INPUT:
         to_pil = [transforms.Lambda(to_image)] if args.fast_resize else []
-        whole = resize((size, size), transforms.InterpolationMode.BICUBIC)
-        transform.transforms[:1] = [whole, *to_pil, transforms.RandomCrop(size, padding=4)]
+        whole = resize(sides(args.input_size), transforms.InterpolationMode.BICUBIC)
+        transform.transforms[:1] = [whole, *to_pil, transforms.RandomCrop(sides(args.input_size), padding=4)]
     elif args.fast_resize:
         transform.transforms[0] = FastCrop(first.size, first.scale, first.ratio, args.train_interpolation)
     return transform
 
 
-def resized_pixels(width: int, height: int, size: int, crop: Preprocessing) -> int:
+def _resizer(args: Args) -> type[Any]:
+    """What resizes PIL images, or bytes; the latter resamples with torch."""
+    kind: type[Any] = v2.Resize if args.fast_resize else transforms.Resize
+    return kind
+
+
+def _evaluation_steps(args: Args) -> list[Any]:
+    """Resize and crop, as timm does for evaluation."""
+    crop, size = preprocessing(args), sides(args.input_size)
+    resized, mode = crop.resized(size), transforms.InterpolationMode(crop.interpolation)
+    if crop.crop_mode == "squash":
+        first = _resizer(args)(resized, mode)
+        return [first] if resized == size else [first, transforms.CenterCrop(size)]
+    if resized[0] != resized[1]:
+        return [ResizeKeepRatio(resized, interpolation=crop.interpolation), transforms.CenterCrop(size)]
+    return [_resizer(args)(resized[:1], mode), transforms.CenterCrop(size)]
+
+
+def resized_pixels(width: int, height: int, size: tuple[int, int], crop: Preprocessing) -> int:
     """How many pixels the largest picture on the way from width x height to `--input-size` has.
 
     That is the evaluation's: a training crop is never longer than 4/3 of its width, or 4/3 of its height. Where
     both sides are resized, the rows are first.
     """
-    shorter = crop.resized(size)
+    rows, columns = crop.resized(size)
     if crop.crop_mode == "squash":
-        return shorter * max(shorter, height)
-    return shorter * int(shorter * max(width, height) / min(width, height))
+        return columns * max(rows, height)
+    if rows == columns:
+        return rows * int(rows * max(width, height) / min(width, height))
+    ratio = min(height / rows, width / columns)
+    return round(height / ratio) * round(width / ratio)
 
 
-def check_sides(name: str, width: int, height: int, size: int, crop: Preprocessing) -> None:
+def check_sides(name: str, width: int, height: int, size: tuple[int, int], crop: Preprocessing) -> None:
     """Refuse an image so thin that resizing it, as `build_transform` does, would take gigabytes.
 
     Raises:
@@ -155,9 +180,15 @@ def check_sides(name: str, width: int, height: int, size: int, crop: Preprocessi
     pixels = resized_pixels(width, height, size, crop)
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         raise ImageError(
-            f"cannot decode image {name}: it is too thin, {width} x {height}: resized for --input-size {size} it "
-            f"would have {pixels} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}; repair or remove the file"
+            f"cannot decode image {name}: it is too thin, {width} x {height}: resized for --input-size "
+            f"{_sides(size)} it would have {pixels} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}; repair or "
+            "remove the file"
         )
+
+
+def _sides(size: tuple[int, int]) -> str:
+    height, width = size
+    return str(height) if height == width else f"{height} {width}"
 
 
 def _train_transform(args: Args) -> transforms.Compose:
@@ -167,7 +198,7 @@ def _train_transform(args: Args) -> transforms.Compose:
     auto_augment.NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, posterize))
     try:
         transform = create_transform(
-            args.input_size,
+            sides(args.input_size),
             is_training=True,
             use_prefetcher=True,
             hflip=0.0 if args.data_set == "DIGITS" else 0.5,
@@ -253,7 +284,7 @@ class FastCrop(RandomResizedCropAndInterpolation):
 
 
 class Box(NamedTuple):
-    """Pixels to be replaced after normalising: `noise` [3, h, w] from row `top` and column `left` on."""
+    """Pixels to be replaced after normalising: `noise` [C, h, w] from row `top` and column `left` on."""
 
     top: int
     left: int
@@ -261,7 +292,7 @@ class Box(NamedTuple):
 
 
 class _Notes:
-    """Takes the place of an image [3, H, W] in timm's RandomErasing, and notes what the image should become."""
+    """Takes the place of an image [C, H, W] in timm's RandomErasing, and notes what the image should become."""
 
     dtype = torch.float32
 
@@ -291,7 +322,7 @@ class Erasing:
         self._draw = RandomErasing(probability, mode=mode, max_count=max_count, device="cpu")
 
     def __call__(self, shape: Sequence[int], position: int) -> list[Box]:
-        """The boxes of an image of shape (3, H, W) that is sample `position` of its process's epoch."""
+        """The boxes of an image of shape (C, H, W) that is sample `position` of its process's epoch."""
         if self.batch_size and position % self.batch_size < self.batch_size // 2:
             return []
         notes = _Notes(shape)

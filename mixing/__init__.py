@@ -51,4 +51,4 @@ class Mixing(Protocol):
     random: np.random.RandomState
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
-        """Images [B, 3, S, S] and class indices [B] -> mixed images [B, 3, S, S] and their labels."""
+        """Images [B, C, H, W] and class indices [B] -> mixed images [B, C, H, W] and their labels."""

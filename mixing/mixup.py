@@ -128,8 +128,8 @@ class Mixup:
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Labels]:
         """Mix a batch.
 
-        Args: images [B, 3, S, S], targets [B].
-        Returns: images [B, 3, S, S], and their labels.
+        Args: images [B, C, H, W], targets [B].
+        Returns: images [B, C, H, W], and their labels.
         Raises:
             UserError: an odd batch while mixing is on.
         """
@@ -191,7 +191,7 @@ class Mixup:
     def mix(self, images: Tensor, targets: Tensor, mixes: list[Mix]) -> tuple[Tensor, Labels]:
         """Mix a batch as told.
 
-        Args: images [B, 3, S, S], targets [B], mixes: one for all images, or one each.
+        Args: images [B, C, H, W], targets [B], mixes: one for all images, or one each.
         """
         batch, _, height, width = images.shape
         partner = targets.flip(0)
@@ -209,7 +209,7 @@ class Mixup:
         blend = torch.tensor([1.0 if mix.box else mix.weight for mix in mixes], dtype=torch.float64)
         blend = _to_device(blend, images.device)[:, None, None, None]
         blended = images * blend.to(images.dtype) + flipped * (1 - blend).to(images.dtype)
-        inside = _inside(_to_device(_boxes(mixes), images.device), height, width)[:, None]  # [B, 1, S, S]
+        inside = _inside(_to_device(_boxes(mixes), images.device), height, width)[:, None]  # [B, 1, H, W]
         return torch.where(inside, flipped, blended), labels
 
     def _patch_weight(self, mixes: list[Mix], height: int, width: int) -> Tensor:
@@ -247,7 +247,7 @@ def _overlap(start: Tensor, end: Tensor, patch: int, count: int) -> Tensor:
 
 
 def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels lie in each image's box.  [B, 4] -> [B, S, S]"""
+    """Which pixels lie in each image's box.  [B, 4] -> [B, H, W]"""
     top, bottom, left, right = (edge[:, None] for edge in boxes.unbind(1))  # [B, 1]
     y, x = torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device)
     return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]

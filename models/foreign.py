@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,14 @@ def classifiers(model: nn.Module) -> list[str]:
         parts = found if isinstance(found, tuple) else (found,)
         names = [name for name, module in model.named_modules() if any(module is part for part in parts)]
     return names
+
+
+def first_convolutions(model: nn.Module) -> list[str]:
+    """The names of the layers that take the images, as far as they are convolutions."""
+    said = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    modules = dict(model.named_modules())
+    names = [said] if isinstance(said, str) else list(said)
+    return [name for name in names if isinstance(modules.get(name), nn.Conv2d)]
 
 
 def second_heads(model: nn.Module) -> list[str]:
@@ -104,24 +112,31 @@ def _modules_of(model: nn.Module) -> Iterator[Any]:
 # Sizes
 
 
-def fit_positions(model: nn.Module, weights: StateDict, path: str, antialias: bool) -> StateDict:
+def fit_positions(
+    model: nn.Module, weights: StateDict, path: str, antialias: bool, trained_size: Sequence[int] = ()
+) -> StateDict:
     """The weights with `pos_embed` [1, T + P, D] of the model's grid and prefix tokens.
 
     The patches' part is interpolated (bicubic). Where only the weights have a distillation token, its row is left
     out; where only the model has one, its row is the model's own.
 
+    Args:
+        trained_size: height and width of the images that the weights were trained on, if that is known; else
+            they were square.
     Raises:
-        UserError: the positions are no square grid.
+        UserError: the positions are neither a grid of such images nor a square one.
     """
     own, there = _parameter(model, "pos_embed"), weights.get("pos_embed")
-    if own is None or there is None or own.ndim != 3 or there.ndim != 3 or own.shape[1] == there.shape[1]:
+    if own is None or there is None or own.ndim != 3 or there.ndim != 3:
         return weights
     grid = _grid(model, own.shape[1])
     here = own.shape[1] - grid[0] * grid[1]  # T
     has, had = _parameter(model, "dist_token") is not None, "dist_token" in weights
     before = here - int(has) + int(had) if here else 0
-    side = math.isqrt(max(there.shape[1] - before, 0))
-    if side**2 != there.shape[1] - before or not side:
+    trained = _trained_grid(model, there.shape[1] - before, trained_size)
+    if own.shape[1] == there.shape[1] and trained in (grid, None):
+        return weights
+    if trained is None:
         raise UserError(
             f"{path} has {there.shape[1]} position embeddings, which are no square grid after this model's "
             f"{before} prefix tokens: choose the model that the weights were trained with"
@@ -133,7 +148,7 @@ def fit_positions(model: nn.Module, weights: StateDict, path: str, antialias: bo
         prefix = torch.cat([prefix[:, :1], prefix[:, 2:]], dim=1)
     fitting = torch.cat([prefix, patches], dim=1)  # [1, T + P', D]
     fitting = resample_abs_pos_embed(
-        fitting, new_size=grid, old_size=[side, side], num_prefix_tokens=here, antialias=antialias
+        fitting, new_size=grid, old_size=trained, num_prefix_tokens=here, antialias=antialias
     )
     return {**weights, "pos_embed": fitting}
 
@@ -149,6 +164,17 @@ def _grid(model: nn.Module, positions: int) -> list[int]:
     if grid is None:
         grid = [math.isqrt(positions)] * 2  # hiera, which has no prefix tokens
     return list(grid)
+
+
+def _trained_grid(model: nn.Module, patches: int, size: Sequence[int]) -> list[int] | None:
+    """Rows and columns of that many patches, in images of that size or in square ones; None if there are none."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if size and patch is not None:
+        grid = [pixels // of_patch for pixels, of_patch in zip(size, patch, strict=True)]
+        if grid[0] * grid[1] == patches:
+            return grid
+    side = math.isqrt(max(patches, 0))
+    return [side, side] if side and side**2 == patches else None
 
 
 def resample(name: str, there: Tensor, here: Tensor, antialias: bool) -> Tensor:

@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from timm.models import load_pretrained
+from timm.models import adapt_input_conv, load_pretrained
 from torch import Tensor, nn
 
 from errors import BAD_ARGUMENT, UserError, reason, shown
 from models.backbones import VARIANTS
-from models.foreign import StateDict, classifiers, fit_positions, renamed, resample, second_heads, timms_names
+from models.foreign import (
+    StateDict,
+    classifiers,
+    first_convolutions,
+    fit_positions,
+    renamed,
+    resample,
+    second_heads,
+    timms_names,
+)
 from models.sharding import like
 
 SHOWN = 4  # names that a message lists
@@ -103,20 +112,28 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def load_for_finetuning(model: nn.Module, weights: StateDict, path: str, antialias: bool = False) -> Adapted:
+def load_for_finetuning(
+    model: nn.Module, weights: StateDict, path: str, antialias: bool = False, trained_size: Sequence[int] = ()
+) -> Adapted:
     """Load weights of the same architecture, with another number of classes or image size, or without distillation.
 
     A head of another shape, and a distillation token that the weights do not have, keep their fresh initialisation.
-    Position embeddings and tables are interpolated. The names may be those of the architecture's published files.
+    Position embeddings and tables are interpolated. A model of grey images takes the sum of the first convolution's
+    weights over the colours, as timm does. The names may be those of the architecture's published files.
 
     Args:
         weights: a state dict, which is left as it is.
         antialias: for position embeddings, where the grid becomes smaller: timm does so, DeiT does not.
+        trained_size: height and width of the images they were trained on, if that is known.
     Raises:
         UserError: the weights are not this architecture's.
     """
     own = model.state_dict()
-    there = timms_names(model, fit_positions(model, weights, path, antialias), path)
+    there = timms_names(model, fit_positions(model, weights, path, antialias, trained_size), path)
+    for name in first_convolutions(model):
+        weight = there.get(f"{name}.weight")
+        if weight is not None and weight.shape[1] == 3 != own[f"{name}.weight"].shape[1]:
+            there[f"{name}.weight"] = adapt_input_conv(own[f"{name}.weight"].shape[1], weight)
     heads = {f"{head}.{part}" for head in classifiers(model) for part in ("weight", "bias")}
     optional = tuple(f"{name}." for name in second_heads(model))
     for name in [name for name in own if name in there and there[name].shape != own[name].shape]:

@@ -103,12 +103,14 @@ def check(args: Resolved) -> None:
     if args.fsdp:
         check_fsdp(args)
     check_files(args)
-
     if args.log_with:
         check_trackers(args)
 
-def _check_limits(name: str, value: float | None, low: float, high: float) -> None:
-    if value is None or low <= value <= high:
+
+def _check_limits(name: str, value: Any, low: float, high: float) -> None:
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    value = next((number for number in numbers if not low <= number <= high), None)
+    if value is None:
         return
     limit = f"at most {high}" if high < value < LARGEST else f"at least {low:g}"
     if high <= 1:
@@ -178,6 +180,8 @@ def check_combinations(args: Args) -> None:
         raise UserError(
             f"--teacher-weights {args.teacher_weights} is for the weights of --teacher-path FILE: give it"
         )
+    if args.in_chans not in (1, 3):
+        raise UserError(f"--in-chans {args.in_chans}: images are read in 3 channels (colours) or in 1 (grey)")
     if args.group_repeats and not args.repeated_aug:
         raise UserError("--group-repeats keeps copies together, and --no-repeated-aug makes none: drop one of them")
 
@@ -220,11 +224,6 @@ def check_files(args: Args) -> None:
         raise UserError(f"--output_dir {args.output_dir} is a file, not a folder")
 
 
-def mixing_is_on(args: Args) -> bool:
-    """Whether the flags ask for Mixup or CutMix."""
-    return args.mixup_prob > 0 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None)
-
-
 def check_trackers(args: Args) -> None:
     """Refuse trackers that cannot start, as far as that can be known.
 
@@ -236,6 +235,11 @@ def check_trackers(args: Args) -> None:
     if "/" in args.run_name or args.run_name in (".", ".."):
         raise UserError(f"--run-name {shown(args.run_name)} becomes the name of a folder: drop the '/' or the dots")
     check_packages(args.log_with)
+
+
+def mixing_is_on(args: Args) -> bool:
+    """Whether the flags ask for Mixup or CutMix."""
+    return args.mixup_prob > 0 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from errors import UserError, is_first_on_machine, shown
 from loggers.backends import BACKENDS
 from mixing import MODES
-from options.parser import Formatter, KeyValues, Parser, Resume, flag, switch
+from options.parser import Formatter, KeyValues, Parser, Resume, Size, flag, switch
 from options.yaml_file import read_config
 
 
@@ -91,7 +91,18 @@ class Args:
         action=KeyValues,
         metavar="KEY=VALUE",
     )
-    input_size: int = flag(224, STAYS, "image size in pixels", limits=FROM_1)
+    input_size: int | list[int] = flag(
+        224,
+        STAYS,
+        "image size in pixels; of images that are not square height and width",
+        "--input-size",
+        "--img-size",
+        nargs="+",
+        action=Size,
+        metavar=("H", "W"),
+        limits=FROM_1,
+    )
+    in_chans: int = flag(3, STAYS, "channels of the images: 3 (colours), or 1 (grey)", limits=(1, 3))
     pretrained: bool = switch(
         False,
         SAVED,
@@ -306,8 +317,14 @@ class Args:
         "auto", EPOCH, "which of the teacher's weights: raw, or their average ema; auto: raw", choices=list(WEIGHTS)
     )
     teacher_eval: bool = switch(False, FREE, on={"--teacher_eval": "evaluate the teacher and stop"})
-    teacher_input_size: int | None = flag(
-        None, EPOCH, "the teacher's image size in pixels, by default the student's", limits=FROM_1
+    teacher_input_size: int | list[int] | None = flag(
+        None,
+        EPOCH,
+        "the teacher's image size in pixels, by default the student's",
+        nargs="+",
+        action=Size,
+        metavar=("H", "W"),
+        limits=FROM_1,
     )
     teacher_model_kwargs: dict[str, Any] = flag(
         {}, EPOCH, "arguments of the teacher's constructor", nargs="*", action=KeyValues, metavar="KEY=VALUE"
@@ -352,6 +369,15 @@ class Args:
     )
     eval: bool = switch(False, FREE, on="evaluate (--resume FILE) and stop")
     print_freq: int = flag(10, FREE, "steps between progress lines", limits=FROM_1)
+    log_with: list[str] = flag(
+        [],
+        FREE,
+        "trackers that get each epoch as well; without accounts they write below --output_dir",
+        nargs="+",
+        choices=list(BACKENDS),
+    )
+    project: str = flag("diverse-vit", FREE, "what trackers call the project")
+    run_name: str = flag("", FREE, "what trackers call the run; by default as the folder --output_dir is called")
 
     dist_eval: bool = switch(
         True,
@@ -370,19 +396,21 @@ class Args:
         "--world_size",
         limits=FROM_1,
     )
-    log_with: list[str] = flag(
-        [],
-        FREE,
-        "trackers that get each epoch as well; without accounts they write below --output_dir",
-        nargs="+",
-        choices=list(BACKENDS),
-    )
-    project: str = flag("diverse-vit", FREE, "what trackers call the project")
-    run_name: str = flag("", FREE, "what trackers call the run; by default as the folder --output_dir is called")
     dist_url: str = flag("env://", FREE, "rendezvous address", "--dist_url")
     dist_timeout: float = flag(
         1800.0, FREE, "seconds that processes wait for one that may have died", limits=FROM_1
     )
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image size as the flags have it."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def shape_of(args: Args) -> tuple[int, int, int]:
+    """Channels, height and width of the images."""
+    return args.in_chans, *sides(args.input_size)
 
 
 # ------------------------------------------------------------------------------------------------------------

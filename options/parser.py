@@ -214,6 +214,23 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class Size(argparse.Action):
+    """One number of pixels, or two: height and width. Equal ones are kept as one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, self.of(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+
+    @staticmethod
+    def of(values: Sequence[int]) -> int | list[int]:
+        """Raises: ValueError: neither one number nor two."""
+        if len(values) not in (1, 2):
+            raise ValueError(f"it takes one number of pixels, or height and width, not {len(values)} numbers")
+        return values[0] if values[0] == values[-1] else list(values)
+
+
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)

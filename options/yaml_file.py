@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from errors import UserError, did_you_mean, reason, shown
-from options.parser import KeyValues, Parser, underscored
+from options.parser import KeyValues, Parser, Size, underscored
 from options.paths import expand, usable
 
 MOST_BYTES = 2**21  # of a file, which may name many classes
@@ -69,12 +69,16 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise UserError(f"{path}: {name} must map names to values, not {_said(value)}")
         return value
+    if isinstance(action, Size):
+        value = value if isinstance(value, list) else [value]
     many = action.nargs == "+" or isinstance(action.default, list)
     if many != isinstance(value, list):
         raise UserError(f"{path}: {name} must be {'a list' if many else 'one value'}, not {_said(value)}")
     convert: Any = action.type or str
     try:
         result = [convert(str(one)) for one in value] if many else convert(str(value))
+        if isinstance(action, Size):
+            return action.of(result)
     except ValueError as error:
         raise UserError(f"{path}: {name} must be of type {convert.__name__}, not {_said(value)}") from error
     for one in result if many else [result]:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError, escaped
 from options.flags import FORMATS, WEIGHTS
-from options.parser import KeyValues, Parser
+from options.parser import KeyValues, Parser, Size
 
 if TYPE_CHECKING:
     from state.trained import Evaluated, Trained
@@ -48,7 +48,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help=arguments
     )
-    group.add_argument("--input-size", type=int, metavar="N", help="image size in pixels")
+    size = "image size in pixels; of images that are not square height and width"
+    group.add_argument("--input-size", nargs="+", action=Size, type=int, metavar=("H", "W"), help=size)
     group.add_argument("--num-classes", type=int, metavar="N", help="by default the rows of the head's weight")
     return parser
 
@@ -67,7 +68,7 @@ def describe(trained: Trained, source: str) -> str:
     took = {"ema": "the moving average of the weights (ema)", "raw": "the trained weights (raw)"}[trained.weights]
     took += accuracy(trained.evaluated, trained.weights)
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
-    shape = f"[B, 3, {trained.input_size}, {trained.input_size}]"
+    shape = f"[B, {', '.join(map(str, trained.image_shape))}]"
     names = f" ({few(trained.class_names)})" if trained.class_names else ""
     steps = ", ".join(f"{name} {value}" for name, value in preprocessing(trained.preprocessing).items())
     return (

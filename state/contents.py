@@ -34,7 +34,7 @@ from utils import keep_random_state, set_streams
 
 LARGEST = 2**40  # of what counts epochs, steps or updates
 ADVICE = "take another checkpoint, or start from its weights with --finetune"
-DESCRIBED = ("model", "model_kwargs", "input_size")
+DESCRIBED = ("model", "model_kwargs", "input_size", "in_chans")
 NUMPY_WORDS = 624  # of a generator's state
 STREAMS = ("python", "numpy", "mixup", "torch")
 
@@ -168,7 +168,8 @@ def check_description(state: Any, path: str, names: Collection[str] = DESCRIBED)
     for name in flags.keys() & types.keys() & set(names):
         value, limits = flags[name], table[name].limits
         low, high = limits or (-math.inf, math.inf)
-        if not _fits(value, types[name]) or (_is_finite(value) and not low <= value <= high):
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if _is_finite(each)]
+        if not _fits(value, types[name]) or not all(low <= number <= high for number in numbers):
             _refuse(path, f"args' {name}", value, f"what --{name.replace('_', '-')} takes")
     names = flags.get("class_names") or []
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

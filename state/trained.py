@@ -12,6 +12,7 @@ from errors import UserError
 from images.transforms import Preprocessing
 from models import VARIANTS, build_model, check_name, pretrained_config
 from models.weights import StateDict, has_average, load_weights, model_weights
+from options.flags import sides
 from state import checkpoint
 from state.contents import check_description
 from state.preprocessing import preprocessing_of
@@ -41,7 +42,7 @@ class Trained:
         name: the model's name in this project.
         backbone: the timm model.
         model_args: what its constructor takes besides the architecture's own values, without dropout rates.
-        input_size: S, the image size in pixels.
+        image_shape: channels, and height and width in pixels.
         preprocessing: what the weights take images to have gone through.
         weights: 'raw' or 'ema', the trained weights or their average.
         evaluated: what the run's last evaluation gave.
@@ -51,7 +52,7 @@ class Trained:
     name: str
     backbone: Any
     model_args: dict[str, Any]
-    input_size: int
+    image_shape: tuple[int, int, int]
     preprocessing: Preprocessing
     weights: str
     evaluated: Evaluated
@@ -64,7 +65,7 @@ def read_trained(
     *,
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    input_size: int | None = None,
+    input_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
 ) -> Trained:
     """Build the model that a checkpoint describes, and load its weights.
@@ -79,7 +80,8 @@ def read_trained(
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
-    for flag, value in (("--input-size", input_size), ("--num-classes", num_classes)):
+    smallest = None if input_size is None else min(sides(input_size))
+    for flag, value in (("--input-size", smallest), ("--num-classes", num_classes)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}")
     state = checkpoint.load(path)
@@ -97,6 +99,10 @@ def read_trained(
     check_name(name)
     options = {**(flags.get("model_kwargs") or {}), **(model_kwargs or {})}
     size = input_size or flags.get("input_size") or _stock_input_size(name)
+    channels = options.get("in_chans") or flags.get("in_chans") or 3
+    if channels != 3:
+        options["in_chans"] = channels
+    shape = (channels, *sides(size))
     if num_classes is None and "num_classes" not in options:
         num_classes = _count_classes(name, tensors, path)
     if num_classes is not None:
@@ -107,9 +113,9 @@ def read_trained(
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     names = _class_names(flags, backbone.num_classes, path)
-    images = preprocessing_of(state, path, name, size)
+    images = preprocessing_of(state, path, name, shape)
     kind = "ema" if use_ema else "raw"
-    return Trained(name, backbone.eval(), model_args, size, images, kind, evaluated, names)
+    return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names)
 
 
 def evaluation_of(state: Any) -> Evaluated:
@@ -147,8 +153,9 @@ def _plain_names(tensors: StateDict) -> StateDict:
     return own or tensors
 
 
-def _stock_input_size(name: str) -> int:
-    return int(pretrained_config(name).get("input_size", (3, 224, 224))[-1])
+def _stock_input_size(name: str) -> Sequence[int]:
+    """Height and width."""
+    return tuple(pretrained_config(name).get("input_size", (3, 224, 224))[1:])
 
 
 def _count_classes(name: str, tensors: StateDict, path: str) -> int:

@@ -207,7 +207,7 @@ def test_warming_up_leaves_no_trace_and_nothing_to_compile(tiny):
     compile_model("aot_eager", model)
     objective.compile("aot_eager")
     before = copy.deepcopy(model.state_dict()), draws(mixup)
-    seconds = warm_up(model, objective, measure, updater, mixup, Batches(32, 4, [6, 5]))
+    seconds = warm_up(model, objective, measure, updater, mixup, Batches((3, 32, 32), 4, [6, 5]))
     torch.testing.assert_close((model.state_dict(), draws(mixup)), before, rtol=0, atol=0)
     assert not optimizer.state
     assert seconds > 0 and all(p.grad is None for p in model.parameters())

@@ -240,7 +240,16 @@ def test_odd_batch_without_mixing_is_fine(off):
 
 LEFT_OUT = {
     *("config", "reg", "measure", "model_kwargs", "teacher_model_kwargs"),  # have words of their own, below
-    *("resume", "finetune", "teacher_path", "teacher_eval", "distillation_type", "val_labels"),  # ask for files
+    *(
+        "resume",
+        "finetune",
+        "teacher_path",
+        "teacher_eval",
+        "distillation_type",
+        "val_labels",
+        "log_with",
+    ),  # ask for files
+    *("weights", "teacher_weights"),  # choose among those of such a file
     *("group_repeats", "fsdp"),  # contradict others
 }
 # What `check` asks for beyond a flag's own limits.
@@ -252,6 +261,9 @@ ASKED_FOR = {
     "decay_milestones": st.sets(st.integers(1, 10**6), min_size=1).map(
         lambda found: [str(e) for e in sorted(found)]
     ),
+    "input_size": st.lists(st.integers(1, 1000).map(str), min_size=1, max_size=2),
+    "teacher_input_size": st.lists(st.integers(1, 1000).map(str), min_size=1, max_size=2),
+    "in_chans": st.sampled_from(["1", "3"]),
     "lr_noise": st.lists(st.floats(0, 1).map(repr), min_size=1, max_size=2),
 }
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0~"), max_size=8)

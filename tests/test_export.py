@@ -39,6 +39,7 @@ from state.trained import read_trained
 ROOT = Path(__file__).parents[1]
 SMALL = "patch_size=8 embed_dim=24 depth=3 num_heads=3"
 CLASSES, PIXELS = 5, 32
+SHAPE = (3, PIXELS, PIXELS)
 
 # name of the case -> model, its arguments on main.py's command line, and the same model in stock timm's words
 CASES = {
@@ -210,7 +211,7 @@ def test_onnx_of_attention_with_a_bias(tmp_path, images):
     """torch's own decomposition of fused attention fails on it."""
     name, shape = "beit_base_patch16_224", {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
     backbone = build_model(name, img_size=PIXELS, num_classes=CLASSES, **shape)
-    exporting.to_onnx(randomise(backbone, seed=0), tmp_path, PIXELS)
+    exporting.to_onnx(randomise(backbone, seed=0), tmp_path, SHAPE)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})
     np.testing.assert_allclose(logits, logits_of(backbone, images).numpy(), rtol=0, atol=1e-5)
@@ -219,7 +220,7 @@ def test_onnx_of_attention_with_a_bias(tmp_path, images):
 
 def test_onnx_operator_set(tmp_path):
     backbone = randomise(build_model("deit_tiny_patch16_224", **TINY | {"depth": 1}), seed=0)
-    exporting.to_onnx(backbone, tmp_path, PIXELS, opset=23)
+    exporting.to_onnx(backbone, tmp_path, SHAPE, opset=23)
     model = onnx.load(str(tmp_path / "model.onnx"))
     assert model.opset_import[0].version == 23
     assert "Attention" in {node.op_type for node in model.graph.node}
@@ -228,7 +229,7 @@ def test_onnx_operator_set(tmp_path):
 def test_weights_too_large_for_one_onnx_file_stand_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "ONE_FILE", 0)
     backbone = randomise(build_model("deit_tiny_patch16_224", **TINY | {"depth": 1}), seed=0)
-    exported = exporting.to_onnx(backbone, tmp_path / "x", PIXELS)
+    exported = exporting.to_onnx(backbone, tmp_path / "x", SHAPE)
     assert [path.name for path in exported.files] == ["model.onnx", "model.onnx.data"]
     assert sorted(exported.files) == sorted((tmp_path / "x").iterdir())
     (tmp_path / "x").rename(tmp_path / "moved")  # the first file finds the second wherever both are
@@ -348,11 +349,11 @@ def test_experimental_attention_is_what_timm_calls_so():
 def test_a_live_model_is_exported_without_its_wrapper(tmp_path, images):
     """From Python, straight after training: timm rebuilds it, hooks and all flags of capturing gone."""
     model = wrapped("deit_small_layer24_patch16_224_diverse", depth=3).train()
-    exported = exporting.to_timm(model, tmp_path, PIXELS, TINY)
+    exported = exporting.to_timm(model, tmp_path, SHAPE, TINY)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert exported.difference == 0
     assert torch.equal(logits_of(again, images), logits_of(exporting.plain_backbone(model), images))
-    exporting.to_torch(model, tmp_path, PIXELS)
+    exporting.to_torch(model, tmp_path, SHAPE)
     program = torch.export.load(tmp_path / "model.pt2")
     assert len(program.graph_signature.user_outputs) == 1
     assert torch.equal(logits_of(program.module(), images), logits_of(again, images))
@@ -422,7 +423,7 @@ def test_stock_weights_need_a_name_and_nothing_else(tmp_path):
     weights = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3).state_dict()
     torch.save({"model": weights}, tmp_path / "x.pth")
     trained = read_trained(str(tmp_path / "x.pth"), model="deit_tiny_distilled_patch16_224")
-    assert (trained.input_size, trained.backbone.num_classes, trained.weights) == (224, 3, "raw")
+    assert (trained.image_shape, trained.backbone.num_classes, trained.weights) == ((3, 224, 224), 3, "raw")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -498,7 +499,7 @@ def test_names_of_classes_go_along(tmp_path, capsys, names):
 def test_names_stay_with_weights_beside_an_onnx_file(tmp_path, monkeypatch, images):
     monkeypatch.setattr(exporting, "ONE_FILE", 0)
     backbone = randomise(build_model("deit_tiny_patch16_224", **TINY), seed=0)
-    exported = exporting.to_onnx(backbone, tmp_path, PIXELS, class_names=ANIMALS)
+    exported = exporting.to_onnx(backbone, tmp_path, SHAPE, class_names=ANIMALS)
     assert [path.name for path in exported.files] == ["model.onnx", "model.onnx.data"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     assert json.loads(session.get_modelmeta().custom_metadata_map["label_names"]) == ANIMALS
@@ -590,7 +591,7 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, capsys, package):
 
 def test_a_failed_export_keeps_the_old_files(tmp_path, monkeypatch):
     backbone = randomise(build_model("deit_tiny_patch16_224", **TINY), seed=0)
-    exporting.to_torch(backbone, tmp_path, PIXELS)
+    exporting.to_torch(backbone, tmp_path, SHAPE)
     old = (tmp_path / "model.pt2").read_bytes()
 
     def dies(program, path, extra_files):
@@ -599,7 +600,7 @@ def test_a_failed_export_keeps_the_old_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.export, "save", dies)
     with pytest.raises(KeyboardInterrupt):
-        exporting.to_torch(backbone, tmp_path, PIXELS)
+        exporting.to_torch(backbone, tmp_path, SHAPE)
     assert (tmp_path / "model.pt2").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
@@ -613,7 +614,7 @@ class Halves(nn.Module):
 
 def test_a_model_that_torch_cannot_follow_is_one_line(tmp_path):
     with pytest.raises(UserError, match="Halves cannot be exported to the format torch: ") as error:
-        exporting.to_torch(Halves(), tmp_path, PIXELS)
+        exporting.to_torch(Halves(), tmp_path, SHAPE)
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
@@ -627,7 +628,7 @@ class Bessel(nn.Module):
 def test_a_model_that_onnx_cannot_express_is_one_line(tmp_path):
     """With the cause alone, not with the exporter's coloured advice on how to report it."""
     with pytest.raises(UserError, match=r"Bessel cannot be exported to the format onnx: .*bessel_j1") as error:
-        exporting.to_onnx(Bessel(), tmp_path, PIXELS)
+        exporting.to_onnx(Bessel(), tmp_path, SHAPE)
     assert not set("\n\x1b") & set(str(error.value)) and list(tmp_path.iterdir()) == []
 
 
@@ -645,5 +646,5 @@ def test_what_is_read_back_must_be_the_model(tmp_path, monkeypatch, change):
 
     monkeypatch.setattr(timm, "create_model", altered)
     with pytest.raises(UserError, match="nothing is written: the logits of timm's model are off by"):
-        exporting.to_timm(backbone, tmp_path, PIXELS)
+        exporting.to_timm(backbone, tmp_path, SHAPE)
     assert list(tmp_path.iterdir()) == []

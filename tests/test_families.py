@@ -375,7 +375,7 @@ def test_patch_logits_in_distilled_training_are_the_class_tokens() -> None:
 def test_check_accepts_what_works(name: str) -> None:
     family, backbone = FAMILIES[name], build(name).float()
     model = DiverseViT(backbone, everything(family, backbone))
-    model.check(family.pixels, CLASSES, model.needs)
+    model.check((3, family.pixels, family.pixels), CLASSES, model.needs)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ATTENDING])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from families import CLASSES, FAMILIES
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 from torch import Tensor
 from torchvision import transforms
@@ -187,12 +188,40 @@ def test_weights_without_a_head() -> None:
         ({"depth": 1}, r"x.pth does not fit .* are unknown to the model, first blocks.1.norm1.weight"),
         ({"embed_dim": 48}, r"x.pth does not fit .*cls_token is \[1, 1, 24\] there and \[1, 1, 48\] in the model"),
         ({"class_token": False, "global_pool": "avg"}, "17 position embeddings, which are no square grid after"),
-        ({"in_chans": 1}, r"patch_embed.proj.weight is \[24, 3, 8, 8\] there and \[24, 1, 8, 8\]"),
     ],
 )
 def test_what_is_left_over_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_for_finetuning(tiny(**changes), tiny().state_dict(), "x.pth")
+
+
+def test_grey_images() -> None:
+    """A model of one channel adds up the weights of the three, as timm does; the other way there is none."""
+    colours, grey = tiny(), tiny(in_chans=1, seed=1)
+    adapted = load_for_finetuning(grey, colours.state_dict(), "x.pth")
+    torch.testing.assert_close(grey.patch_embed.proj.weight, colours.patch_embed.proj.weight.sum(1, keepdim=True))
+    assert adapted.resampled == ["patch_embed.proj.weight"]
+    with pytest.raises(UserError, match=r"patch_embed.proj.weight is \[24, 1, 8, 8\] there and \[24, 3, 8, 8\]"):
+        load_for_finetuning(colours, grey.state_dict(), "x.pth")
+
+
+@pytest.mark.parametrize("size", [(32, 64), (16, 64), (64, 16)], ids=str)
+def test_images_that_are_not_square(size: tuple[int, int]) -> None:
+    """Positions of 4 x 4 patches become those of h x w, also where 2 x 8 are as many; and back."""
+    source, target = tiny(), tiny(img_size=size, seed=1)
+    load_for_finetuning(target, source.state_dict(), "x.pth")
+    grid = [pixels // 8 for pixels in size]
+    expected = resample_abs_pos_embed(source.pos_embed, new_size=grid, antialias=False, num_prefix_tokens=1)
+    assert torch.equal(target.pos_embed, expected)
+    back = tiny(seed=2)
+    load_for_finetuning(back, target.state_dict(), "x.pth", trained_size=size)
+    again = resample_abs_pos_embed(
+        target.pos_embed, new_size=[4, 4], old_size=grid, antialias=False, num_prefix_tokens=1
+    )
+    assert torch.equal(back.pos_embed, again)
+    same = tiny(img_size=size, seed=3)
+    load_for_finetuning(same, target.state_dict(), "x.pth", trained_size=size)
+    assert torch.equal(same.pos_embed, target.pos_embed)
 
 
 @pytest.mark.parametrize("target", ["swin", "tnt", "mvitv2", "naflex", "levit", "hiera", "beit", "deepseek"])
@@ -449,7 +478,7 @@ def test_a_teacher_sees_images_as_it_was_trained(
         args = a_teacher(tmp_path, args=saved)
     teacher = build_teacher(args, 5, CPU)
     assert isinstance(teacher, Teacher)
-    assert "the teacher takes images of 32 pixels, normalised by mean 0.5 0.5 0.5" in capsys.readouterr().out
+    assert "the teacher takes images of 32 x 32 pixels, normalised by mean 0.5 0.5 0.5" in capsys.readouterr().out
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     own = transforms.Normalize([0.5] * 3, [0.5] * 3)(pixels)
     students = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(pixels)

@@ -239,24 +239,24 @@ def test_what_is_not_as_terms_take_it_for_is_refused():
     backbone.num_prefix_tokens = 3
     model = DiverseViT(backbone, Needs(tokens=frozenset({0})))
     with pytest.raises(UserError, match=r"at layer 0 for \[B, N, D\] with 3 prefix tokens.*they are \[2, 17, 24\]"):
-        model.check(32, 5, model.needs)
+        model.check((3, 32, 32), 5, model.needs)
 
     backbone = build_model("deit_tiny_patch16_224", **TINY)
     backbone.blocks[1].attn = SigmoidAttention()
     model = DiverseViT(backbone, Needs(attention=frozenset({1})))
     with pytest.raises(UserError, match=r"at block 1 for a softmax \[..., H, n, m\].*its rows do not sum to 1"):
-        model.check(32, 5, model.needs)
+        model.check((3, 32, 32), 5, model.needs)
 
 
 def test_check_refuses_other_images_and_classes(tiny):
     model, _ = tiny(*RECIPE)
     model.train()
-    model.check(32, 5, model.needs)
+    model.check((3, 32, 32), 5, model.needs)
     assert model.training
     with pytest.raises(UserError, match=r"cannot take images of 3 x 36 x 36 pixels: Input height"):
-        model.check(36, 5, model.needs)
+        model.check((3, 36, 36), 5, model.needs)
     with pytest.raises(UserError, match=r"returns \[5\] numbers an image, the data has 7 classes"):
-        model.check(32, 7, model.needs)
+        model.check((3, 32, 32), 7, model.needs)
 
 
 def test_the_ema_copy_captures_for_itself(tiny):

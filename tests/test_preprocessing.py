@@ -135,14 +135,14 @@ def test_weights_of_others_are_as_timm_knows_them(tmp_path: Path, saved: dict[st
 def test_what_timms_training_was_told(tmp_path: Path) -> None:
     path = a_file(tmp_path, model=SIGLIP, crop_pct=0.8, std=(1.0, 1.0, 1.0))
     args = follow_weights(resolved("--finetune", path, "--model", SIGLIP))
-    assert fields(args) == ([0.5] * 3, (1.0, 1.0, 1.0), 0.8, "center", "bicubic")
+    assert fields(args) == ([0.5] * 3, [1.0] * 3, 0.8, "center", "bicubic")
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"mean": 0.5},
-        {"mean": [0.5]},
+        {"mean": [0.5, 0.5]},
         {"mean": [0.5, 0.5, "a"]},
         {"mean": [0.5, 0.5, float("nan")]},
         {"std": [0.5, 0, 0.5]},

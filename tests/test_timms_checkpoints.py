@@ -33,7 +33,8 @@ def save_as_timm(folder: Path, ema: bool = True, **flags: Any) -> tuple[Path, to
     args = argparse.Namespace(**{**TIMMS, **flags})
     torch.manual_seed(5)
     pixels = args.img_size or args.input_size[-2:]
-    model = timm.create_model(args.model, num_classes=CLASSES, img_size=pixels, **args.model_kwargs)
+    pooled = {"global_pool": args.gp} if args.gp else {}
+    model = timm.create_model(args.model, num_classes=CLASSES, img_size=pixels, **pooled, **args.model_kwargs)
     average = ModelEmaV3(model)
     with torch.no_grad():
         for weights in (model, average.module):
@@ -60,7 +61,7 @@ def test_a_model_is_built_from_what_the_file_says(tmp_path):
     for weights, expected in (("auto", average), ("ema", average), ("raw", model)):
         trained = read_trained(str(file), weights)
         assert same(trained.backbone.state_dict(), expected)
-        assert (trained.name, trained.input_size) == (ARCHITECTURE, PIXELS)
+        assert (trained.name, trained.image_shape) == (ARCHITECTURE, (3, PIXELS, PIXELS))
     file, model, _ = save_as_timm(tmp_path / "none", ema=False)
     assert same(read_trained(str(file)).backbone.state_dict(), model)
     with pytest.raises(UserError, match="holds no EMA"):
@@ -73,11 +74,11 @@ def test_what_its_flags_say_of_the_images(tmp_path):
         tmp_path, img_size=None, input_size=[3, 16, 16], gp="avg", crop_pct=0.9, mean=[0.5] * 3
     )
     trained = read_trained(str(file))
-    assert trained.input_size == 16 and trained.backbone.global_pool == "avg"
+    assert trained.image_shape == (3, 16, 16) and trained.backbone.global_pool == "avg"
     assert list(trained.preprocessing.mean) == [0.5] * 3 and trained.preprocessing.crop_pct == 0.9
     file, _, _ = save_as_timm(tmp_path / "vit", model="vit_tiny_patch16_224")
     state = torch.load(file, weights_only=False)
-    said = preprocessing_of(state, str(file), "vit_tiny_patch16_224", 64)
+    said = preprocessing_of(state, str(file), "vit_tiny_patch16_224", (3, 64, 64))
     assert list(said.mean) == [0.5] * 3 and said.crop_pct == 0.9  # of vit_tiny in timm
 
 
