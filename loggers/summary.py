@@ -1,4 +1,4 @@
-"""summary.csv: one row per epoch, in the columns of timm's train.py."""
+"""summary.csv: one row per epoch, in the columns of timm's training script."""
 
 from __future__ import annotations
 

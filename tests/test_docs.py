@@ -22,6 +22,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node"}
+TRACKERS = {"--logdir", "--backend-store-uri"}  # of tensorboard and mlflow
 OF_DATA = {"train/", "val/", "wds/", "tfds/", "hfids/"}  # named like folders of the project
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -96,7 +97,7 @@ def test_files_exist(page):
 
 def known_flags() -> set[str]:
     """Every flag of a program that the pages call."""
-    known = set(flags.get_args_parser()._option_string_actions) | SLURM
+    known = set(flags.get_args_parser()._option_string_actions) | SLURM | TRACKERS
     known |= set(torchrun_parser()._option_string_actions)
     for script in [*ROOT.glob("script/*.py"), *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
