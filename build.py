@@ -119,6 +119,8 @@ def training_mode(args: Args) -> bool:
         print_main(
             f"note: {' and '.join(rates)} without effect: {why} trains in evaluation mode, as DeiT fine-tunes"
         )
+    if args.cosub and not (rates and on):
+        print_main("note: --cosub without effect: its two submodels are the same without --drop-path or --drop")
     return on
 
 
@@ -167,7 +169,8 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
 def build_objective(args: Args, diversity: Diversity, num_classes: int, device: torch.device) -> Objective:
     """Cross-entropy, with a teacher if the flags ask for one, and the diversity terms."""
     teacher = build_teacher(args, num_classes, device) if args.distillation_type != "none" else None
-    label_loss = LabelLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    distilled = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    label_loss = LabelLoss(teacher, *distilled, binary=args.bce_loss, cosub=args.cosub)
     return Objective(label_loss, diversity)
 
 

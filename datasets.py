@@ -119,6 +119,8 @@ def build_dataset(is_train: bool, args: Args) -> tuple[LabelledImages, list[str]
     if args.class_names:
         classes = _check_names(classes, args.class_names)
     size, crop = sides(args.input_size), preprocessing(args)
+    if is_train and args.src:
+        crop = crop._replace(crop_mode="center")  # which keeps the shape
     images = LabelledImages(found.samples, transform, found.read, args.fast_resize, found.name, size, crop)
     return images, classes
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -98,7 +99,9 @@ class Updater:
     Attributes:
         optimizer: over the backbone's parameters.
         precision: holds the gradient scaler.
-        clip_grad: largest global gradient norm, or None.
+        clip_grad: limit of the gradient, or None.
+        clip_mode: of timm's `dispatch_clip_grad`: 'norm' of all, each 'value', or 'agc' (Brock et al., 2021), which
+            leaves out the head.
         ema: the moving average of the unwrapped model, or None.
         accumulate: batches whose gradients make one step.
     """
@@ -108,6 +111,7 @@ class Updater:
     clip_grad: float | None = None
     ema: ModelEmaV3 | None = None
     accumulate: int = 1
+    clip_mode: str = "norm"
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients."""
@@ -123,7 +127,11 @@ class Updater:
         scaler = self.precision.scaler
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad)
+            whole = self.clip_mode != "agc"
+            parameters = (
+                model.parameters() if whole else model_parameters(unwrap(model).backbone, exclude_head=True)
+            )
+            dispatch_clip_grad(parameters, self.clip_grad, self.clip_mode)
         scaler.step(self.optimizer)
         scaler.update()
         if self.ema is not None:
@@ -313,6 +321,8 @@ def terms_of_batch(
     device = updater.precision.device
     images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
     images, labels = mixing(images, targets)  # labels: image and per patch, compact
+    if objective.submodels > 1:
+        images, labels = images.repeat(objective.submodels, 1, 1, 1), labels.repeat(objective.submodels)
     with updater.precision.autocast():
         captured = model(images, labels=labels)  # logits, and what the objective asked for
         teacher_logits = objective.ask_teacher(images)

@@ -35,6 +35,42 @@ def cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
     return F.cross_entropy(logits, labels.own)
 
 
+def binary_cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
+    r"""Binary cross-entropy of every class: each class of a mixed image is its own, whatever its share.
+
+        -1/(B K) sum_bk [t_bk log s(z_bk) + (1 - t_bk) log(1 - s(z_bk))],   t_bk = 1 if y_bk > 0 else 0
+
+    s is the logistic function. Labels must not be smoothed, or every t were 1.
+
+    Args: logits z [B, K].  Returns: scalar, mean over images and classes.
+    Source: Touvron et al., DeiT III, 2022, `--bce-loss` of its code.
+    """
+    logits = full_precision(logits)
+    targets = labels.dense(logits.shape[1], logits.dtype).gt(0).to(logits.dtype)  # [B, K]
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def soft_binary_cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
+    """Binary cross-entropy of every class against its share of the label.  [B, K] -> scalar"""
+    logits = full_precision(logits)
+    return F.binary_cross_entropy_with_logits(logits, labels.dense(logits.shape[1], logits.dtype))
+
+
+def mutual(logits: Tensor) -> Tensor:
+    r"""How far two submodels' predictions of the same images are from each other's.
+
+        1/2 [BCE(z_1, s(z_2)) + BCE(z_2, s(z_1))]
+
+    No gradient flows through the targets s(z).
+
+    Args: logits [2 B, K], those of the first submodel before those of the second.  Returns: scalar.
+    Source: Touvron et al., Co-training 2^L Submodels for Visual Recognition, 2023, `--cosub` of its code.
+    """
+    logits = full_precision(logits)
+    others = logits.detach().roll(len(logits) // 2, dims=0).sigmoid()  # [2 B, K]
+    return F.binary_cross_entropy_with_logits(logits, others)
+
+
 def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"], tau: float) -> Tensor:
     r"""Distance of the distillation token's prediction from the teacher's.
 
@@ -91,7 +127,7 @@ class Teacher(nn.Module):
 class LabelLoss:
     r"""What the image's label, and a teacher, ask of a prediction, as named terms.
 
-        L_label = (1 - a) CE + a L_distillation
+        L_label = (1 - a) CE + a L_distillation        or, with two submodels, 1/2 BCE + 1/2 L_mutual
 
     a = 0 without a teacher.
 
@@ -100,6 +136,8 @@ class LabelLoss:
         distillation_type: 'none', 'soft' or 'hard'.
         alpha: a, the distillation loss's share.
         tau: temperature of soft distillation.
+        binary: `binary_cross_entropy` in place of CE.
+        cosub: train two submodels, which `mutual` compares; the batch holds each image twice.
     """
 
     def __init__(
@@ -108,15 +146,25 @@ class LabelLoss:
         distillation_type: str = "none",
         alpha: float = 0.5,
         tau: float = 1.0,
+        binary: bool = False,
+        cosub: bool = False,
     ) -> None:
+        self.binary, self.cosub = binary, cosub
         self.teacher = teacher if distillation_type != "none" else None
         self.kind: Literal["soft", "hard"] = "hard" if distillation_type == "hard" else "soft"
         self.alpha = alpha if self.teacher is not None else 0.0
         self.tau = tau
 
     def __call__(self, captured: Captured, labels: Labels, teacher_logits: Tensor | None = None) -> dict[str, Term]:
-        """The terms 'ce' and, with a teacher, 'distillation'."""
-        terms = {"ce": Term(cross_entropy(captured.logits, labels), 1 - self.alpha)}
+        """The term 'ce', or 'bce', and that of a teacher, 'distillation', or of the submodels, 'mutual'."""
+        if self.cosub:
+            own = binary_cross_entropy if self.binary else soft_binary_cross_entropy
+            return {
+                "bce": Term(own(captured.logits, labels), 0.5),
+                "mutual": Term(mutual(captured.logits), 0.5),
+            }
+        own = binary_cross_entropy if self.binary else cross_entropy
+        terms = {"bce" if self.binary else "ce": Term(own(captured.logits, labels), 1 - self.alpha)}
         if teacher_logits is not None:
             assert captured.dist_logits is not None
             value = distillation(captured.dist_logits, teacher_logits, self.kind, self.tau)
@@ -130,7 +178,8 @@ class Objective:
         L = (1 - a) (CE + sum_t c_t sum_i R_ti) / (1 + sum_t c_t n_t) + a L_distillation + sum_k c_k R_k
 
     t runs over the terms that take labels and whose n_t items are averaged with the image itself (patch.mixing, the
-    reference's mixing loss at c = 1), k over all others. Without terms this is DeiT's loss.
+    reference's mixing loss at c = 1), k over all others. Without terms this is DeiT's loss. With --bce-loss BCE
+    takes the place of CE; with --cosub a is 1/2, and L_mutual takes the place of L_distillation.
 
     Args:
         label_loss: cross-entropy and distillation.
@@ -141,6 +190,11 @@ class Objective:
         self.label_loss = label_loss or LabelLoss()
         self.diversity = diversity or Diversity([], depth=0)
         self._label_terms: Callable[..., dict[str, Term]] = self._of_labels
+
+    @property
+    def submodels(self) -> int:
+        """How often a batch holds each image, once for each submodel."""
+        return 2 if self.label_loss.cosub else 1
 
     @property
     def needs(self) -> Needs:
@@ -193,12 +247,10 @@ class Objective:
         return self.diversity.of_weights(weights)
 
     def _of_labels(self, captured: Captured, labels: Labels, teacher_logits: Tensor | None) -> dict[str, Term]:
-        ce, *distilled = self.label_loss(captured, labels, teacher_logits).items()
+        (label_name, label), *distilled = self.label_loss(captured, labels, teacher_logits).items()
         others = self.diversity.of_labels(captured, labels)
         averaged = [name for name in others if name in self.diversity.averaged]
         norm = 1 + sum(others[name].coef for name in averaged)
-        share = 1 - self.label_loss.alpha
         for name in averaged:
-            others[name] = Term(others[name].value, share * others[name].coef / norm)
-        name, term = ce
-        return {name: Term(term.value, term.coef / norm), **others, **dict(distilled)}
+            others[name] = Term(others[name].value, label.coef * others[name].coef / norm)
+        return {label_name: Term(label.value, label.coef / norm), **others, **dict(distilled)}

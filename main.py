@@ -213,7 +213,9 @@ def train(
     if output is not None:
         prepare(output, args, run_state)
         trackers.start()
-    updater = Updater(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps)
+    updater = Updater(
+        *(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps, args.clip_mode)
+    )
     wrapped = distribute(model, device)
     with_dropout = training_mode(args)
     if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
@@ -235,12 +237,13 @@ def train(
         if args.skip_bad_images:
             trained["bad_images"] = run_state.count_bad_images()
         saver.after_training()
-        tested, averaged = evaluate_run(run_state, val_loader, precision, measure, saver.after_batch)
-        report(tested, len(val_set))
-        if averaged:
-            print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
+        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+        tested, averaged = (
+            evaluate_run(run_state, val_loader, precision, measure, saver.after_batch) if due else ({}, {})
+        )
         record = run_state.finish_epoch(trained, tested, averaged)
-        print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
+        if tested:
+            report_run(run_state, tested, averaged, len(val_set))
         for observer in observers:
             observer.after_epoch(record)
     print_main(f"Training time {clock(time.perf_counter() - began)}")
@@ -279,13 +282,23 @@ def evaluate_run(
     precision: Precision,
     measure: Diversity,
     after_batch: Callable[[int], None],
-) -> tuple[Mapping[str, float], Mapping[str, float]]:
+) -> tuple[dict[str, float], dict[str, float]]:
     """Evaluate the model and its moving average in one pass over the images; {} if there is no average."""
     networks = [run_state.model]
     if run_state.ema is not None:
         networks.append(on_device(run_state.ema.module, precision.device))
     tested, *averaged = evaluate_together(networks, loader, precision, measure, after_batch)
     return tested, averaged[0] if averaged else {}
+
+
+def report_run(
+    run_state: RunState, tested: Mapping[str, float], averaged: Mapping[str, float], samples: int
+) -> None:
+    """Print what an evaluation gave, and the best so far."""
+    report(tested, samples)
+    if averaged:
+        print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
+    print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -85,7 +85,7 @@ def try_saving(run_state: RunState, args: Args) -> None:
     Raises:
         UserError: that fails, or the optimizer does not go on exactly from what it saves.
     """
-    try_optimizer(args.opt, lambda layer: create_optimizer(replace(args, lr=0.1), layer), run_state.device)
+    try_optimizer(args.opt, lambda layer: _of_a_layer(args, layer), run_state.device)
     try:
         checkpoint.try_out({"args": run_state.args, "lr_scheduler": run_state.lr_scheduler.state_dict()})
     except BAD_ARGUMENT as error:
@@ -95,7 +95,7 @@ def try_saving(run_state: RunState, args: Args) -> None:
 def build_ema(args: Args, model: DiverseViT, device: torch.device) -> ModelEmaV3 | None:
     """The moving average, if the flags ask for one; with --fsdp, model and average become shards here."""
     if args.fsdp:
-        check_shards(args.opt, lambda layer: create_optimizer(replace(args, lr=0.1), layer), device)
+        check_shards(args.opt, lambda layer: _of_a_layer(args, layer), device)
         model.cpu()  # so that no GPU ever holds the EMA's copy
     ema = None
     if args.model_ema:
@@ -134,9 +134,21 @@ def build_optimizer(args: Args, backbone: nn.Module) -> Optimizer:
         UserError: it cannot be built.
     """
     try:
-        return create_optimizer(replace(args, lr=scaled_lr(args)), backbone)
+        return _create_optimizer(replace(args, lr=scaled_lr(args)), backbone)
     except BAD_ARGUMENT as error:
-        raise UserError(f"--opt {args.opt} cannot be built: {reason(error)}") from error
+        given = " ".join(f"{key}={value}" for key, value in args.opt_kwargs.items())
+        how = f"--opt {args.opt}" + (f" --opt-kwargs {given}" if given else "")
+        raise UserError(f"{how} cannot be built: {reason(error)}") from error
+
+
+def _create_optimizer(args: Args, model: nn.Module) -> Optimizer:
+    """timm's, at --lr as it is."""
+    return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+
+
+def _of_a_layer(args: Args, layer: nn.Module) -> Optimizer:
+    """The optimizer of one layer, to try it."""
+    return _create_optimizer(replace(args, lr=0.1, layer_decay=None), layer)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from errors import UserError
+from images import three_augment
 from images.decode import ImageError
 from options.flags import CROP_MODES, INTERPOLATIONS, Args, sides
 
@@ -126,16 +127,27 @@ def build_transform(is_train: bool, args: Args) -> transforms.Compose:
     if not is_train:
         steps = grey + _evaluation_steps(args)
         return transforms.Compose(steps if args.fast_resize else [*steps, transforms.PILToTensor()])
-    transform = _train_transform(args)
-    transform.transforms[-1:-1] = grey
-    first, resize = transform.transforms[0], _resizer(args)
-    if max(sides(args.input_size)) <= SMALL_INPUT:
-        to_pil = [transforms.Lambda(to_image)] if args.fast_resize else []
-        whole = resize(sides(args.input_size), transforms.InterpolationMode.BICUBIC)
-        transform.transforms[:1] = [whole, *to_pil, transforms.RandomCrop(sides(args.input_size), padding=4)]
-    elif args.fast_resize:
-        transform.transforms[0] = FastCrop(first.size, first.scale, first.ratio, args.train_interpolation)
-    return transform
+    first, *steps, last = _three_augment(args) if args.three_augment else _train_transform(args).transforms
+    return transforms.Compose([*_training_crop(args, first), *steps, *grey, last])
+
+
+def _training_crop(args: Args, timms: Any) -> list[Any]:
+    """What brings an image to H x W for training, and makes a PIL image of bytes.
+
+    Args:
+        timms: timm's random resized crop.
+    """
+    size, resize = sides(args.input_size), _resizer(args)
+    to_pil = [transforms.Lambda(to_image)] if args.fast_resize else []
+    if args.src:
+        mode = transforms.InterpolationMode(args.train_interpolation)
+        square = size[0] == size[1]
+        covering = resize(size[:1], mode) if square else ResizeKeepRatio(size, interpolation=mode.value)
+        return [covering, *to_pil, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+    if max(size) <= SMALL_INPUT and not args.three_augment:
+        whole = resize(size, transforms.InterpolationMode.BICUBIC)
+        return [whole, *to_pil, transforms.RandomCrop(size, padding=4)]
+    return [FastCrop(timms.size, timms.scale, timms.ratio, args.train_interpolation)] if to_pil else [timms]
 
 
 def _resizer(args: Args) -> type[Any]:
@@ -215,6 +227,14 @@ def _train_transform(args: Args) -> transforms.Compose:
     return transform
 
 
+def _three_augment(args: Args) -> list[Any]:
+    """DeiT III's training transform, a random resized crop first."""
+    _check_augmentation(args, None)
+    crop = RandomResizedCropAndInterpolation(sides(args.input_size), interpolation=args.train_interpolation)
+    flip = [] if args.data_set == "DIGITS" else [transforms.RandomHorizontalFlip()]
+    return [crop, *flip, *three_augment.operations(args.color_jitter), transforms.PILToTensor()]
+
+
 def _check_augmentation(args: Args, policy: str | None) -> None:
     """Refuse what timm would refuse without naming the flag, or only in the middle of an epoch."""
     resampling = ["random", "nearest", "bilinear", "bicubic"]
@@ -222,6 +242,8 @@ def _check_augmentation(args: Args, policy: str | None) -> None:
         resampling += ["box", "hamming", "lanczos"]  # Pillow cannot rotate or shear with these
     if args.fast_resize:
         resampling = ["random", "bilinear", "bicubic"]  # torch resamples bytes with these alone
+    if args.src:
+        resampling.remove("random")
     choices = ", ".join(resampling)
     if args.train_interpolation not in resampling:
         raise UserError(f"--train-interpolation {args.train_interpolation} cannot be used; use {choices}")

@@ -40,6 +40,9 @@ class Labels(Protocol):
     def dense(self, num_classes: int, dtype: torch.dtype = ...) -> Tensor:
         """The images' labels as probabilities.  [B, K]"""
 
+    def repeat(self, times: int) -> Labels:
+        """The labels of a batch that holds all its images so many times, one batch after the other."""
+
 
 class Mixing(Protocol):
     """Mixes batches.

@@ -56,6 +56,11 @@ class Labels(NamedTuple):
     smoothing: float
     mixed: bool
 
+    def repeat(self, times: int) -> Labels:
+        """The labels of a batch that holds all its images so many times, one batch after the other."""
+        own, partner, weight = (each.repeat(times) for each in (self.own, self.partner, self.weight))
+        return Labels(own, partner, weight, self.patch_weight.repeat(times, 1), self.smoothing, self.mixed)
+
     def dense(self, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The images' labels as probabilities.  [B, K]"""
         off = self.smoothing / num_classes

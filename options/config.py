@@ -26,6 +26,12 @@ from options.yaml_file import read_config
 from regularizers import REFERENCE_FLAGS, Spec, parse_spec
 from utils import write_atomically
 
+# Arguments of every optimizer that have a flag.
+OF_FLAGS = {
+    **{"lr": "lr", "weight_decay": "weight-decay", "momentum": "momentum", "layer_decay": "layer-decay"},
+    **{"eps": "opt-eps", "betas": "opt-betas", "opt": "opt"},
+}
+
 
 @dataclass(frozen=True)
 class Resolved(Args):
@@ -136,18 +142,20 @@ def check_lists(args: Args) -> None:
 
 
 def check_arguments(args: Args) -> None:
-    """Refuse arguments of a model that neither args.yaml nor a checkpoint can hold.
+    """Refuse arguments of a model or optimizer that neither args.yaml nor a checkpoint can hold, or that are flags.
 
     Raises:
         UserError: one is neither a number, nor text, nor None, nor a list, tuple or dict of these.
     """
-    for flag in ("model_kwargs",):
+    for flag in ("model_kwargs", "opt_kwargs"):
         for key, value in getattr(args, flag).items():
             if not _is_plain(value):
                 raise UserError(
                     f"--{dashed(flag)} {shown(key)}={shown(repr(value))} is a {type(value).__name__}, which cannot "
                     "be saved: give numbers, text, True, False, None, or lists of these"
                 )
+    for key in OF_FLAGS.keys() & args.opt_kwargs.keys():
+        raise UserError(f"--opt-kwargs {key}=... has a flag of its own: give --{OF_FLAGS[key]}")
 
 
 def _is_plain(value: Any) -> bool:
@@ -180,10 +188,34 @@ def check_combinations(args: Args) -> None:
         raise UserError(
             f"--teacher-weights {args.teacher_weights} is for the weights of --teacher-path FILE: give it"
         )
+    check_losses(args)
+    if args.clip_mode != "norm" and args.clip_grad is None:
+        raise UserError(f"--clip-mode {args.clip_mode} needs a limit: give --clip-grad X")
     if args.in_chans not in (1, 3):
         raise UserError(f"--in-chans {args.in_chans}: images are read in 3 channels (colours) or in 1 (grey)")
     if args.group_repeats and not args.repeated_aug:
         raise UserError("--group-repeats keeps copies together, and --no-repeated-aug makes none: drop one of them")
+
+
+def check_losses(args: Args) -> None:
+    """Refuse flags of DeiT III that contradict others.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    if args.bce_loss and args.smoothing > 0:
+        raise UserError(
+            f"--bce-loss makes every class with a label above 0 an image's own, and --smoothing {args.smoothing:g} "
+            "gives each class one: add --smoothing 0"
+        )
+    if args.cosub and args.distillation_type != "none":
+        raise UserError(
+            "--cosub lets submodels teach each other, --distillation-type a teacher: drop one of the two"
+        )
+    if args.src and not args.three_augment:
+        raise UserError("--src is the crop of --three-augment: give both")
+    if args.three_augment and args.aa not in (Args().aa, "none"):
+        raise UserError(f"--three-augment takes the place of --aa {args.aa}: drop one of the two")
 
 
 def check_fsdp(args: Resolved) -> None:

@@ -29,6 +29,7 @@ class Names(tuple[str, ...]):
 DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME", "torch/NAME"])
 AMP_DTYPES = ("float32", "bfloat16", "float16")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+CLIP_MODES = ("norm", "value", "agc")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant")
 # Which of a checkpoint's weights are taken: those that were trained, or their moving average.
 WEIGHTS = ("auto", "raw", "ema")
@@ -237,6 +238,20 @@ class Args:
         0.4, EPOCH, "colour jitter; timm applies it only where --aa is off", group="augmentation"
     )
     aa: str = flag("rand-m9-mstd0.5-inc1", EPOCH, "RandAugment or AutoAugment policy; none: off")
+    three_augment: bool = switch(
+        False,
+        EPOCH,
+        on={
+            "--three-augment": "DeiT III's, in place of --aa: grey, solarised or blurred, then colour jitter",
+            "--ThreeAugment": "the same, as DeiT spells it",
+        },
+    )
+    src: bool = switch(
+        False,
+        EPOCH,
+        on="with --three-augment: resize, then crop out of 4 pixels of padding, in place of the random "
+        "resized crop",
+    )
     smoothing: float = flag(0.1, EPOCH, "label smoothing")
     train_interpolation: str = flag("bicubic", EPOCH, "random, bilinear or bicubic")
     reprob: float = flag(0.25, EPOCH, "probability of random erasing")
@@ -253,8 +268,28 @@ class Args:
         "batch", EPOCH, "draw for each batch, each pair of partners, or each image", choices=list(MODES)
     )
 
+    bce_loss: bool = switch(
+        False,
+        EPOCH,
+        on="binary cross-entropy, as in DeiT III: a mixed image has all its classes whole",
+        group="loss",
+    )
+    cosub: bool = switch(
+        False,
+        EPOCH,
+        on="train two submodels, drawn by drop path, on each image: by its label and by each other (twice the work)",
+    )
+
     opt: str = flag("adamw", STAYS, "any optimizer that timm knows", group="optimizer")
     opt_eps: float = flag(1e-8, NOW, "epsilon", limits=FROM_0)
+    opt_kwargs: dict[str, Any] = flag(
+        {},
+        STAYS,
+        "further arguments of the optimizer's constructor, e.g. caution=True",
+        nargs="*",
+        action=KeyValues,
+        metavar="KEY=VALUE",
+    )
     opt_betas: list[float] | None = flag(None, NOW, "betas; the optimizer's own by default", nargs="+")
     grad_accum_steps: int = flag(
         1, EPOCH, "batches whose gradients make one step; the global batch grows by it", limits=FROM_1
@@ -266,8 +301,20 @@ class Args:
         choices=["skip", "stop"],
     )
     nonfinite_patience: int = flag(10, NOW, "that many dropped steps in a row end the run", limits=FROM_1)
-    clip_grad: float | None = flag(None, NOW, "largest norm of the whole gradient; none by default", limits=ABOVE_0)
+    clip_grad: float | None = flag(
+        None, NOW, "limit of the gradient, see --clip-mode; none by default", limits=ABOVE_0
+    )
+    clip_mode: str = flag(
+        "norm",
+        NOW,
+        "what --clip-grad limits: the norm of the whole gradient, each value, or the norm of each unit (agc), as a "
+        "share of its weights' norm",
+        choices=list(CLIP_MODES),
+    )
     momentum: float = flag(0.9, NOW, "momentum of SGD and its kin", limits=SHARE)
+    layer_decay: float | None = flag(
+        None, STAYS, "factor of the rate from each block to the one before it; none by default", limits=(1e-9, 1)
+    )
     weight_decay: float = flag(0.05, NOW, "weight decay; none on biases, norms and embeddings", limits=FROM_0)
 
     epochs: int = flag(300, NOW, "epochs to train", group="schedule", limits=FROM_1)
@@ -366,6 +413,9 @@ class Args:
     )
     checkpoint_hist: int = flag(
         2, FREE, "checkpoints to keep: checkpoint.pth, then checkpoint.1.pth, ...", limits=FROM_1
+    )
+    val_interval: int = flag(
+        1, NOW, "epochs from one evaluation to the next; the last epoch is always evaluated", limits=FROM_1
     )
     eval: bool = switch(False, FREE, on="evaluate (--resume FILE) and stop")
     print_freq: int = flag(10, FREE, "steps between progress lines", limits=FROM_1)

@@ -267,15 +267,16 @@ class RunState:
 
         Args:
             trained, tested, averaged: what training, the model's evaluation and that of its EMA gave; averaged is
-                empty without an EMA.
+                empty without an EMA, and both where the epoch is not evaluated.
         Returns: the epoch's line of log.txt, in which null stands for what is not a number.
         """
         self.epoch += 1
         self.running.begin_epoch()
         self.replaced.zero_()
-        self.lr_scheduler.step(self.epoch, tested["acc1"])
-        self.max_acc = max(self.max_acc, tested["acc1"])
-        self._compare_with_best(tested["acc1"], averaged.get("acc1"))
+        self.lr_scheduler.step(self.epoch, tested.get("acc1"))
+        if tested:
+            self.max_acc = max(self.max_acc, tested["acc1"])
+            self._compare_with_best(tested["acc1"], averaged.get("acc1"))
         record: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
         record |= {f"test_{name}": value for name, value in tested.items()}
         record |= {f"ema_test_{name}": value for name, value in averaged.items()}

@@ -239,7 +239,14 @@ def test_odd_batch_without_mixing_is_fine(off):
 # args.yaml repeats any run
 
 LEFT_OUT = {
-    *("config", "reg", "measure", "model_kwargs", "teacher_model_kwargs"),  # have words of their own, below
+    *(
+        "config",
+        "reg",
+        "measure",
+        "model_kwargs",
+        "teacher_model_kwargs",
+        "opt_kwargs",
+    ),  # have words of their own, below
     *(
         "resume",
         "finetune",
@@ -250,7 +257,14 @@ LEFT_OUT = {
         "log_with",
     ),  # ask for files
     *("weights", "teacher_weights"),  # choose among those of such a file
-    *("group_repeats", "fsdp"),  # contradict others
+    *(
+        "group_repeats",
+        "fsdp",
+        "bce_loss",
+        "src",
+        "three_augment",
+        "clip_mode",
+    ),  # contradict others, or ask for them
 }
 # What `check` asks for beyond a flag's own limits.
 ASKED_FOR = {

@@ -28,18 +28,18 @@ from state.resumption import Earlier, differences, in_force
 
 # What each flag does in a resumed run, written down a second time. A new flag is missing here until its rule has
 # been thought about.
-STAYS = "model model_kwargs input_size in_chans mean std class_names inat_category opt sched"
+STAYS = "model model_kwargs input_size in_chans mean std class_names inat_category opt opt_kwargs layer_decay sched"
 SAVED = "start_epoch finetune pretrained weights"
 EPOCH = """reg mixing_coef emb_cos_within_coef emb_contrast_cross_coef attn_cos_within_coef
     weight_mha_cond_orth_coef data_set image_key target_key batch_size repeated_aug group_repeats fast_resize
-    color_jitter aa smoothing
+    color_jitter aa three_augment src smoothing bce_loss cosub
     train_interpolation reprob remode recount resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob
     mixup_mode grad_accum_steps seed teacher_model teacher_model_kwargs teacher_input_size
     teacher_weights distillation_type distillation_alpha distillation_tau"""
 NOW = """crop_pct crop_mode interpolation train_mode measure drop drop_path
     model_ema model_ema_decay model_ema_warmup amp_dtype val_labels skip_bad_images opt_eps
-    opt_betas nonfinite nonfinite_patience clip_grad momentum weight_decay epochs lr scale_lr_flag warmup_epochs
-    warmup_lr min_lr decay_epochs decay_milestones decay_rate cooldown_epochs patience_epochs lr_noise lr_noise_pct
+    opt_betas nonfinite nonfinite_patience clip_grad clip_mode val_interval momentum weight_decay epochs lr
+    scale_lr_flag warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate cooldown_epochs patience_epochs lr_noise lr_noise_pct
     lr_noise_std"""
 FREE = """model_ema_force_cpu torchcompile grad_checkpointing data_path download single_class num_workers pin_mem
     check_data teacher_path teacher_eval config output_dir device deterministic resume save_interval_steps

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import tracking
+from accelerate import PartialState, tracking
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE
@@ -31,10 +31,10 @@ from small_runs import FLAGS, assert_same, make_images, saved, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.utils import update_summary
 
-from errors import UserError
+from errors import Interrupted, UserError
 from loggers.backends import BACKENDS, _is_installed, check_packages, flattened, spelled
 from loggers.summary import SUMMARY, Summary
-from loggers.trackers import BOOK, Book, Had, Trackers, read_book
+from loggers.trackers import BOOK, Book, Had, Trackers, _be_alone, read_book
 from options import config
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +231,18 @@ def test_several_processes_log_once(images, tmp_path):
     assert len(list(run.glob("events*"))) == 1 and steps_of(run) == [0, 1]
 
 
+def test_accelerate_touches_neither_processes_nor_devices(monkeypatch):
+    """Left to itself it would open a process group here, and set the device."""
+    PartialState._reset_state()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = dict(os.environ)
+    _be_alone()
+    assert dict(os.environ) == before and not torch.distributed.is_initialized()
+    state = PartialState()
+    assert state.is_main_process and state.num_processes == 1 and state.device == torch.device("cpu")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Stopped, continued, begun anew: in this process
 
@@ -380,18 +392,25 @@ def test_one_that_does_not_close_is_a_warning(fake, images, tmp_path, capsys):
     assert "warning: --log-with comet_ml does not close: no route to finish" in capsys.readouterr().out
 
 
-def test_all_are_closed_when_a_run_fails(fake, images, tmp_path):
-    assert (
-        train(images, tmp_path, "--log-with", "comet_ml", "--epochs", "2", "--lr", "inf", "--clip-grad", "1") == 2
-    )
-    assert fake.seen == []
-    with pytest.raises(ZeroDivisionError), Trackers(["comet_ml"], tmp_path, "p", "r", {}) as trackers:
+@pytest.mark.parametrize(("end", "seen"), [(ZeroDivisionError, [0]), (Interrupted, [0, 1])])
+def test_all_are_closed_however_a_run_ends(fake, tmp_path, end, seen):
+    """An epoch that the saver stopped after is saved; that of a run that fails may not be."""
+    with pytest.raises(end), Trackers(["comet_ml"], tmp_path, "p", "r", {}) as trackers:
         lines = [json.dumps({"epoch": 0, "train_loss": 1.0})]
         trackers.follow(lines, False)
         trackers.start()
-        lines.append(json.dumps({"epoch": 1, "train_loss": 1.0}))  # not saved yet
-        raise ZeroDivisionError
-    assert steps_seen(fake) == [0] and fake.seen[-1] == ("finish", None)
+        lines.append(json.dumps({"epoch": 1, "train_loss": 1.0}))
+        raise end
+    assert steps_seen(fake) == seen and fake.seen[-1] == ("finish", None)
+
+
+def test_an_epoch_is_saved_before_it_is_handed_over(fake, images, tmp_path, monkeypatch):
+    ahead = []
+    monkeypatch.setattr(
+        fake, "log", lambda self, values, step, **keywords: ahead.append(saved(tmp_path)["epoch"] - step)
+    )
+    assert train(images, tmp_path, "--log-with", "comet_ml", "--epochs", "2") == 0
+    assert ahead == [0, 0]
 
 
 def test_training_is_the_same_with_trackers(fake, images, tmp_path):
