@@ -53,7 +53,10 @@ class Book:
 
     def is_of(self, lines: Sequence[str]) -> bool:
         """Whether all that the trackers have is the beginning of this log."""
-        return all(had.epochs <= len(lines) for had in self.trackers.values())
+        return all(
+            had.epochs <= len(lines) and had.digest in ("", digest_of(lines[: had.epochs]))
+            for had in self.trackers.values()
+        )
 
     def write(self, path: Path) -> None:
         """Raises OSError if it cannot be written."""
