@@ -422,9 +422,10 @@ class Args:
     log_with: list[str] = flag(
         [],
         FREE,
-        "trackers that get each epoch as well; without accounts they write below --output_dir",
+        f"trackers that get each epoch as well, below --output_dir or online: {', '.join(BACKENDS)}",
         nargs="+",
         choices=list(BACKENDS),
+        metavar="NAME",
     )
     project: str = flag("diverse-vit", FREE, "what trackers call the project")
     run_name: str = flag("", FREE, "what trackers call the run; by default as the folder --output_dir is called")
