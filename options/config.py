@@ -231,6 +231,8 @@ def check_fsdp(args: Resolved) -> None:
         )
     if args.torchcompile:
         raise UserError("--torchcompile makes one graph, which --fsdp breaks at every block: drop one of the two")
+    if args.clip_mode == "agc":
+        raise UserError("--fsdp splits the weights whose norms --clip-mode agc compares: choose norm or value")
     if args.model_ema_force_cpu:
         raise UserError("--fsdp keeps a share of the average on every device: drop --model-ema-force-cpu")
 

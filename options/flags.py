@@ -277,7 +277,7 @@ class Args:
     cosub: bool = switch(
         False,
         EPOCH,
-        on="train two submodels, drawn by drop path, on each image: by its label and by each other (twice the work)",
+        on="train two submodels, drawn by drop path, on each image, by its label and by each other: twice the work",
     )
 
     opt: str = flag("adamw", STAYS, "any optimizer that timm knows", group="optimizer")
