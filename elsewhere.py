@@ -35,13 +35,13 @@ class Diverse(NamedTuple):
     terms: dict[str, Tensor]
 
 
-def attach(model: nn.Module, specs: Sequence[str], img_size: int | None = None) -> nn.Module:
+def attach(model: nn.Module, specs: Sequence[str], img_size: int | Sequence[int] | None = None) -> nn.Module:
     """Let a model return diversity terms beside its output, from now on.
 
     Args:
         model: a timm model, or one with a timm model inside, e.g. that of transformers. It is changed in place.
         specs: the terms, in the language of `--reg`.
-        img_size: of the images, in pixels; by default the model's own.
+        img_size: of the images, in pixels, or their height and width; by default the model's own.
     Returns: the same model. Its new attribute `diversity` can `remove()` the terms.
     Raises:
         UserError: a term that is malformed, that this model cannot show, or that needs what only our loop has.
@@ -142,17 +142,17 @@ def _timm_model(model: nn.Module) -> nn.Module:
     return found[0] if found else model
 
 
-def _try_blank_images(student: DiverseViT, diversity: Diversity, img_size: int | None) -> None:
+def _try_blank_images(student: DiverseViT, diversity: Diversity, img_size: int | Sequence[int] | None) -> None:
     """Refuse terms that cannot be computed from what the model shows of blank images."""
     backbone, parameter = student.backbone, next(student.parameters())
-    size = (img_size, img_size) if img_size else _image_size(backbone)
+    height, width = size = _sides(img_size) if img_size is not None else _image_size(backbone)
     channels = next((part.in_channels for part in backbone.modules() if isinstance(part, nn.Conv2d)), 3)
     blank = torch.zeros(2, channels, *size, device=parameter.device, dtype=parameter.dtype)
     try:
         captured = student.tried(blank, student.needs)
     except BAD_ARGUMENT as error:
         raise UserError(
-            f"{type(backbone).__name__} cannot take images of {channels} x {size[0]} x {size[1]} pixels: "
+            f"{type(backbone).__name__} cannot take images of {channels} x {height} x {width} pixels: "
             f"{reason(error)}. Give diversity the size of your images, img_size=..."
         ) from error
     if student.layout is not None:
@@ -165,5 +165,9 @@ def _image_size(backbone: Any) -> tuple[int, int]:
     own = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     if own is None:
         own = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-2:]
-    height, width = own if isinstance(own, (tuple, list)) else (own, own)
-    return int(height), int(width)
+    return _sides(own)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

@@ -93,7 +93,7 @@ _errors, _models, _backbones = _load("errors"), _load("models"), _load("models.b
 _elsewhere = _load("elsewhere")
 
 
-def diversity(model: _nn.Module, *terms: str, img_size: int | None = None) -> _nn.Module:
+def diversity(model: _nn.Module, *terms: str, img_size: int | _Sequence[int] | None = None) -> _nn.Module:
     """Let a timm model return diversity terms beside its output, for a training loop of your own.
 
         model = torch.hub.load(REPOSITORY, "diversity", model, "patch.cosine@last=0.5", "attn.cosine@0=1e-4")
@@ -108,7 +108,7 @@ def diversity(model: _nn.Module, *terms: str, img_size: int | None = None) -> _n
         model: any timm model that diversity terms know, or a model with one inside, such as transformers'
             TimmWrapperForImageClassification. Give it before DDP or torch.compile wraps it.
         terms: as for --reg, "LEVEL.MEASURE[:OPTIONS][@LAYERS]=COEF"; but none that takes labels.
-        img_size: of your images, in pixels, if the model takes others than it was built for.
+        img_size: of your images, in pixels, or their height and width, if the model was built for others.
     """
     attached: _nn.Module = _elsewhere.attach(model, terms, img_size)
     return attached

@@ -292,7 +292,8 @@ def test_the_size_of_the_images() -> None:
         assert model(torch.ones(shape)).diversity.requires_grad
     with pytest.raises(UserError, match=r"cannot take images of 3 x 40 x 40 pixels: .* Give diversity the size"):
         attach(build(), SPECS, img_size=40)
-    assert attach(build(dynamic_img_size=True), SPECS, img_size=40)(torch.ones(2, 3, 40, 40)).terms
+    for size, sides in ((40, (40, 40)), ((24, 40), (24, 40))):
+        assert attach(build(dynamic_img_size=True), SPECS, img_size=size)(torch.ones(2, 3, *sides)).terms
 
 
 def test_modes_of_parts_are_kept() -> None:
