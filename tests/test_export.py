@@ -62,7 +62,7 @@ CASES = {
 TRACED = ("tiny", "distilled", "swin")  # the cases that are also written as programs
 
 # Run in a folder that holds images.pt and the exported cases, isolated from this repository: with torch alone, then
-# with timm as well.
+# timm and with transformers as well.
 OUTSIDE = """
 import importlib.util, sys
 import torch
@@ -79,6 +79,10 @@ with torch.no_grad():
         model = timm.create_model(f"local-dir:{case}", pretrained=True).eval()
         config = timm.data.resolve_model_data_config(model)
         results[case] |= {"timm": model(images), "config": config, "weights": model.state_dict()}
+    from transformers import AutoModelForImageClassification
+    for case in cases:
+        model = AutoModelForImageClassification.from_pretrained(case).eval()
+        results[case] |= {"transformers": model(images).logits, "labels": model.config.id2label}
 assert not any(importlib.util.find_spec(name) for name in ("models", "checkpoint", "regularizers"))
 torch.save(results, "results.pt")
 """
@@ -170,6 +174,13 @@ def test_timm_alone_gives_the_same_bits(world, images, case):
     assert outside["weights"].keys() == weights.keys()
     assert all(torch.equal(outside["weights"][key], value) for key, value in weights.items())
     assert tuple(outside["config"]["input_size"]) == (3, PIXELS, PIXELS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_gives_the_same_bits(world, images, case):
+    outside = world.outside[case]
+    assert torch.equal(outside["transformers"], logits_of(world.models[case], images))
+    assert list(outside["labels"]) == list(range(CLASSES))
 
 
 @pytest.mark.parametrize("case", CASES)
