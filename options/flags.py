@@ -285,7 +285,7 @@ class Args:
     opt_kwargs: dict[str, Any] = flag(
         {},
         STAYS,
-        "further arguments of the optimizer's constructor, e.g. caution=True",
+        "further arguments of the optimizer's constructor, e.g. amsgrad=True",
         nargs="*",
         action=KeyValues,
         metavar="KEY=VALUE",

@@ -62,7 +62,6 @@ def size_of(path: Path) -> str:
 
 def describe(trained: Trained, source: str) -> str:
     """What is exported, and how images are to be prepared for it."""
-    from export import preprocessing
     from images.tree import few
 
     took = {"ema": "the moving average of the weights (ema)", "raw": "the trained weights (raw)"}[trained.weights]
@@ -70,11 +69,10 @@ def describe(trained: Trained, source: str) -> str:
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, {', '.join(map(str, trained.image_shape))}]"
     names = f" ({few(trained.class_names)})" if trained.class_names else ""
-    steps = ", ".join(f"{name} {value}" for name, value in preprocessing(trained.preprocessing).items())
     return (
         f"{trained.name} from {source}: {took}\n"
         f"{parameters:,} parameters, {trained.backbone.num_classes} classes{names}, images {shape}\n"
-        f"preprocessing: {steps}"
+        f"preprocessing: {trained.preprocessing}"
     )
 
 
