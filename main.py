@@ -185,8 +185,8 @@ def train(
     val_set: LabelledImages,
     precision: Precision,
     signals: Signals,
-    earlier: Earlier | None = None,
-    trackers: Trackers | None = None,
+    earlier: Earlier | None,
+    trackers: Trackers,
 ) -> None:
     """Build what only training needs; then the epochs: train, save, evaluate the model and its EMA, log, save."""
     device = precision.device
@@ -200,12 +200,9 @@ def train(
         objective.compile(args.torchcompile)
     output = Path(args.output_dir) if args.output_dir else None
     saver = build_saver(args, run_state, output, signals, len(val_set) // world_size() // val_loader.batch_size)
-    trackers = trackers or build_trackers(args)
     trackers.follow(run_state.log, run_state.resumed)
-    observers: list[Observer] = [*build_logs(output, run_state), saver, trackers]
-    if earlier is not None and earlier.is_in(output) and run_state.running.step == 0:
-        for observer in observers:
-            observer.complete()
+    observers = [*build_logs(output, run_state), saver, trackers]
+    complete_save(observers, run_state, output, earlier)
     print_plan(args, model, precision, len(train_set), run_state)
     if run_state.epoch + 1 >= args.epochs:
         print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
@@ -213,9 +210,7 @@ def train(
     if output is not None:
         prepare(output, args, run_state)
         trackers.start()
-    updater = Updater(
-        *(run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps, args.clip_mode)
-    )
+    updater = build_updater(args, run_state, precision)
     wrapped = distribute(model, device)
     with_dropout = training_mode(args)
     if args.torchcompile or isinstance(wrapped, DistributedDataParallel):
@@ -237,21 +232,23 @@ def train(
         if args.skip_bad_images:
             trained["bad_images"] = run_state.count_bad_images()
         saver.after_training()
-        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-        tested, averaged = (
-            evaluate_run(run_state, val_loader, precision, measure, saver.after_batch) if due else ({}, {})
-        )
+        tested: dict[str, float] = {}
+        averaged: dict[str, float] = {}
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
+            tested, averaged = evaluate_run(run_state, val_loader, precision, measure, saver.after_batch)
         record = run_state.finish_epoch(trained, tested, averaged)
-        if tested:
-            report_run(run_state, tested, averaged, len(val_set))
+        report_run(run_state, tested, averaged, len(val_set))
         for observer in observers:
             observer.after_epoch(record)
     print_main(f"Training time {clock(time.perf_counter() - began)}")
-    if averaged and tested["acc1"] > averaged["acc1"]:
-        print_main(
-            f"note: the moving average ends with {averaged['acc1']:.2f}% and the model itself with "
-            f"{tested['acc1']:.2f}%. script/export_model.py takes the better one; timm's loaders take the average"
-        )
+    note_worse_average(tested, averaged)
+
+
+def build_updater(args: Resolved, run_state: RunState, precision: Precision) -> Updater:
+    """What makes a step of the gradients."""
+    return Updater(
+        run_state.optimizer, precision, args.clip_grad, run_state.ema, args.grad_accum_steps, args.clip_mode
+    )
 
 
 def build_saver(
@@ -261,6 +258,15 @@ def build_saver(
     often = args.save_interval_steps, args.save_interval_minutes
     patience = Patience(args.dist_timeout)
     return Saver(run_state, output, signals, args.checkpoint_hist, *often, eval_batches, patience)
+
+
+def complete_save(
+    observers: Sequence[Observer], run_state: RunState, output: Path | None, earlier: Earlier | None
+) -> None:
+    """Do what the last save in this folder left undone, if a run goes on there after a whole epoch."""
+    if earlier is not None and earlier.is_in(output) and run_state.running.step == 0:
+        for observer in observers:
+            observer.complete()
 
 
 def build_trackers(args: Resolved) -> Trackers:
@@ -294,11 +300,22 @@ def evaluate_run(
 def report_run(
     run_state: RunState, tested: Mapping[str, float], averaged: Mapping[str, float], samples: int
 ) -> None:
-    """Print what an evaluation gave, and the best so far."""
+    """Print what an evaluation gave, if there was one, and the best so far."""
+    if not tested:
+        return
     report(tested, samples)
     if averaged:
         print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
     print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
+
+
+def note_worse_average(tested: Mapping[str, float], averaged: Mapping[str, float]) -> None:
+    """Say so if a run ends with an average that is worse than the model."""
+    if averaged and tested["acc1"] > averaged["acc1"]:
+        print_main(
+            f"note: the moving average ends with {averaged['acc1']:.2f}% and the model itself with "
+            f"{tested['acc1']:.2f}%. script/export_model.py takes the better one; timm's loaders take the average"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,9 @@ class Size(argparse.Action):
     def of(values: Sequence[int]) -> int | list[int]:
         """Raises: ValueError: neither one number nor two."""
         if len(values) not in (1, 2):
-            raise ValueError(f"it takes one number of pixels, or height and width, not {len(values)} numbers; channels are --in-chans")
+            raise ValueError(
+                f"it takes one number of pixels, or height and width, not {len(values)} (channels are --in-chans)"
+            )
         return values[0] if values[0] == values[-1] else list(values)
 
 

@@ -424,7 +424,9 @@ def rates(*argv: str) -> list[float]:
         patch.setattr(main, "train_one_epoch", train_one_epoch)
         patch.setattr(main, "evaluate_together", evaluate_together)
         model = DiverseViT(nn.Linear(2, 2))
-        main.train(args, model, Objective(), Diversity([], 0), val_set, CPU, Signals())
+        main.train(
+            *(args, model, Objective(), Diversity([], 0), val_set, CPU, Signals()), None, main.build_trackers(args)
+        )
     return seen
 
 

@@ -79,7 +79,10 @@ def test_what_the_loader_hands_out(images):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--img-size", "8", "9", "10"], "it takes one number of pixels, or height and width, not 3 numbers"),
+        (
+            ["--img-size", "8", "9", "10"],
+            "it takes one number of pixels, or height and width, not 3 (channels are --in-chans)",
+        ),
         (["--img-size", "8", "0"], "--input-size must be at least 1, not 0"),
         (["--in-chans", "2"], "--in-chans 2: images are read in 3 channels (colours) or in 1 (grey)"),
         (
