@@ -62,7 +62,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_its_files(trained):
     checkpoints = {"checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth"}
-    assert {p.name for p in trained.iterdir()} == {"args.yaml", "log.txt", *checkpoints}
+    assert {p.name for p in trained.iterdir()} == {"args.yaml", "log.txt", "summary.csv", *checkpoints}
     lines = log_of(trained)
     assert [line["epoch"] for line in lines] == [0, 1]
     terms = [
