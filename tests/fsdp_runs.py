@@ -1,7 +1,7 @@
 """Several runs of main.py, one after the other, in one of several gloo processes: with DDP, in shards, continued.
 
-test_fsdp.py starts it with `python -m torch.distributed.run --nproc_per_node 2 tests/fsdp_runs.py FOLDER` and looks
-at what is then in the folder. A process that starts once for all runs saves most of their time.
+test_fsdp.py starts it as `torchrun --nproc_per_node 2 tests/fsdp_runs.py FOLDER` would, and looks at what is then
+in the folder. A process that starts once for all runs saves most of their time.
 """
 
 from __future__ import annotations

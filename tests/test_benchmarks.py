@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
-from processes import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
 
 def benchmark(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--device", "cpu", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return forks.run(1, f"benchmarks/{script}", "--quick", "--device", "cpu", *flags, env=os.environ)
 
 
 STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import PATIENCE
-from test_distributed import NO_LAUNCHER, ROOT, torchrun
+from test_distributed import NO_LAUNCHER, ROOT, together
 
 import check_data
 import main
@@ -81,14 +81,14 @@ def test_bad_images_are_listed(data, capfd, workers):
 
 def test_two_processes_share_the_images(data):
     bad = spoil(data)
-    process = torchrun(2, "main.py", *flags(data), "--num_workers", "1")
+    process = together(2, "main.py", *flags(data), "--num_workers", "1")
     assert process.returncode != 0
     check(bad, process.stdout)
     assert process.stderr.count("main.py: error: 4 of 60 training and 20 validation images cannot be read") == 1
     assert "[30/30]" in process.stdout and "[10/10]" in process.stdout
     for path in bad:
         path.unlink()
-    process = torchrun(2, "main.py", *flags(data), "--num_workers", "1")
+    process = together(2, "main.py", *flags(data), "--num_workers", "1")
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("all 58 training and 18 validation images can be read") == 1
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import timm
 import torch
 from conftest import TINY, random_batch
-from processes import PATIENCE
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -223,11 +221,7 @@ dist.destroy_process_group()
 def test_gradients_of_ddp_are_the_mean_of_the_processes(tmp_path: Path, parameters: str) -> None:
     """Also where DDP looks for what the loss depends on in what the forward pass returns."""
     (tmp_path / "step.py").write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).parents[1]
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command += [str(tmp_path / "step.py"), parameters]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    run = forks.run(2, str(tmp_path / "step.py"), parameters, env={"PATH": "/usr/bin:/bin"})
     assert run.returncode == 0, run.stderr[-3000:]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp_runs import FLAGS, TWO
-from test_distributed import torchrun
+from test_distributed import together
 from test_resume import assert_same_run
 
 import main
@@ -17,7 +17,7 @@ import main
 
 def test_shards_take_ddps_steps():
     """Gradients, weights, EMA, optimizer, evaluation, faults, precision, families, refusals: see fsdp_step.py."""
-    process = torchrun(2, "tests/fsdp_step.py")
+    process = together(2, "tests/fsdp_step.py")
     assert process.returncode == 0, process.stderr[-3000:]
 
 
@@ -25,7 +25,7 @@ def test_shards_take_ddps_steps():
 def runs(tmp_path_factory) -> tuple[Path, str]:
     """The folder of all runs of fsdp_runs.py, and what they printed."""
     folder = tmp_path_factory.mktemp("fsdp")
-    process = torchrun(2, "tests/fsdp_runs.py", str(folder))
+    process = together(2, "tests/fsdp_runs.py", str(folder))
     assert process.returncode == 0, process.stderr[-3000:]
     return folder, process.stdout
 

@@ -127,19 +127,26 @@ def test_a_run_of_two_processes(hub, tmp_path):
 def test_sets_that_are_not_there(hub, tmp_path):
     folder, env = hub
     (tmp_path / "script.py").write_text(
-        "import sys\nfrom pictures import make_args\nfrom datasets import build_dataset\n"
-        "build_dataset(sys.argv[2] == 'train', make_args(data_set='hfds/' + sys.argv[1]))"
+        "import sys\nfrom pictures import make_args\n"
+        "from datasets import build_dataset\nfrom errors import UserError\n"
+        "for half, name in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    try: build_dataset(half == 'train', make_args(data_set='hfds/' + name))\n"
+        "    except UserError as error: print('refused:', error)"
     )
     (folder / "test").rename(folder / "other")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    for name, half, message in (
-        (folder, "test", "has no split for evaluation: none of validation, val, test"),
-        (tmp_path / "empty", "train", "cannot read --data-set hfds/.*empty"),
-        (tmp_path / "nowhere", "train", "cannot read --data-set hfds/.*nowhere"),
-    ):
-        command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(name), half]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert re.match(f"errors.UserError: .*{message}", run.stderr.splitlines()[-1]), run.stderr[-3000:]
+    cases = (
+        ("test", folder, "has no split for evaluation: none of validation, val, test"),
+        ("train", tmp_path / "empty", "cannot read --data-set hfds/.*empty"),
+        ("train", tmp_path / "nowhere", "cannot read --data-set hfds/.*nowhere"),
+    )
+    asked = [str(word) for half, name, _ in cases for word in (half, name)]
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), *asked]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    refused = [line for line in run.stdout.splitlines() if line.startswith("refused: ")]
+    for line, (_, _, message) in zip(refused, cases, strict=True):
+        assert re.match(f"refused: .*{message}", line), run.stdout
 
 
 def test_without_the_package(monkeypatch):

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -507,14 +508,7 @@ def test_a_grouped_epoch_continued_in_the_middle_gives_the_same_batches(num_work
 
 def test_grouping_changes_no_global_batch_of_real_processes(tmp_path):
     """1, 2, 4 and 8 processes gather every batch: the same pixels and labels, however they are placed."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "grouped_batches.py"), str(tmp_path / "store")],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    run = forks.run(1, "tests/grouped_batches.py", str(tmp_path / "store"), env=os.environ)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["1", "2", "4", "8"]
 
@@ -526,17 +520,7 @@ def test_exchanged_samples_are_those_of_the_reference_in_its_order(tmp_path):
             save_photo(tmp_path / "train" / label / f"{number:03}.bmp", seed=number, width=8, height=8)
         for number in (3, 4, 90):
             (tmp_path / "train" / label / f"{number:03}.bmp").write_bytes(b"damaged")
-    run = subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", str(ROOT / "tests" / "exchanged_batches.py")),
-            *(str(tmp_path / "store"), str(tmp_path)),
-        ],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    run = forks.run(1, "tests/exchanged_batches.py", str(tmp_path / "store"), str(tmp_path), env=os.environ)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["2", "3", "4"]
 

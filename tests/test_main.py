@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from PIL import Image
-from processes import PATIENCE
 
 import build
 import main
@@ -312,11 +310,6 @@ def test_drop_reaches_the_model():
 # Real processes
 
 
-def run_main(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "main.py"), *argv]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, check=False)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """An ImageNet-like folder: 3 classes, 5 training and 2 validation images each."""
@@ -344,7 +337,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, trained, images):
         ([*RUN, "--resume", str(tmp_path / "junk.pth")], "is not a checkpoint"),
     ]
     for argv, message in cases:
-        process = run_main(*argv, *never)
+        process = forks.run(1, "main.py", *argv, *never, env=os.environ)
         assert process.returncode == 2, process.stderr
         assert message in process.stderr and process.stdout == ""
         assert re.fullmatch(r"main\.py: error: [^\n]+\n", process.stderr), process.stderr

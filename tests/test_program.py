@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forks
 import pytest
 from processes import PATIENCE
 from small_runs import FLAGS, make_images, saved, train
@@ -25,6 +26,7 @@ from state import lock as lock_module
 from state.lock import Lock
 
 ROOT = Path(__file__).parents[1]
+MAIN = ROOT / "main.py"
 LONG = ["--epochs", "1000", "--print-freq", "1"]
 ENV = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
@@ -46,7 +48,32 @@ def started(images: Path, output: Path, *flags: str, **options) -> Iterator[subp
             run.kill()
 
 
-def wait_for(run: subprocess.Popen[str], text: str) -> None:
+class Run(forks.Fork):
+    """A run as a fork (forks.py), of main.py or another script; it is dead when the test is over."""
+
+    def __init__(self, images: Path, output: Path, *flags: str, script: Path = MAIN, **variables: str) -> None:
+        words = [*FLAGS, "--data-path", str(images), "--output_dir", str(output), *flags]
+        reading, writing = os.pipe()
+        self.stdout, self.stderr = os.fdopen(reading), os.fdopen(os.memfd_create("errors"), "w+")
+        super().__init__(script, words, {**ENV, **variables}, writing, self.stderr.fileno())
+        os.close(writing)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+        self.stdout.close(), self.stderr.close()
+
+    def communicate(self) -> tuple[str, str]:
+        """What it still writes to both streams, until its end."""
+        out = self.stdout.read()
+        self.wait()
+        self.stderr.seek(0)
+        return out, self.stderr.read()
+
+
+def wait_for(run: Run | subprocess.Popen[str], text: str) -> None:
     assert run.stdout is not None
     for line in run.stdout:
         if text in line:
@@ -54,7 +81,7 @@ def wait_for(run: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} was never printed")
 
 
-def workers_of(run: subprocess.Popen[str]) -> list[int]:
+def workers_of(run: Run | subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
 
 
@@ -82,7 +109,7 @@ def test_a_signal_during_the_start(images, tmp_path, name, code, seconds):
 
 def test_more_signals_while_it_stops(images, tmp_path):
     """The first one asks; the others change nothing, whatever the run is doing."""
-    with started(images, tmp_path, *LONG, "--num_workers", "1") as run:
+    with Run(images, tmp_path, *LONG, "--num_workers", "1") as run:
         wait_for(run, "Epoch 2/1000")
         workers = workers_of(run)
         stop = threading.Event()
@@ -94,7 +121,7 @@ def test_more_signals_while_it_stops(images, tmp_path):
 
         thread = threading.Thread(target=insist)
         thread.start()
-        out, error = run.communicate(timeout=PATIENCE)
+        out, error = run.communicate()
         stop.set()
         thread.join()
     assert run.returncode == 75 and "Traceback" not in error
@@ -104,13 +131,13 @@ def test_more_signals_while_it_stops(images, tmp_path):
 
 
 def test_interrupted_twice(images, tmp_path):
-    with started(images, tmp_path, *LONG, "--num_workers", "1") as run:
+    with Run(images, tmp_path, *LONG, "--num_workers", "1") as run:
         wait_for(run, "Epoch 2/1000")
         workers = workers_of(run)
         run.send_signal(signal.SIGINT)
         time.sleep(0.05)
         run.send_signal(signal.SIGINT)
-        _, error = run.communicate(timeout=PATIENCE)
+        _, error = run.communicate()
     assert run.returncode == 130 and "Traceback" not in error
     assert not any(map(is_alive, workers))
 
@@ -173,12 +200,12 @@ def test_a_full_disk_behind_stdout_ends_nothing():
 
 
 def test_a_stopped_worker_ends_the_run(images, tmp_path):
-    with started(images, tmp_path, *LONG, "--num_workers", "1", "--dist-timeout", "4") as run:
+    with Run(images, tmp_path, *LONG, "--num_workers", "1", "--dist-timeout", "4") as run:
         wait_for(run, "Epoch 2/1000")
         workers = workers_of(run)
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
-        _, error = run.communicate(timeout=PATIENCE)
+        _, error = run.communicate()
     assert run.returncode == 1
     assert "main.py: error: reading a batch of images takes longer than --dist-timeout, 4 seconds: a data " in error
     assert workers and not any(map(is_alive, workers))
@@ -202,16 +229,15 @@ sys.exit(main.main())
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_file_system_that_hangs_ends_the_run(images, tmp_path, workers):
     """Also where the one process reads by itself."""
-    flags = [*FLAGS, *LONG, "--data-path", str(images), "--output_dir", str(tmp_path), "--dist-timeout", "3"]
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, *flags, "--num_workers", workers],
-        env={**ENV, "LATER": str(tmp_path / "log.txt")},
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "reading a batch of images takes longer than --dist-timeout, 3 seconds" in done.stderr
-    assert "Traceback" not in done.stderr and saved(tmp_path)["epoch"] >= 0
+    script = tmp_path / "hanging.py"
+    script.write_text(HANGING)
+    later = {"LATER": str(tmp_path / "log.txt")}
+    flags = [*LONG, "--dist-timeout", "3", "--num_workers", workers]
+    with Run(images, tmp_path, *flags, script=script, **later) as run:
+        _, error = run.communicate()
+    assert run.returncode == 1
+    assert "reading a batch of images takes longer than --dist-timeout, 3 seconds" in error
+    assert "Traceback" not in error and saved(tmp_path)["epoch"] >= 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,7 +247,7 @@ def test_a_file_system_that_hangs_ends_the_run(images, tmp_path, workers):
 def test_a_second_run_in_the_folder_is_refused(images, tmp_path, capsys):
     """Until the first one is dead, in whatever way."""
     folder = tmp_path / "run"
-    with started(images, folder, *LONG, "--num_workers", "1") as run:
+    with Run(images, folder, *LONG, "--num_workers", "1") as run:
         wait_for(run, "Epoch 2/1000")
         capsys.readouterr()
         before = {path.name: path.read_bytes() for path in folder.glob("args.yaml")}

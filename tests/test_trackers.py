@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -218,13 +219,8 @@ def test_the_flags_are_stored(continued):
 
 def test_several_processes_log_once(images, tmp_path):
     """And accelerate, which is asked who this process is, leaves the process group alone."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main.py"]
-    words += [*FLAGS, "--data-path", str(images), "--output_dir", str(tmp_path / "x"), "--epochs", "2"]
-    env = {**environment(tmp_path), "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(
-        [*words, "--log-with", "tensorboard"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
+    words = [*FLAGS, "--data-path", str(images), "--output_dir", str(tmp_path / "x"), "--epochs", "2"]
+    process = forks.run(2, "main.py", *words, "--log-with", "tensorboard", env=environment(tmp_path))
     assert process.returncode == 0, process.stderr[-3000:]
     assert "2 process(es)" in process.stdout
     (run,) = tensorboard_runs(tmp_path / "x")
