@@ -10,6 +10,7 @@ Of the some hundred writes of a checkpoint the first, second, fourth, eighth, ..
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -116,21 +117,24 @@ def run(images: Path, output: Path, kill_at: int = 0) -> int:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """What a run has left: its checkpoints without the name of their folder, and its log."""
+    """What a run has left: its checkpoints without the name of their folder, its log and its summary."""
     states = {path.name: saved(folder, path.name) for path in folder.glob("checkpoint*")}
     for state in states.values():
         del state["args"]["output_dir"]
-    return {**states, "log": (folder / "log.txt").read_text()}
+    return {**states, "log": (folder / "log.txt").read_text(), "summary": (folder / "summary.csv").read_text()}
 
 
 def kill_everywhere(images: Path, root: Path) -> None:
     assert run(images, root / "whole") == 0
     expected = content(root / "whole")
-    assert {"checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", "log"} == set(expected)
+    assert {"checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", "log", "summary"} == set(expected)
     assert expected["checkpoint_best.pth"]["epoch"] == 2, "the last epoch must be the best one"
+    assert os.WTERMSIG(run(images, root / "killed1", kill_at=1)) == signal.SIGKILL
+    shutil.copytree(root / "killed1", root / "before")  # the last epoch is all that the other runs train
     kills = 0
     while True:
         output = root / f"killed{kills + 1}"
+        shutil.copytree(root / "before", output, dirs_exist_ok=True)
         status = run(images, output, kill_at=kills + 1)
         if status == 0:
             break
@@ -138,7 +142,7 @@ def kill_everywhere(images: Path, root: Path) -> None:
         kills += 1
         assert run(images, output) == 0
         assert_same(content(output), expected, f"killed at operation {kills}: ")
-        left = {path.name for path in output.iterdir()} - set(expected) - {"args.yaml", "log.txt"}
+        left = {path.name for path in output.iterdir()} - set(expected) - {"args.yaml", "log.txt", "summary.csv"}
         assert not left, (kills, left)
     print(kills)
 
