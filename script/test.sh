@@ -9,4 +9,5 @@ ruff check .
 ruff format --check .
 mypy
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests are small, and two processes share the cores
-python -m pytest -n 2 --dist loadfile "$@"
+# Each file runs in one process; tests/conftest.py puts the longest ones first
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -15,6 +15,17 @@ RECIPE = ("patch.mixing=1", "patch.cosine=0.5", "patch.contrastive=0.5", "attn.c
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 
 
+# The files that take longest start first, so that both processes of script/test.sh end at about the same time
+LONGEST = ["test_compile", "test_resumption", "test_resume", "test_loaders", "test_distributed", "test_export"]
+LONGEST += ["test_fsdp", "test_using_elsewhere", "test_hubconf", "test_trackers", "test_program", "test_benchmarks"]
+LONGEST += ["test_submitit", "test_families", "test_main", "test_scripts"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -291,7 +291,7 @@ def test_ci_calls_the_test_script() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines() == ["#!/usr/bin/env bash", "./script/test.sh"]
     assert (ROOT / "script" / "test.sh").read_text().splitlines()[
         -1
-    ] == 'python -m pytest -n 2 --dist loadfile "$@"'
+    ] == 'python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"'
 
 
 # ------------------------------------------------------------------------------------------------------------
