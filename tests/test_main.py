@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import forks
@@ -17,8 +18,10 @@ import yaml
 from PIL import Image
 
 import build
+import datasets
 import main
 from datasets import LabelledImages
+from images.found import Found, Samples
 from models import build_model
 from models.weights import model_weights
 from options import config
@@ -34,6 +37,29 @@ RECIPE += ["--attn_cos_within_coef", "1e-4", "--weight_mha_cond_orth_coef", "5e-
 
 # torch's compiler meets this warning of its own, hides it when it would be shown, but not where it is an error
 hidden_by_torch = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+COUNTS = {True: 768, False: 120}  # digits to train with and to evaluate: these runs need no more
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_digits() -> Iterator[None]:
+    """All runs of this process take the first digits of either half."""
+    read = datasets.digits
+
+    def first(is_train: bool, size: tuple[int, int]) -> Found:
+        found, count = read(is_train, size), COUNTS[is_train]
+        return found._replace(samples=Samples(found.samples.sources[:count], found.samples.labels[:count]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "digits", first)
+        yield
+
+
+@pytest.fixture
+def four_steps(monkeypatch) -> None:
+    """Of 64 images, in each epoch of this test."""
+    monkeypatch.setitem(COUNTS, True, 256)
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -100,8 +126,8 @@ def test_eval_prints_the_accuracy_lines(trained, capsys):
     last = log_of(trained)[-1]
     expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
     assert expected in shown
-    assert f"Accuracy of the network on the 360 test images: {last['test_acc1']:.1f}%" in shown
-    assert f"Accuracy of the EMA network on the 360 test images: {last['ema_test_acc1']:.1f}%" in shown
+    assert f"Accuracy of the network on the 120 test images: {last['test_acc1']:.1f}%" in shown
+    assert f"Accuracy of the EMA network on the 120 test images: {last['ema_test_acc1']:.1f}%" in shown
 
 
 @pytest.mark.parametrize("how", [[], ["--torchcompile", "aot_eager"]])
@@ -118,10 +144,10 @@ def test_eval_reads_each_image_once_for_model_and_ema(trained, tmp_path, capsys,
     assert main.main([*argv, str(trained / "checkpoint.pth")]) == 0
     ema_lines = [line.replace("network", "EMA network") for line in alone[1][:2]]
     assert capsys.readouterr().out.splitlines() == alone[0] + ema_lines
-    assert sorted(decoded) == list(range(360))
+    assert sorted(decoded) == list(range(120))
 
 
-def test_an_epoch_reads_each_validation_image_once(tmp_path, monkeypatch):
+def test_an_epoch_reads_each_validation_image_once(four_steps, tmp_path, monkeypatch):
     """Also where the EMA is kept in host memory."""
     decoded, decode = Counter(), LabelledImages.decode
     monkeypatch.setattr(
@@ -130,7 +156,7 @@ def test_an_epoch_reads_each_validation_image_once(tmp_path, monkeypatch):
         lambda self, index: decoded.update([len(self)]) or decode(self, index),
     )
     assert main.main([*RUN, "--epochs", "2", "--model-ema-force-cpu", "--output_dir", str(tmp_path)]) == 0
-    assert decoded[360] == 2 * 360 and "ema_test_acc1" in log_of(tmp_path)[1]
+    assert decoded[120] == 2 * 120 and "ema_test_acc1" in log_of(tmp_path)[1]
 
 
 def test_eval_measures_redundancy_of_any_weights(trained, tmp_path, capsys):
@@ -184,7 +210,7 @@ def test_fine_tuning_starts_from_the_weights(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distillation_with_diversity(trained, tmp_path, kind):
+def test_distillation_with_diversity(four_steps, tmp_path, kind):
     teacher = ["--teacher-model", "resnet10t", "--teacher-path", str(tmp_path / "teacher.pth")]
     torch.save({"model": build_model("resnet10t", num_classes=10).state_dict()}, tmp_path / "teacher.pth")
     student = [*RUN, "--model", "deit_tiny_distilled_patch16_224", *RECIPE, "--epochs", "1"]
@@ -208,7 +234,7 @@ def test_teacher_eval(tmp_path, capsys):
     torch.save(build_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.pth")
     argv = [*RUN, "--teacher_eval", "--teacher-model", "resnet10t", "--teacher-path", str(tmp_path / "teacher.pth")]
     assert main.main([*argv, "--output_dir", str(tmp_path / "never")]) == 0
-    assert "Accuracy of the teacher on the 360 test images: " in capsys.readouterr().out
+    assert "Accuracy of the teacher on the 120 test images: " in capsys.readouterr().out
     assert not (tmp_path / "never").exists()
 
 
@@ -231,13 +257,13 @@ def test_teacher_eval(tmp_path, capsys):
     ],
     ids=lambda flags: " ".join(flags)[:40],
 )
-def test_flags_train(tmp_path, flags):
+def test_flags_train(four_steps, tmp_path, flags):
     assert main.main([*RUN, *RECIPE, "--epochs", "1", "--output_dir", str(tmp_path), *flags]) == 0
     assert np.isfinite(log_of(tmp_path)[0]["train_loss"])
 
 
 @hidden_by_torch
-def test_compiling_and_recomputing_change_no_number(tmp_path):
+def test_compiling_and_recomputing_change_no_number(four_steps, tmp_path):
     """With the last, smaller batch of the evaluation, the EMA and a measure that training does not capture."""
     argv = [*RUN, *RECIPE, "--epochs", "2", "--model-ema-decay", "0.9", "--measure", "attn.cosine@all"]
     fast = ["--torchcompile", "aot_eager", "--grad-checkpointing"]
@@ -251,7 +277,7 @@ def test_compiling_and_recomputing_change_no_number(tmp_path):
 
 
 @hidden_by_torch
-def test_nothing_is_compiled_after_the_first_step(tmp_path, capsys, monkeypatch):
+def test_nothing_is_compiled_after_the_first_step(four_steps, tmp_path, capsys, monkeypatch):
     """Three epochs of Mixup, CutMix and unmixed batches; evaluation ends with a smaller batch; then --eval."""
     torch._dynamo.reset()
     warm_up, counts = main.warm_up, []
@@ -415,7 +441,7 @@ def test_divergence_stops_with_exit_code_1_and_keeps_the_last_checkpoint(trained
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_a_fresh_run_sets_the_old_log_aside(tmp_path):
+def test_a_fresh_run_sets_the_old_log_aside(four_steps, tmp_path):
     for _ in range(2):
         assert main.main([*RUN, "--epochs", "1", "--output_dir", str(tmp_path)]) == 0
     assert (
@@ -440,7 +466,7 @@ def test_a_fresh_run_sets_the_old_log_aside(tmp_path):
         ),
     ],
 )
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, file, message):
+def test_a_full_disk_keeps_the_last_checkpoint(four_steps, tmp_path, monkeypatch, capsys, file, message):
     """Full for one file after the other: before training begins, before its evaluation, and after it."""
     checkpoint.save({"epoch": 1}, tmp_path / "checkpoint.pth")
     fsync = os.fsync
@@ -453,7 +479,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, fi
     monkeypatch.setattr(os, "fsync", full)
     error = one_error(capsys, [*RUN, "--epochs", "1", "--output_dir", str(tmp_path)])
     assert message.format(folder=tmp_path) in error
-    saved = {"log.txt.tmp": (-1, 20), "checkpoint_best.pth.tmp": (0, 0)}  # the epoch's training; all of it
+    saved = {"log.txt.tmp": (-1, 4), "checkpoint_best.pth.tmp": (0, 0)}  # the epoch's training; all of it
     assert checkpoint.progress(tmp_path / "checkpoint.pth") == saved.get(file, (1, 0))
     assert not list(tmp_path.glob("*.tmp"))
 
