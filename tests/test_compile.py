@@ -30,7 +30,7 @@ SPECS = ("patch.cosine@first,all=0.5", "weight.so:v=1e-3")
 STEPS = 3
 ONE_GRAPH = [
     *("vit", "vit_map", "vit_parallel_things", "deit", "deit_distilled", "deit3", "beit", "eva", "eva02"),
-    *("eva02_base", "dinov2_reg", "dinov3", "siglip", "relpos", "naflex", "cait", "xcit", "tnt", "deepseek"),
+    *("eva02_base", "dinov3", "relpos", "naflex", "cait", "xcit", "tnt", "deepseek"),
     *("swin", "swinv2", "pvt_v2", "twins_svt", "volo", "hiera", "mvitv2"),
 ]
 CPU = Precision(torch.device("cpu"))
@@ -140,11 +140,13 @@ def compare_compiled(compute: Callable[[], list[Any]], compile_it: Callable[[], 
 
 
 def options_of(name: str) -> list[str]:
-    measure = name.partition(".")[2]
+    """The term, and with each of its options where a measure's first level stands for the others."""
+    level, _, measure = name.partition(".")
     layers = "@first:last" if MEASURES[measure].takes == "pair" else "@all"
     given = [
         OPTIONS[option].written(option, max(OPTIONS[option].above, 0.0) + 0.5)
         for option in MEASURES[measure].options
+        if level == MEASURES[measure].levels[0]
     ]
     return [f"{name}{layers}", *(f"{name}:{option}{layers}" for option in given)]
 
