@@ -395,7 +395,7 @@ def test_the_ema_is_taken_where_there_is_one(tmp_path, capsys):
 def test_timm_reads_the_same_weights_from_the_checkpoint(tmp_path, images):
     """timm's own reading of a checkpoint takes the EMA, and so does `auto`."""
     save_checkpoint("tiny", tmp_path / "x.pth")
-    stock = {"img_size": PIXELS, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    stock = {"img_size": PIXELS, **saved_args("deit_tiny_patch16_224", SMALL)["model_kwargs"]}
     theirs = timm.create_model(
         "deit_tiny_patch16_224", checkpoint_path=str(tmp_path / "x.pth"), num_classes=CLASSES, **stock
     )

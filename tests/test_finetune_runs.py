@@ -200,7 +200,7 @@ def test_a_teacher_of_another_size_and_mean(
     shape = [f"{key}={value}" for key, value in SHAPE.items() if key != "img_size"]
     own = ["--teacher-input-size", "12", "--teacher-model-kwargs", *shape]
     assert train(images, tmp_path / "student", *student, *teacher, *own) == 0
-    assert "the teacher takes images of 12 pixels, normalised by mean 0.5 0.5 0.5" in capsys.readouterr().out
+    assert "the teacher takes images of 12 x 12 pixels, normalised by mean 0.5 0.5 0.5" in capsys.readouterr().out
     line = json.loads((tmp_path / "student" / "log.txt").read_text())
     assert line["train_distillation"] > 0
     assert train(images, None, *student, *teacher, *own, "--teacher_eval") == 0
