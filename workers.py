@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,7 @@ from errors import LocalError
 from program import STOPPING, Patience, daemons, end_workers
 
 SIGNAL_SECONDS = 5  # until the death of a worker is known, at most
+WORKERS: WeakSet[BaseProcess] = WeakSet()  # of the loaders that are being read
 MOST_WORKERS = 10  # of a process that is not told how many to start: DeiT's number
 
 
@@ -32,23 +35,33 @@ def name_dead_workers() -> Iterator[None]:
     It belongs around everything that runs while loaders do: torch learns of the death from a signal, and raises
     wherever the process happens to be, not only in the loader. A worker that dies while it hands over a batch
     breaks a connection first; then the signal is awaited. Where the signal comes while the loader waits, torch says
-    only that a worker exited, and the reason stands in the error's cause.
+    only that a worker exited, and the reason stands in the error's cause. Where it comes while an object is
+    deleted, Python drops what torch raises; so at last the workers' exit codes are asked.
     """
+    WORKERS.clear()
     try:
         try:
             yield
-        except (ConnectionError, EOFError):
+        except (ConnectionError, EOFError) as error:
             time.sleep(SIGNAL_SECONDS)  # where torch's handler of the signal raises
-            raise
+            codes = [worker.exitcode for worker in WORKERS if worker.exitcode]
+            if not codes:
+                raise
+            how = f"is killed by signal: {signal.strsignal(-codes[0])}" if codes[0] < 0 else "exited unexpectedly"
+            raise _worker_died(how) from error
     except RuntimeError as error:
         report = r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)"
         death = re.match(report, str(error.__cause__)) or re.match(report, str(error))
         if death is None:
             raise
-        raise WorkerDied(
-            f"a data loading worker died: {death[1]}. Often memory or /dev/shm is full (look at dmesg, "
-            "df -h /dev/shm): give fewer --num_workers, a smaller --batch-size or more memory"
-        ) from error
+        raise _worker_died(death[1]) from error
+
+
+def _worker_died(how: str) -> WorkerDied:
+    return WorkerDied(
+        f"a data loading worker died: {how}. Often memory or /dev/shm is full (look at dmesg, df -h /dev/shm): "
+        "give fewer --num_workers, a smaller --batch-size or more memory"
+    )
 
 
 def default_workers(env: Mapping[str, str] = os.environ) -> int:
@@ -88,4 +101,19 @@ class SteadyLoader(DataLoader[Any]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for process in daemons():
             process.terminate = process.kill  # type: ignore[method-assign]
-        return self._patience.over_each(batches, "reading a batch of images")
+        own = getattr(batches, "_workers", [])  # none, if this process reads by itself
+        return _known_while_read(self._patience.over_each(batches, "reading a batch of images"), own)
+
+
+def _known_while_read(batches: Iterator[Any], own: Sequence[BaseProcess]) -> Iterator[Any]:
+    """Hand batches on. Their workers are in WORKERS until the last one, or until nobody reads on.
+
+    After an error they stay there, to be asked how they ended. Later torch may kill them on purpose.
+    """
+    WORKERS.update(own)
+    try:
+        yield from batches
+    except GeneratorExit:
+        WORKERS.difference_update(own)
+        raise
+    WORKERS.difference_update(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import random
@@ -30,6 +31,7 @@ from torchvision import transforms
 import datasets
 import loaders
 import utils
+import workers
 from datasets import build_dataset
 from errors import UserError
 from images.decode import ImageError
@@ -844,6 +846,38 @@ def test_other_errors_pass(monkeypatch, error):
     with pytest.raises(type(error)) as caught, name_dead_workers():
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("death", "reason"), [(kill_itself, "is killed by signal: Killed"), (exit_at_once, "exited unexpectedly")]
+)
+def test_a_death_whose_signal_is_lost(monkeypatch, death, reason):
+    """What torch raises while an object is deleted goes nowhere; the connection has broken all the same."""
+    monkeypatch.setattr("workers.SIGNAL_SECONDS", 0.01)
+    loader = build_train_loader(make_args(num_workers=2, repeated_aug=False), Deadly(256, death), 1, 0, CPU)
+    with pytest.raises(WorkerDied, match=rf"^a data loading worker died: {reason}\. Often"), name_dead_workers():
+        try:
+            for _ in loader:
+                pass
+        except RuntimeError:  # torch's report, which the program never hears
+            for worker in workers.WORKERS:
+                worker.join(0.5)
+            raise ConnectionResetError(104, "Connection reset by peer") from None
+
+
+@pytest.mark.parametrize("batches", [1, None], ids=["left early", "read to the end"])
+def test_workers_are_asked_only_while_they_work(batches):
+    """Later torch ends them, if need be with a signal."""
+    loader = build_train_loader(make_args(num_workers=2, repeated_aug=False), Numbered(256), 1, 0, CPU)
+    workers.WORKERS.clear()
+    read = iter(loader)
+    next(read)
+    assert len(workers.WORKERS) == 2 and all(worker.is_alive() for worker in workers.WORKERS)
+    for _ in islice(read, batches):
+        pass
+    del read
+    gc.collect()
+    assert not list(workers.WORKERS)
 
 
 def test_the_reason_may_be_the_cause_of_the_error():
