@@ -332,7 +332,7 @@ def check_captured(captured: Captured, layout: Layout, image_size: tuple[int, in
 
 
 def _is_grid(patches: int, layout: Layout, image_size: tuple[int, int]) -> bool:
-    """Whether that many patches can cover an image: k x k, or as many as the model's patches."""
+    """Whether that many patches can cover an image: a grid of its shape, or as many as the model has."""
     height, width = image_size
     rows = round(math.sqrt(max(patches, 0) * height / width))
     if rows and patches % rows == 0 and abs(patches // rows - rows * width / height) < 1:

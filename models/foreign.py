@@ -15,7 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resize_rel_pos_bias_table_levit
+from timm.layers import (
+    resample_abs_pos_embed,
+    resample_abs_pos_embed_nhwc,
+    resize_rel_pos_bias_table_levit,
+    to_2tuple,
+)
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
@@ -170,7 +175,7 @@ def _trained_grid(model: nn.Module, patches: int, size: Sequence[int]) -> list[i
     """Rows and columns of that many patches, in images of that size or in square ones; None if there are none."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if size and patch is not None:
-        grid = [pixels // of_patch for pixels, of_patch in zip(size, patch, strict=True)]
+        grid = [pixels // of_patch for pixels, of_patch in zip(size, to_2tuple(patch), strict=True)]
         if grid[0] * grid[1] == patches:
             return grid
     side = math.isqrt(max(patches, 0))

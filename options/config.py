@@ -62,6 +62,8 @@ def resolve(argv: Sequence[str] | None = None) -> Resolved:
     values = {**file, **given}
     for flag in ("model_kwargs", "teacher_model_kwargs"):
         values[flag] = {**file.get(flag, {}), **given.get(flag, {})}
+    if values.get("eval") and file.get("finetune") and "weights" not in given:
+        values["weights"] = "auto"  # the file's are those that its run started from
     every = _collect_terms(file, given.get("config", "")) | _collect_terms(given, "the command line")
     terms = [spec for spec in every.values() if spec.coef > 0]
     values["reg"] = [f"{spec.name}={spec.coef!r}" for spec in terms]

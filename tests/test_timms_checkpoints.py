@@ -113,6 +113,19 @@ def test_fine_tuning_starts_from_either(images, tmp_path, weights, capsys):
     assert ("the moving average in" in capsys.readouterr().out) == (weights == "ema")
 
 
+def test_evaluating_a_run_that_was_fine_tuned_from_an_average(images, tmp_path, capsys):
+    """By its own args.yaml, whose `weights` say what the run started from; and it keeps no average itself."""
+    file, _, _ = save_as_timm(tmp_path / "timm")
+    flags = ["--finetune", str(file), "--weights", "ema", "--epochs", "1", "--no-model-ema"]
+    assert train(images, tmp_path / "run", *flags) == 0
+    command = ["--config", str(tmp_path / "run" / "args.yaml"), "--eval"]
+    command += ["--resume", str(tmp_path / "run" / "checkpoint.pth")]
+    assert main.main(command) == 0
+    assert "Accuracy of the network" in capsys.readouterr().out
+    assert main.main([*command, "--weights", "ema"]) == 2
+    assert "holds no EMA" in capsys.readouterr().err
+
+
 def test_teachers(images, tmp_path, capsys):
     file, _, _ = save_as_timm(tmp_path)
     teacher = [
