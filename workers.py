@@ -47,14 +47,18 @@ def name_dead_workers() -> Iterator[None]:
             codes = [worker.exitcode for worker in WORKERS if worker.exitcode]
             if not codes:
                 raise
-            how = f"is killed by signal: {signal.strsignal(-codes[0])}" if codes[0] < 0 else "exited unexpectedly"
-            raise _worker_died(how) from error
+            raise _worker_died(_how_it_ended(codes[0])) from error
     except RuntimeError as error:
         report = r"DataLoader worker \(pid.*?\) ((?:is killed by|exited unexpectedly)[^.]*)"
         death = re.match(report, str(error.__cause__)) or re.match(report, str(error))
         if death is None:
             raise
         raise _worker_died(death[1]) from error
+
+
+def _how_it_ended(code: int) -> str:
+    """A worker's exit code in the words of torch's report."""
+    return f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited unexpectedly with exit code {code}"
 
 
 def _worker_died(how: str) -> WorkerDied:

@@ -849,7 +849,8 @@ def test_other_errors_pass(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    ("death", "reason"), [(kill_itself, "is killed by signal: Killed"), (exit_at_once, "exited unexpectedly")]
+    ("death", "reason"),
+    [(kill_itself, "is killed by signal: Killed"), (exit_at_once, "exited unexpectedly with exit code 3")],
 )
 def test_a_death_whose_signal_is_lost(monkeypatch, death, reason):
     """What torch raises while an object is deleted goes nowhere; the connection has broken all the same."""
