@@ -99,9 +99,7 @@ def check(args: Resolved) -> None:
     Raises:
         UserError: with what to do instead.
     """
-    for name, flag in declared(Args).items():
-        if flag.limits is not None:
-            _check_limits(name, getattr(args, name), *flag.limits)
+    check_limits(args)
     optimizers = [str(name) for name in list_optimizers()]
     if args.opt.lower().removeprefix("lookahead_") not in optimizers:
         raise UserError(f"unknown optimizer {args.opt!r}.{did_you_mean(args.opt, optimizers)}")
@@ -113,6 +111,17 @@ def check(args: Resolved) -> None:
     check_files(args)
     if args.log_with:
         check_trackers(args)
+
+
+def check_limits(args: Args) -> None:
+    """Refuse numbers out of their range.
+
+    Raises:
+        UserError: with the range.
+    """
+    for name, flag in declared(Args).items():
+        if flag.limits is not None:
+            _check_limits(name, getattr(args, name), *flag.limits)
 
 
 def _check_limits(name: str, value: Any, low: float, high: float) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from types import NoneType
@@ -167,16 +167,25 @@ class Parser(argparse.ArgumentParser):
         """What stands behind every name with two dashes."""
         return {name: action for name, action in self._option_string_actions.items() if name.startswith("--")}
 
-    def add_table(self, table: type) -> dict[str, argparse._ArgumentGroup]:
-        """Add all flags of a table. The first one must open a group.
+    def add_table(
+        self, table: type, only: Collection[str] | None = None, **other: Any
+    ) -> dict[str, argparse._ArgumentGroup]:
+        """Add the flags of a table. The first one must open a group.
 
+        Args:
+            only: the names of those that are added; None are all.
+            other: defaults that are not the table's.
         Returns: the groups, by title.
         """
         groups: dict[str, argparse._ArgumentGroup] = {}
-        types, defaults = get_type_hints(table), vars(table())
+        types, defaults = get_type_hints(table), vars(table()) | other
+        title = ""
         for name, row in declared(table).items():
-            if row.group:
-                group = groups[row.group] = self.add_argument_group(row.group)
+            title = row.group or title
+            if only is not None and name not in only:
+                continue
+            group = groups.get(title) or self.add_argument_group(title)
+            groups[title] = group
             for option in row.options:
                 names = [spelling for each in option.names for spelling in spellings(each.format(dashed(name)))]
                 keywords = {**_type_of(types[name]), **option.keywords}

@@ -67,6 +67,7 @@ def read_trained(
     model_kwargs: Mapping[str, Any] | None = None,
     input_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
+    only_if_silent: bool = False,
 ) -> Trained:
     """Build the model that a checkpoint describes, and load its weights.
 
@@ -77,6 +78,7 @@ def read_trained(
         path: a file or an https address.
         weights: 'raw', 'ema', or 'auto', which takes the EMA if there is one, unless the run found it worse than
             the trained weights.
+        only_if_silent: what is given here is for a checkpoint that does not say its model.
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
@@ -90,6 +92,8 @@ def read_trained(
     use_ema = _uses_ema(state, weights, evaluated, path)
     tensors = _plain_names(model_weights(state, path, ema=use_ema))
     flags = flags_of(state)
+    if only_if_silent and flags.get("model"):
+        model = model_kwargs = input_size = None
     name = model or flags.get("model")
     if not name:
         raise UserError(

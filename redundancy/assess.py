@@ -1,0 +1,283 @@
+"""Measure a model's redundancy: run images through it, and let every metric see what it shows.
+
+from redundancy import assess
+report = assess(model, loader, label="plain") + assess(other, loader, label="diverse")
+print(report.table())
+report.save("report")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import redundancy.attention
+import redundancy.output
+import redundancy.patches
+import redundancy.weights  # noqa: F401  (a metric registers itself)
+from errors import UserError
+from models import Layout
+from models.adapters import MATRICES
+from redundancy.examples import Look, look_at
+from redundancy.finding import Assessed, Axis, Example, Finding
+from redundancy.measured import Measured, as_metric, measured_weights
+from redundancy.metric import Metric, choose, nanmean
+from redundancy.report import Report
+from redundancy.shown import Shown, layer_label
+from redundancy.streams import Accumulator, ImageMeans, axis_of
+from redundancy.watch import Watched
+from redundancy.weights import Weight
+from regularizers import Spec, parse_spec
+from utils import is_main, world_size
+
+
+def assess(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    label: str = "model",
+    metrics: Sequence[str] = (),
+    measures: Sequence[str] = (),
+    about: Mapping[str, Any] | None = None,
+    look: Look | None = None,
+    classes: str = "",
+    first: int = 0,
+    after_batch: Callable[[int], None] = lambda batch: None,
+) -> Report:
+    """Measure one model; `+` joins reports.
+
+    If processes have been started, each gives the images that its own loader holds, in the order of their ranks,
+    and all get the whole report.
+
+    Args:
+        model: a timm model, a DiverseViT, or any module that makes logits [B, K] of images; it is left as it was.
+        loader: yields (images [B, C, H, W], labels [B]), or images alone.
+        label: what figures call it; several of one label are seeds of one run.
+        metrics: names or levels of `metric.METRICS`; none are all.
+        measures: regularizers besides, as in `--measure`.
+        about: what else the report should say of the model.
+        look: which images it shows, by default the first two.
+        classes: why the model's classes are not the data's; empty if they are.
+        first: place of this process's first image among all.
+        after_batch: told the number of each batch that is done, from 1.
+    Raises:
+        UserError: no images, images that the model does not take, or an unknown metric.
+    """
+    chosen = choose(metrics)
+    specs = [parse_spec(text, with_coef=False) for text in measures]
+    wanted = {need for metric in [*chosen, *map(as_metric, specs)] for need in metric.needs}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batches = _batches(loader, device)
+    opening = next(batches, None)
+    own: tuple[Any, ...] | None = None
+    if opening is not None:
+        with Watched(model, wanted, opening[0][:2]) as watched:
+            lacks = watched.lacks | ({"classes": classes} if classes else {})
+            lacks |= {} if opening[1] is not None else {"labels": "the images come without labels"}
+            pass_ = Pass(watched, chosen, specs, lacks, first)
+            examples = pass_.run(chain([opening], batches), look or Look(), after_batch)
+            own = pass_.streams, pass_.of_weights(), lacks, examples
+    streams, of_weights, lacks, examples = _joined(own)
+    findings = {name: _finished(metric, stream.finding()) for name, (metric, stream) in streams.items()}
+    findings |= {name: _finished(metric, finding) for name, (metric, finding) in of_weights.items()}
+    gaps = {m.name: _why(m, lacks) for m in [*chosen, *map(as_metric, specs)] if m.name not in findings}
+    for name, finding in findings.items():
+        if np.isnan(finding.mean).all():
+            metric = (streams | of_weights)[name][0]
+            gaps[name] = f"undefined for this model and these images: {metric.text.sections['Undefined']}"
+    described = {"parameters": sum(parameter.numel() for parameter in model.parameters()), **(about or {})}
+    return Report([Assessed(label, described, findings, gaps, examples)], {})
+
+
+def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images and, if there are any, labels on the device; empty batches are left out.
+
+    Raises:
+        UserError: the loader yields something else.
+    """
+    for batch in loader:
+        images, labels = (batch, None) if isinstance(batch, Tensor) else (*tuple(batch)[:2], None)[:2]
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise UserError("a loader must yield images [B, C, H, W], or (images, labels)")
+        if len(images):
+            yield images.to(device), labels if labels is None else labels.to(device)
+
+
+def _joined(own: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    """What all processes found, put together in the order of their ranks.
+
+    Raises:
+        UserError: no process had an image.
+    """
+    every: list[Any] = [own]
+    if world_size() > 1:
+        every = [None] * world_size()
+        dist.all_gather_object(every, own)
+    found = [each for each in every if each is not None]
+    if not found:
+        raise UserError("there are no images to measure")
+    streams, of_weights, lacks, examples = found[0]
+    for other in found[1:]:
+        for name, (_, stream) in streams.items():
+            stream.merge(other[0][name][1])
+    return streams, of_weights, lacks, examples
+
+
+def _why(metric: Metric, lacks: Mapping[str, str]) -> str:
+    return next(lacks[need] for need in metric.needs if need in lacks)
+
+
+def _finished(metric: Metric, finding: Finding) -> Finding:
+    """With its summary."""
+    if np.isnan(finding.summary):
+        return replace(finding, summary=float(metric.summarised(finding.mean)))
+    return finding
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One pass over the images
+
+
+class Pass:
+    """The metrics that a model can be measured by, and what they have seen.
+
+    Args:
+        watched: the model.
+        chosen, specs: what is to be measured.
+        lacks: what cannot be had, and why.
+        first: place of the first image.
+    Attributes:
+        streams: name -> metric and accumulator, of those that look at images.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        chosen: Sequence[Metric],
+        specs: Sequence[Spec],
+        lacks: Mapping[str, str],
+        first: int,
+    ) -> None:
+        self.watched = watched
+        able = [metric for metric in chosen if not any(need in lacks for need in metric.needs)]
+        self._of_weights = [metric for metric in able if metric.takes == "weight"]
+        self.streams: dict[str, tuple[Metric, Accumulator]] = {
+            metric.name: (metric, self._stream(metric)) for metric in able if metric.takes != "weight"
+        }
+        self._specs_of_weights: list[Spec] = []
+        for spec in specs:
+            metric = as_metric(spec)
+            if any(need in lacks for need in metric.needs):
+                continue
+            if metric.takes == "weight":
+                self._specs_of_weights.append(spec)
+            else:
+                assert watched.layout is not None
+                self.streams[spec.name] = metric, Measured(spec, watched.layout.depth, first)
+
+    def _stream(self, metric: Metric) -> Accumulator:
+        if metric.takes == "set":
+            accumulator: Accumulator = metric.function()
+            return accumulator
+        layers = self.watched.needs.attention if "attention" in metric.needs else self.watched.needs.tokens
+        axis = axis_of("layer", map(layer_label, sorted(layers)))
+        dimensions = {"output": 0, "all patches": 2, "all maps": 2}.get(metric.takes, 1)
+        return ImageMeans(metric, (axis,) * dimensions, partial(values_of, metric))
+
+    def run(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor | None]],
+        look: Look,
+        after_batch: Callable[[int], None],
+    ) -> list[Example]:
+        """Show every batch to every metric; the images to look at are those of the first one."""
+        examples: list[Example] = []
+        for number, (images, labels) in enumerate(batches, start=1):
+            shown = self.watched.look(images, labels)
+            for _, stream in self.streams.values():
+                stream.update(shown)
+            if number == 1 and is_main():
+                # Hiera keeps the patches of a mask unit together
+                row_by_row = getattr(self.watched.backbone, "unroll", None) is None
+                examples = look_at(shown, images, look, row_by_row)
+            after_batch(number)
+        for _, stream in self.streams.values():
+            stream.close()
+        return examples
+
+    def of_weights(self) -> dict[str, tuple[Metric, Finding]]:
+        """What the weights give, which need no images."""
+        layout = self.watched.layout
+        if layout is None:
+            return {}
+        found = {spec.name: (as_metric(spec), measured_weights(spec, layout)) for spec in self._specs_of_weights}
+        return found | measure_weights(layout, self._of_weights)
+
+
+def values_of(metric: Metric, shown: Shown) -> Tensor:
+    """A metric's numbers of every image of a batch.  [B, *axes]"""
+    function = metric.function
+    if metric.takes == "output":
+        return torch.as_tensor(function(shown))
+    if metric.takes == "all patches":
+        return torch.as_tensor(function(list(shown.patches.values())))
+    if metric.takes == "all maps":
+        return torch.as_tensor(function(list(shown.maps.values())))
+    if metric.takes == "patches":
+        columns = [function(x) for x in shown.patches.values()]
+    elif metric.takes == "patches and input":
+        first, *_ = shown.patches.values()
+        columns = [function(x, first) for x in shown.patches.values()]
+    elif metric.takes == "maps":
+        columns = [function(a) for a in shown.maps.values()]
+    else:
+        columns = [function(a, shown.places[block]) for block, a in shown.maps.items()]
+    return torch.stack([column.cpu().double() for column in columns], dim=1)
+
+
+def measure_weights(layout: Layout, metrics: Sequence[Metric]) -> dict[str, tuple[Metric, Finding]]:
+    """Metrics of every matrix of every block; of several matrices of a kind in a block the mean."""
+    numbers: dict[str, list[list[np.ndarray]]] = {metric.name: [] for metric in metrics}
+    for block in range(layout.depth if metrics else 0):
+        by_kind = [_weights(layout, block, kind) for kind in MATRICES]
+        for metric in metrics:
+            of_each = [[np.atleast_1d(metric.function(weight)) for weight in weights] for weights in by_kind]
+            numbers[metric.name].append([nanmean(padded(each).T) for each in of_each])
+    labels = axis_of("layer", map(layer_label, range(layout.depth)))
+    found: dict[str, tuple[Metric, Finding]] = {}
+    for metric in metrics:
+        mean = padded([value for row in numbers[metric.name] for value in row])  # [L * kinds, length]
+        mean = mean.reshape(layout.depth, len(MATRICES), -1)
+        axes: tuple[Axis, ...] = (labels, Axis("matrix", MATRICES))
+        if metric.summary == "none":
+            axes = (*axes, axis_of("component", map(str, range(mean.shape[2]))))
+        else:
+            mean = mean[:, :, 0]
+        found[metric.name] = metric, Finding(axes, mean)
+    return found
+
+
+def _weights(layout: Layout, block: int, kind: str) -> list[Weight]:
+    """A block's matrices of a kind; none if it has none."""
+    try:
+        stacks = layout.weights(block, [kind])
+    except UserError:  # this family has no such matrix here: a gap
+        return []
+    return [Weight(matrix) for stack in stacks for matrix in stack]
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of different lengths as one array, with NaN after their ends; [1, 1] of NaN if there are none."""
+    length = max((len(row) for row in rows), default=1)
+    whole = np.full((max(len(rows), 1), length), np.nan)
+    for place, row in enumerate(rows):
+        whole[place, : len(row)] = row
+    return whole

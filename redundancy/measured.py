@@ -1,0 +1,108 @@
+"""Any regularizer of `--list-regularizers` as a metric: `--measure SPEC`, as in main.py, layer by layer.
+
+main.py logs the sum over a spec's layers. Here each layer, pair of layers or matrix has a number of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import Layout
+from models.adapters import MATRICES
+from redundancy.finding import Axis, Finding
+from redundancy.metric import Metric, Needs, Takes, Text
+from redundancy.shown import Shown, layer_label
+from redundancy.streams import Accumulator, ImageMeans, axis_of
+from regularizers import Spec
+from regularizers.catalogue import read
+from regularizers.diversity import BoundTerm
+
+NEEDS: dict[str, Needs] = {"patch": "tokens", "attn": "attention", "weight": "weights"}
+
+
+def _by_spec() -> None:
+    """What stands where other metrics have their function: `Measured` and `measured_weights` compute it."""
+
+
+def as_metric(spec: Spec) -> Metric:
+    """How a spec is named and explained in the report."""
+    (entry,) = (entry for entry in read().entries if entry.name == spec.measure)
+    of_weights = spec.level == "weight"
+    sections = {
+        "Where": f"{spec.layers} ({spec.level})",
+        "Normalised": "as the equation says",
+        "Range": entry.text.sections["Range"],
+        "Undefined": "layers that the model does not show",
+        "Source": entry.text.sections["Source"],
+    }
+    text = Text(entry.text.title, entry.text.equation, "As --measure computes it, each layer by itself.", sections)
+    needs = NEEDS[spec.level]
+    takes: Takes = "weight" if of_weights else "set"
+    return Metric(spec.name, _by_spec, takes, "R", "mean", (None, None), "high", False, (needs,), text)
+
+
+class Measured(Accumulator):
+    """Adds a spec of patches or attention up over images.
+
+    The random probes of some measures are drawn anew for each image, from its place in the order.
+
+    Args:
+        spec: of a measure that takes a set, or a pair.
+        depth: L of the model.
+        first: place of the first image that it will see.
+    """
+
+    def __init__(self, spec: Spec, depth: int, first: int = 0) -> None:
+        self.term = BoundTerm(spec, depth)
+        self.place = first
+        labels = [layer_label(layer) for layer in self.term.layers]
+        labels += [f"{layer_label(one)}:{layer_label(other)}" for one, other in self.term.pairs]
+        self.means = ImageMeans(as_metric(spec), (axis_of("layer", labels),))
+
+    def update(self, shown: Shown) -> None:
+        rows = []
+        for image in range(len(shown.logits)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.place)
+                rows.append(self._of_image(shown, image))
+            self.place += 1
+        self.means.add(torch.stack(rows).double().cpu().numpy())
+
+    def _of_image(self, shown: Shown, image: int) -> Tensor:
+        """One number for each layer, or each pair."""
+        function = self.term.function
+        wanted: list[tuple[int, ...]] = [*((layer,) for layer in self.term.layers), *self.term.pairs]
+        sets = [[self._items(shown, layer, image) for layer in layers] for layers in wanted]
+        return torch.stack([function(*items).cpu() for items in sets])
+
+    def _items(self, shown: Shown, layer: int, image: int) -> Tensor:
+        """[..., n, d]"""
+        if self.term.level.source == "tokens":
+            return shown.patches[layer][image]
+        return shown.maps[layer][image].flatten(-2)
+
+    def merge(self, other: Measured) -> None:
+        self.means.merge(other.means)
+
+    def finding(self) -> Finding:
+        return self.means.finding()
+
+
+def measured_weights(spec: Spec, layout: Layout) -> Finding:
+    """A spec of weights: a number for each of its blocks and matrices."""
+    term = BoundTerm(spec, layout.depth)
+    kinds = [kind for kind in MATRICES if kind in term.matrices]
+    values = np.full((len(term.layers), len(kinds)), np.nan)
+    for row, layer in enumerate(term.layers):
+        for column, kind in enumerate(kinds):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(layer)
+                matrices = [matrix for stack in layout.weights(layer, [kind]) for matrix in stack]
+                found = [float(term.function(matrix[None].detach())) for matrix in matrices]
+            values[row, column] = np.mean(found)
+    axes: Sequence[Axis] = (axis_of("layer", map(layer_label, term.layers)), Axis("matrix", tuple(kinds)))
+    return Finding(tuple(axes), values)

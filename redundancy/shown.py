@@ -1,0 +1,65 @@
+"""What one batch of images shows of a model, in the form that metrics take it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from models.adapters import INPUT
+
+
+class Place(NamedTuple):
+    """Where the tokens of an attention map lie in the image.
+
+    Attributes:
+        prefix: tokens before the patches.
+        size: height and width of the image in pixels.
+        grid: rows and columns of the patches in the whole image; None if they are none.
+    """
+
+    prefix: int
+    size: tuple[int, int]
+    grid: tuple[int, int] | None
+
+
+def grid_of(count: int, size: tuple[float, float]) -> tuple[int, int] | None:
+    """Rows and columns of that many patches in a rectangle of this height and width; None if they make no grid."""
+    height, width = size
+    rows = round(math.sqrt(count * height / width)) if count > 0 else 0
+    if not rows or count % rows:
+        return None
+    columns = count // rows
+    return (rows, columns) if abs(columns - rows * width / height) < 1 else None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A batch.
+
+    Attributes:
+        size: height and width of the images in pixels.
+        patches: layer -> the patch tokens of its output, [B, P, D]; -1 is the input of block 0.
+        maps: block -> its softmax maps, [B, W, H, n, m], W windows of an image (1 if there are none).
+        places: block -> where the tokens of its maps lie.
+        logits: [B, K].
+        features: [B, D], what the classifier reads; None if that could not be seen.
+        patch_logits: [B, P, K]; None if patches cannot be classified.
+        labels: [B]; None if there are none.
+    """
+
+    size: tuple[int, int]
+    patches: dict[int, Tensor]
+    maps: dict[int, Tensor]
+    places: dict[int, Place]
+    logits: Tensor
+    features: Tensor | None = None
+    patch_logits: Tensor | None = None
+    labels: Tensor | None = None
+
+
+def layer_label(layer: int) -> str:
+    """What a layer is called: 'input', '0', '1', ..."""
+    return "input" if layer == INPUT else str(layer)

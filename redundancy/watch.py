@@ -1,0 +1,175 @@
+"""A model that is being measured: hooks on all that it shows, and the reasons for what it does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import BAD_ARGUMENT, UserError, reason
+from models import Captured, DiverseViT, Layout, Needs, find_layout
+from models.adapters import INPUT
+from models.capture import check_captured
+from models.heads import OwnHead
+from redundancy.shown import Place, Shown, grid_of
+from regularizers.primitives import full_precision
+
+OF_MODELS = ("tokens", "attention", "patch logits")  # what a forward pass may show besides logits
+
+
+def shown_by(
+    captured: Captured,
+    layout: Layout | None,
+    size: tuple[int, int],
+    features: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Shown:
+    """What a forward pass captured, in the form that metrics take it, in at least float32.
+
+    Args:
+        layout: of the model; None if nothing but logits was captured.
+        size: height and width of the images in pixels.
+        features, labels: see `Shown`.
+    """
+    batch = len(captured.logits)
+    patches = {
+        layer: full_precision(tokens[:, captured.prefix_tokens[layer] :])
+        for layer, tokens in captured.tokens.items()
+    }
+    maps = {
+        block: full_precision(attention).reshape(batch, -1, *attention.shape[-3:])
+        for block, attention in captured.attention.items()
+    }
+    places = {block: _place_of(layout, block, patches.get(block), size) for block in maps if layout is not None}
+    patch_logits = None if captured.patch_logits is None else full_precision(captured.patch_logits)
+    return Shown(size, patches, maps, places, full_precision(captured.logits), features, patch_logits, labels)
+
+
+def _place_of(layout: Layout, block: int, patches: Tensor | None, size: tuple[int, int]) -> Place:
+    """Where the tokens of a block's maps lie; channels lie nowhere."""
+    between_tokens = all(tap.between == "tokens" for tap in layout.map_taps(block))
+    grid = grid_of(patches.shape[1], size) if patches is not None and between_tokens else None
+    return Place(layout.prefix_tokens(block), size, grid)
+
+
+class Watched:
+    """A timm model, or any other, in evaluation mode, with hooks that go when it is left (`with Watched(...)`).
+
+    Args:
+        model: the model; a DiverseViT's own hooks stay out of it.
+        wanted: what metrics need, of `metric.Needs`.
+        images: [B, C, H, W], a few to try it with.
+    Attributes:
+        layout: the model's layout; None if it is no vision transformer that is known.
+        lacks: of what it does not show, the reason.
+    Raises:
+        UserError: it does not take such images.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Collection[str], images: Tensor) -> None:
+        self.backbone: Any = model.backbone if isinstance(model, DiverseViT) else model
+        self.size = (images.shape[2], images.shape[3])
+        self.layout: Layout | None = None
+        self.lacks: dict[str, str] = {}
+        self._modes = [(module, module.training) for module in self.backbone.modules()]
+        self._features: Tensor | None = None
+        self._watch_features()
+        possible = self._possible(wanted)
+        every = Needs()
+        for needs in possible.values():
+            every = every | needs
+        self.model = DiverseViT(self.backbone, measured=every)
+        self._try(images, Needs())
+        self.needs = Needs()
+        for name, needs in possible.items():
+            try:
+                captured = self._try(images, needs)
+                assert self.layout is not None
+                check_captured(captured, self.layout, self.size)
+            except UserError as error:
+                self.lacks[name] = str(error)
+            else:
+                self.needs = self.needs | needs
+
+    def __enter__(self) -> Watched:
+        self.backbone.eval()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the model as it was before."""
+        self.model.unhook()
+        if self._handle is not None:
+            self._handle.remove()
+        for module, mode in self._modes:
+            module.training = mode
+
+    def _possible(self, wanted: Collection[str]) -> dict[str, Needs]:
+        """What of the wanted the model's parts promise to show."""
+        try:
+            self.layout = find_layout(self.backbone)
+        except UserError as error:
+            self.lacks |= dict.fromkeys((*OF_MODELS, "weights"), str(error))
+            return {}
+        depth, found = self.layout.depth, {}
+        if "tokens" in wanted:
+            found["tokens"] = Needs(tokens=frozenset(range(INPUT, depth)))
+        if "attention" in wanted:
+            blocks = frozenset(block for block in range(depth) if self._has_map(block))
+            if blocks:
+                self.lacks.pop("attention", None)
+                found["attention"] = Needs(attention=blocks)
+        if "patch logits" in wanted:
+            try:
+                OwnHead(self.layout)
+                found["patch logits"] = Needs(patch_logits=True)
+            except UserError as error:
+                self.lacks["patch logits"] = str(error)
+        return found
+
+    def _has_map(self, block: int) -> bool:
+        assert self.layout is not None
+        try:
+            self.layout.map_taps(block)
+        except UserError as error:
+            self.lacks["attention"] = str(error)
+            return False
+        return True
+
+    def _watch_features(self) -> None:
+        """Note what the classifier reads."""
+        find = getattr(self.backbone, "get_classifier", None)
+        classifier = find() if find is not None else None
+        classifier = classifier[0] if isinstance(classifier, tuple) else classifier  # of a distilled student
+        self._handle = None
+        if isinstance(classifier, nn.Module):
+            self._handle = classifier.register_forward_pre_hook(self._before_classifier)
+
+    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._features is None and args:  # later ones are those of single patches
+            self._features = args[0].detach()
+
+    def _try(self, images: Tensor, needs: Needs) -> Captured:
+        self._features = None
+        try:
+            captured = self.model.tried(images, needs)
+        except BAD_ARGUMENT as error:
+            shape = " x ".join(map(str, images.shape[1:]))
+            name = type(self.backbone).__name__
+            raise UserError(f"{name} cannot take images of {shape} pixels: {reason(error)}") from error
+        if captured.logits.ndim != 2:
+            raise UserError(
+                f"{type(self.backbone).__name__} returns {list(captured.logits.shape)} for {len(images)} images, "
+                "not logits [B, K]: measure a classifier, or one whose head is nn.Identity()"
+            )
+        if self._features is None or self._features.ndim != 2:
+            self.lacks["features"] = "the model has no classifier that reads one vector an image"
+        return captured
+
+    @torch.no_grad()
+    def look(self, images: Tensor, labels: Tensor | None) -> Shown:
+        """What a batch of images [B, C, H, W] shows."""
+        self._features = None
+        captured = self.model(images, needs=self.needs)
+        return shown_by(captured, self.layout, self.size, self._features, labels)
