@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from redundancy.assess import assess
+    from redundancy.assessment import assess
     from redundancy.examples import Look
     from redundancy.report import Report
 else:
-    _MODULES = {"assess": "assess", "Look": "examples", "Report": "report"}
+    _MODULES = {"assess": "assessment", "Look": "examples", "Report": "report"}
 
     def __getattr__(name):
         if name not in _MODULES:

@@ -26,7 +26,7 @@ from loggers.meters import Meters
 from loggers.progress import Progress
 from options.config import check_limits, provenance
 from options.flags import Args
-from redundancy.assess import assess
+from redundancy.assessment import assess
 from redundancy.examples import Look
 from redundancy.metric import choose
 from redundancy.options import Options, read_options
