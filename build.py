@@ -95,13 +95,16 @@ def build_student(
     measure: Diversity,
     num_classes: int,
     device: torch.device,
+    monitored: Needs | None = None,
 ) -> DiverseViT:
     """The backbone with hooks on what the terms need, tried on blank images, with equal weights in all processes.
 
+    Args:
+        monitored: what is looked at besides the terms.
     Raises:
         UserError: a term cannot be computed from what this model shows.
     """
-    needs, measured = Needs(**diversity.needs), Needs(**measure.needs)
+    needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
     model = DiverseViT(backbone, needs, measured, find_scheme(diversity).head).to(device)
     tried = model.check(shape_of(args), num_classes, needs | measured)
     diversity.check(tried)

@@ -58,6 +58,7 @@ from options import config
 from options.config import Resolved
 from options.flags import shape_of
 from program import Patience, Signals
+from redundancy.monitor import Monitor
 from regularizers import Diversity
 from runs import build_run
 from schedules import global_batch, scaled_lr, without_effect
@@ -146,7 +147,8 @@ def run(args: Resolved) -> None:
     fresh = replace(args, finetune="", pretrained=False) if resumed else args  # its weights come later
     backbone = build_backbone(fresh, num_classes)
     diversity, measure = build_diversity(args, backbone)
-    model = build_student(args, backbone, diversity, measure, num_classes, device)
+    monitor = Monitor(args, backbone, val_set)
+    model = build_student(args, backbone, diversity, measure, num_classes, device, monitor.needs)
     if args.eval:
         val_loader = build_eval_loader(args, val_set, world_size(), rank(), device)
         evaluate_checkpoint(args, model, state, val_loader, len(val_set), precision, measure)
@@ -154,7 +156,7 @@ def run(args: Resolved) -> None:
     objective = build_objective(args, diversity, num_classes, device)
     output = Path(args.output_dir) if args.output_dir else None
     with Signals() as signals, Lock(output), build_trackers(args) as trackers:
-        train(args, model, objective, measure, val_set, precision, signals, earlier, trackers)
+        train(args, model, objective, measure, monitor, val_set, precision, signals, earlier, trackers)
 
 
 def start(args: Resolved) -> Precision:
@@ -182,6 +184,7 @@ def train(
     model: DiverseViT,
     objective: Objective,
     measure: Diversity,
+    monitor: Monitor,
     val_set: LabelledImages,
     precision: Precision,
     signals: Signals,
@@ -236,8 +239,10 @@ def train(
         averaged: dict[str, float] = {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
             tested, averaged = evaluate_run(run_state, val_loader, precision, measure, saver.after_batch)
-        record = run_state.finish_epoch(trained, tested, averaged)
+        monitored = monitor.measure(epoch, run_state.model, precision)
+        record = run_state.finish_epoch(trained, tested, averaged, monitored)
         report_run(run_state, tested, averaged, len(val_set))
+        report_redundancy(monitored)
         for observer in observers:
             observer.after_epoch(record)
     print_main(f"Training time {clock(time.perf_counter() - began)}")
@@ -307,6 +312,13 @@ def report_run(
     if averaged:
         print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
     print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
+
+
+def report_redundancy(monitored: Mapping[str, float]) -> None:
+    """Print what --monitor-redundancy gave for the last layer, if this epoch has it."""
+    last = [f"{name.removesuffix('@last')} {value:.4g}" for name, value in monitored.items() if "@last" in name]
+    if last:
+        print_main(f"redundancy, last layer: {'  '.join(last)}")
 
 
 def note_worse_average(tested: Mapping[str, float], averaged: Mapping[str, float]) -> None:

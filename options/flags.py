@@ -81,6 +81,14 @@ class Args:
         metavar="LEVEL.MEASURE[:OPTIONS][@LAYERS]",
     )
 
+    monitor_redundancy: int = flag(
+        0,
+        NOW,
+        "measure redundancy of all layers on 32 evaluation images every N epochs, and after the last; 0: never",
+        "--monitor-redundancy",
+        limits=FROM_0,
+    )
+
     model: str = flag(
         "deit_base_patch16_224", STAYS, "any timm model; _diverse and layer24 names of the reference", group="model"
     )

@@ -31,8 +31,9 @@ from redundancy.finding import Assessed, Axis, Example, Finding
 from redundancy.measured import Measured, as_metric, measured_weights
 from redundancy.metric import Metric, choose, nanmean
 from redundancy.report import Report
-from redundancy.shown import Shown, layer_label
+from redundancy.shown import layer_label
 from redundancy.streams import Accumulator, ImageMeans, axis_of
+from redundancy.values import values_of
 from redundancy.watch import Watched
 from redundancy.weights import Weight
 from regularizers import Spec, parse_spec
@@ -86,13 +87,11 @@ def assess(
             examples = pass_.run(chain([opening], batches), look or Look(), after_batch)
             own = pass_.streams, pass_.of_weights(), lacks, examples
     streams, of_weights, lacks, examples = _joined(own)
-    findings = {name: _finished(metric, stream.finding()) for name, (metric, stream) in streams.items()}
-    findings |= {name: _finished(metric, finding) for name, (metric, finding) in of_weights.items()}
-    gaps = {m.name: _why(m, lacks) for m in [*chosen, *map(as_metric, specs)] if m.name not in findings}
-    for name, finding in findings.items():
-        if np.isnan(finding.mean).all():
-            metric = (streams | of_weights)[name][0]
-            gaps[name] = f"undefined for this model and these images: {metric.text.sections['Undefined']}"
+    found = {name: stream.finding() for name, stream in streams.items()} | of_weights
+    asked = [*chosen, *map(as_metric, specs)]
+    findings = {each.name: _finished(each, found[each.name]) for each in asked if each.name in found}
+    gaps = {each.name: _why(each, findings, lacks) for each in asked}
+    gaps = {name: why for name, why in gaps.items() if why}
     described = {"parameters": sum(parameter.numel() for parameter in model.parameters()), **(about or {})}
     return Report([Assessed(label, described, findings, gaps, examples)], {})
 
@@ -126,13 +125,18 @@ def _joined(own: tuple[Any, ...] | None) -> tuple[Any, ...]:
         raise UserError("there are no images to measure")
     streams, of_weights, lacks, examples = found[0]
     for other in found[1:]:
-        for name, (_, stream) in streams.items():
-            stream.merge(other[0][name][1])
+        for name, stream in streams.items():
+            stream.merge(other[0][name])
     return streams, of_weights, lacks, examples
 
 
-def _why(metric: Metric, lacks: Mapping[str, str]) -> str:
-    return next(lacks[need] for need in metric.needs if need in lacks)
+def _why(metric: Metric, findings: Mapping[str, Finding], lacks: Mapping[str, str]) -> str:
+    """Why a metric has nothing to show; empty if it has."""
+    if metric.name not in findings:
+        return next(lacks[need] for need in metric.needs if need in lacks)
+    if np.isnan(findings[metric.name].mean).all():
+        return f"undefined for this model and these images: {metric.text.sections['Undefined']}"
+    return ""
 
 
 def _finished(metric: Metric, finding: Finding) -> Finding:
@@ -155,7 +159,7 @@ class Pass:
         lacks: what cannot be had, and why.
         first: place of the first image.
     Attributes:
-        streams: name -> metric and accumulator, of those that look at images.
+        streams: of the metrics that look at images, by name.
     """
 
     def __init__(
@@ -169,9 +173,7 @@ class Pass:
         self.watched = watched
         able = [metric for metric in chosen if not any(need in lacks for need in metric.needs)]
         self._of_weights = [metric for metric in able if metric.takes == "weight"]
-        self.streams: dict[str, tuple[Metric, Accumulator]] = {
-            metric.name: (metric, self._stream(metric)) for metric in able if metric.takes != "weight"
-        }
+        self.streams = {metric.name: self._stream(metric) for metric in able if metric.takes != "weight"}
         self._specs_of_weights: list[Spec] = []
         for spec in specs:
             metric = as_metric(spec)
@@ -181,7 +183,7 @@ class Pass:
                 self._specs_of_weights.append(spec)
             else:
                 assert watched.layout is not None
-                self.streams[spec.name] = metric, Measured(spec, watched.layout.depth, first)
+                self.streams[spec.name] = Measured(spec, watched.layout.depth, first)
 
     def _stream(self, metric: Metric) -> Accumulator:
         if metric.takes == "set":
@@ -202,48 +204,27 @@ class Pass:
         examples: list[Example] = []
         for number, (images, labels) in enumerate(batches, start=1):
             shown = self.watched.look(images, labels)
-            for _, stream in self.streams.values():
+            for stream in self.streams.values():
                 stream.update(shown)
             if number == 1 and is_main():
                 # Hiera keeps the patches of a mask unit together
                 row_by_row = getattr(self.watched.backbone, "unroll", None) is None
                 examples = look_at(shown, images, look, row_by_row)
             after_batch(number)
-        for _, stream in self.streams.values():
+        for stream in self.streams.values():
             stream.close()
         return examples
 
-    def of_weights(self) -> dict[str, tuple[Metric, Finding]]:
+    def of_weights(self) -> dict[str, Finding]:
         """What the weights give, which need no images."""
         layout = self.watched.layout
         if layout is None:
             return {}
-        found = {spec.name: (as_metric(spec), measured_weights(spec, layout)) for spec in self._specs_of_weights}
+        found = {spec.name: measured_weights(spec, layout) for spec in self._specs_of_weights}
         return found | measure_weights(layout, self._of_weights)
 
 
-def values_of(metric: Metric, shown: Shown) -> Tensor:
-    """A metric's numbers of every image of a batch.  [B, *axes]"""
-    function = metric.function
-    if metric.takes == "output":
-        return torch.as_tensor(function(shown))
-    if metric.takes == "all patches":
-        return torch.as_tensor(function(list(shown.patches.values())))
-    if metric.takes == "all maps":
-        return torch.as_tensor(function(list(shown.maps.values())))
-    if metric.takes == "patches":
-        columns = [function(x) for x in shown.patches.values()]
-    elif metric.takes == "patches and input":
-        first, *_ = shown.patches.values()
-        columns = [function(x, first) for x in shown.patches.values()]
-    elif metric.takes == "maps":
-        columns = [function(a) for a in shown.maps.values()]
-    else:
-        columns = [function(a, shown.places[block]) for block, a in shown.maps.items()]
-    return torch.stack([column.cpu().double() for column in columns], dim=1)
-
-
-def measure_weights(layout: Layout, metrics: Sequence[Metric]) -> dict[str, tuple[Metric, Finding]]:
+def measure_weights(layout: Layout, metrics: Sequence[Metric]) -> dict[str, Finding]:
     """Metrics of every matrix of every block; of several matrices of a kind in a block the mean."""
     numbers: dict[str, list[list[np.ndarray]]] = {metric.name: [] for metric in metrics}
     for block in range(layout.depth if metrics else 0):
@@ -252,7 +233,7 @@ def measure_weights(layout: Layout, metrics: Sequence[Metric]) -> dict[str, tupl
             of_each = [[np.atleast_1d(metric.function(weight)) for weight in weights] for weights in by_kind]
             numbers[metric.name].append([nanmean(padded(each).T) for each in of_each])
     labels = axis_of("layer", map(layer_label, range(layout.depth)))
-    found: dict[str, tuple[Metric, Finding]] = {}
+    found: dict[str, Finding] = {}
     for metric in metrics:
         mean = padded([value for row in numbers[metric.name] for value in row])  # [L * kinds, length]
         mean = mean.reshape(layout.depth, len(MATRICES), -1)
@@ -261,7 +242,7 @@ def measure_weights(layout: Layout, metrics: Sequence[Metric]) -> dict[str, tupl
             axes = (*axes, axis_of("component", map(str, range(mean.shape[2]))))
         else:
             mean = mean[:, :, 0]
-        found[metric.name] = metric, Finding(axes, mean)
+        found[metric.name] = Finding(axes, mean)
     return found
 
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
@@ -27,6 +26,7 @@ from loggers.progress import Progress
 from options.config import check_limits, provenance
 from options.flags import Args
 from redundancy.assessment import assess
+from redundancy.draw import draw
 from redundancy.examples import Look
 from redundancy.metric import choose
 from redundancy.options import Options, read_options
@@ -115,7 +115,7 @@ def _load(subject: Subject, options: Options) -> Loaded:
 def flags_for(loaded: Loaded, args: Args) -> Args:
     """The flags, with the size and preprocessing of a model's images; what was given holds."""
     channels, *size = loaded.image_shape
-    own = {
+    own: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in loaded.preprocessing._asdict().items()
         if getattr(args, name) is None
@@ -155,17 +155,16 @@ def measure(subject: Subject, options: Options, device: torch.device) -> Report:
     return replace(report, about=about_run(options, images, len(drawn), device))
 
 
-def draw(available: int, wanted: int, seed: int) -> np.ndarray:
-    """Places of the images that are measured, in the order in which they are: a random one, without repetition."""
-    return np.random.default_rng(seed).permutation(available)[:wanted]
-
-
 @contextmanager
 def showing(progress: Progress, batches: int) -> Iterator[Callable[[int], None]]:
     """A function that is told of each batch that is done, and shows where the work stands."""
     steps = progress.over(1, batches, Meters())
     next(steps, None)
-    yield lambda batch: next(steps, None)
+
+    def after_batch(batch: int) -> None:
+        next(steps, None)
+
+    yield after_batch
 
 
 def other_classes(loaded: Loaded, classes: Sequence[str]) -> str:

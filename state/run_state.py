@@ -261,13 +261,18 @@ class RunState:
         return weights * (4 if self.ema is not None else 3)
 
     def finish_epoch(
-        self, trained: Mapping[str, float], tested: Mapping[str, float], averaged: Mapping[str, float]
+        self,
+        trained: Mapping[str, float],
+        tested: Mapping[str, float],
+        averaged: Mapping[str, float],
+        monitored: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Step the schedule and add the epoch to the log.
 
         Args:
             trained, tested, averaged: what training, the model's evaluation and that of its EMA gave; averaged is
                 empty without an EMA, and both where the epoch is not evaluated.
+            monitored: redundancy, if it was measured (`--monitor-redundancy`).
         Returns: the epoch's line of log.txt, in which null stands for what is not a number.
         """
         self.epoch += 1
@@ -280,6 +285,7 @@ class RunState:
         record: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
         record |= {f"test_{name}": value for name, value in tested.items()}
         record |= {f"ema_test_{name}": value for name, value in averaged.items()}
+        record |= {f"redundancy_{name}": value for name, value in (monitored or {}).items()}
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record |= {"max_acc": self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("options", "images", "loggers", "mixing", "models", "regularizers", "state")
+PACKAGES = ("options", "images", "loggers", "mixing", "models", "redundancy", "regularizers", "state")
 # From the ground up. A module may import what stands on lower floors, and its neighbours on its own.
 FLOORS = (
     ("errors",),
@@ -21,7 +21,7 @@ FLOORS = (
     ("options.config", "losses", "datasets", "schedules"),
     ("loaders", "engine", "elsewhere"),
     ("state",),
-    ("build", "runs", "warmup", "export", "check_data"),
+    ("build", "runs", "warmup", "export", "check_data", "redundancy"),
     ("main",),
     ("hubconf",),
 )
