@@ -155,13 +155,13 @@ def distance(a: Tensor, place: Place) -> Tensor:
     Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), figure 7.
     """
     distances = _distances(a.shape[1], a.shape[-2], a.shape[-1], place)
-    if distances is None or bool((a < 0).any()):
+    if distances is None:
         return a.new_full(a.shape[:1], torch.nan)
     n, m = distances.shape
     between = a[..., a.shape[-2] - n :, a.shape[-1] - m :]  # patches to patches
     weights = between.sum(dim=-1)  # [B, W, H, n]
     along = (between * distances.to(a)).sum(dim=-1) / weights.clamp_min(torch.finfo(a.dtype).tiny)
-    return along.flatten(1).mean(dim=1)
+    return undefined_where((a < 0).flatten(1).any(dim=1), along.flatten(1).mean(dim=1))
 
 
 def _distances(windows: int, queries: int, keys: int, place: Place) -> Tensor | None:

@@ -39,7 +39,8 @@ def as_metric(spec: Spec) -> Metric:
         "Undefined": "layers that the model does not show",
         "Source": entry.text.sections["Source"],
     }
-    text = Text(entry.text.title, entry.text.equation, "As --measure computes it, each layer by itself.", sections)
+    remark = "As --measure computes it, each layer by itself."
+    text = Text(entry.text.summary, entry.text.equation, remark, sections)
     needs = NEEDS[spec.level]
     takes: Takes = "weight" if of_weights else "set"
     return Metric(spec.name, _by_spec, takes, "R", "mean", (None, None), "high", False, (needs,), text)

@@ -116,11 +116,13 @@ def patch_accuracy(shown: Shown) -> Tensor:
     Where: the final norm and head, on every patch of the last block.
     Normalised: nothing.
     Range: [0, 100] percent.
-    Undefined: without labels; classes of the model that are not the data's; heads that cannot classify patches.
+    Undefined: without labels; classes of the model that are not the data's; heads that cannot classify patches;
+        logits that are not finite.
     Source: Gong et al. 2021 (arXiv 2104.12753), whose mixing loss trains it.
     """
     assert shown.labels is not None and shown.patch_logits is not None
-    return 100.0 * (shown.patch_logits.argmax(dim=-1) == shown.labels[:, None]).double().mean(dim=1)
+    share = 100.0 * (shown.patch_logits.argmax(dim=-1) == shown.labels[:, None]).double().mean(dim=1)
+    return share.masked_fill(~shown.patch_logits.isfinite().all(dim=(1, 2)), torch.nan)
 
 
 @metric("output.knn", takes="set", label="%", summary="value", limits=(0, 100), needs=("labels", "features"))
@@ -137,7 +139,7 @@ class Neighbours(Accumulator):
     Normalised: each image's features to length 1.
     Range: [0, 100] percent.
     Undefined: without labels; a single image; a model without a classifier, or features that are not one vector an
-        image.
+        image, or not finite.
     Source: Wu et al. 2018 (arXiv 1805.01978), as DINO (arXiv 2104.14294) evaluates; leaving one out.
     """
 
@@ -157,7 +159,7 @@ class Neighbours(Accumulator):
     def finding(self) -> Finding:
         images = sum(map(len, self.labels))
         means = ImageMeans(METRICS["output.knn"], ())
-        if images < 2:
+        if images < 2 or not all(features.isfinite().all() for features in self.features):
             means.add(np.full(max(images, 1), np.nan))
             return means.finding()
         labels, u = torch.cat(self.labels), torch.cat(self.features).double()

@@ -1,6 +1,7 @@
 """Metrics of patches: the patch tokens of a block's output, before the final norm, without prefix tokens.
 
-Layer 'input' is what enters block 0. Each number is one image's; a finding is their mean over images.
+Layer 'input' is what enters block 0. Each number is one image's; a finding is their mean over images. Where tokens
+are not finite, a metric is undefined.
 
 Shapes: B images, P patches, D width, L layers.
 """
@@ -151,9 +152,14 @@ def effective_rank(x: Tensor) -> Tensor:
 
 
 def singular_values(x: Tensor) -> Tensor:
-    """Of matrices [..., n, d], largest first, in float64 (MPS has none: on the CPU).  -> [..., min(n, d)]"""
+    """Of matrices [..., n, d], largest first, in float64 (MPS has none: on the CPU).  -> [..., min(n, d)]
+
+    NaN for a matrix that is not finite.
+    """
     x = x.cpu() if x.device.type == "mps" else x
-    return torch.linalg.svdvals(x.double())
+    finite = x.isfinite().all(dim=(-2, -1))[..., None, None]
+    values = torch.linalg.svdvals(torch.where(finite, x.double(), 0.0))
+    return torch.where(finite[..., 0], values, torch.nan)
 
 
 @metric("patch.norm_outliers", takes="patches", label="share of patches", summary="last", limits=(0, None))
@@ -174,7 +180,8 @@ def norm_outliers(x: Tensor) -> Tensor:
     Source: after Darcet et al. 2024 (arXiv 2309.16588).
     """
     lengths, median = _lengths(x)
-    return undefined_where(median == 0, (lengths > OUTLIER * median[:, None]).double().mean(dim=1))
+    undefined = (median == 0) | ~lengths.isfinite().all(dim=1)
+    return undefined_where(undefined, (lengths > OUTLIER * median[:, None]).double().mean(dim=1))
 
 
 @metric("patch.norm_ratio", takes="patches", label="longest / median", summary="last", limits=(1, None))

@@ -152,7 +152,9 @@ class Singular:
             self.add(other.rows)
 
     def values(self) -> np.ndarray:
-        """Largest first."""
+        """Largest first; NaN if a row is not finite."""
+        if not self.rows.isfinite().all():
+            return np.full(min(self.rows.shape), np.nan)
         return torch.linalg.svdvals(self.rows).numpy()
 
 

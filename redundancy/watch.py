@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -73,16 +74,23 @@ class Watched:
         self.size = (images.shape[2], images.shape[3])
         self.layout: Layout | None = None
         self.lacks: dict[str, str] = {}
-        self._modes = [(module, module.training) for module in self.backbone.modules()]
         self._features: Tensor | None = None
-        self._watch_features()
-        possible = self._possible(wanted)
-        every = Needs()
-        for needs in possible.values():
-            every = every | needs
-        self.model = DiverseViT(self.backbone, measured=every)
-        self._try(images, Needs())
-        self.needs = Needs()
+        with ExitStack() as undo:  # also if it does not take such images
+            undo.callback(_restore, [(module, module.training) for module in self.backbone.modules()])
+            self._watch_features(undo)
+            possible = self._possible(wanted)
+            every = Needs()
+            for needs in possible.values():
+                every = every | needs
+            self.model = DiverseViT(self.backbone, measured=every)
+            undo.callback(self.model.unhook)
+            self._try(images, Needs())
+            self.needs = self._shown_of(images, possible)
+            self._undo = undo.pop_all()
+
+    def _shown_of(self, images: Tensor, possible: Mapping[str, Needs]) -> Needs:
+        """What the images show of the possible."""
+        shown = Needs()
         for name, needs in possible.items():
             try:
                 captured = self._try(images, needs)
@@ -91,7 +99,8 @@ class Watched:
             except UserError as error:
                 self.lacks[name] = str(error)
             else:
-                self.needs = self.needs | needs
+                shown = shown | needs
+        return shown
 
     def __enter__(self) -> Watched:
         self.backbone.eval()
@@ -99,11 +108,7 @@ class Watched:
 
     def __exit__(self, *error: object) -> None:
         """Leave the model as it was before."""
-        self.model.unhook()
-        if self._handle is not None:
-            self._handle.remove()
-        for module, mode in self._modes:
-            module.training = mode
+        self._undo.close()
 
     def _possible(self, wanted: Collection[str]) -> dict[str, Needs]:
         """What of the wanted the model's parts promise to show."""
@@ -137,14 +142,13 @@ class Watched:
             return False
         return True
 
-    def _watch_features(self) -> None:
-        """Note what the classifier reads."""
+    def _watch_features(self, undo: ExitStack) -> None:
+        """Note what the classifier reads, until it is undone."""
         find = getattr(self.backbone, "get_classifier", None)
         classifier = find() if find is not None else None
         classifier = classifier[0] if isinstance(classifier, tuple) else classifier  # of a distilled student
-        self._handle = None
         if isinstance(classifier, nn.Module):
-            self._handle = classifier.register_forward_pre_hook(self._before_classifier)
+            undo.callback(classifier.register_forward_pre_hook(self._before_classifier).remove)
 
     def _before_classifier(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._features is None and args:  # later ones are those of single patches
@@ -173,3 +177,9 @@ class Watched:
         self._features = None
         captured = self.model(images, needs=self.needs)
         return shown_by(captured, self.layout, self.size, self._features, labels)
+
+
+def _restore(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put modules into the mode that they were in."""
+    for module, mode in modes:
+        module.training = mode
