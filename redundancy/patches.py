@@ -22,6 +22,7 @@ from regularizers.measures import pairwise_cosine
 from regularizers.primitives import unit
 
 OUTLIER = 3.0  # times the median norm
+ROUNDING = 4.0  # times the precision: images whose patches differ by less are the same
 
 
 def undefined_where(undefined: Tensor, values: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class CKA(Groups):
     Range: near [0, 1], 1 on the diagonal; as an estimate it may leave it a little. 1 for representations that are
         equal up to rotation and scale.
     Undefined: fewer than 4 images, or a layer whose HSIC_1 with itself is not positive: it does not tell the images
-        apart.
+        apart, or by no more than rounding.
     Source: Kornblith et al. 2019 (arXiv 1905.00414), CKA; Song et al. 2012, HSIC_1; Nguyen et al. 2021 (arXiv
         2010.15327), minibatches.
     """
@@ -354,8 +355,11 @@ def hsic(layers: Sequence[Tensor]) -> np.ndarray:
     """HSIC_1 of all pairs of layers; X [n, d] each, n > 3, any d.  -> [L, L]"""
     grams = []
     for x in layers:
-        x = x.cpu() if x.device.type == "mps" else x
-        centred = x.double() - x.double().mean(dim=0)
+        rounding = ROUNDING * torch.finfo(x.dtype).eps
+        x = (x.cpu() if x.device.type == "mps" else x).double()
+        centred = x - x.mean(dim=0)
+        if centred.norm() <= rounding * x.norm():
+            centred = torch.zeros_like(x)
         grams.append((centred @ centred.T).fill_diagonal_(0))
     k = torch.stack(grams)  # [L, n, n]
     n = k.shape[1]
