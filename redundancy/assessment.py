@@ -100,14 +100,35 @@ def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Tens
     """Images and, if there are any, labels on the device; empty batches are left out.
 
     Raises:
-        UserError: the loader yields something else.
+        UserError: the loader yields something else, or not always the same.
     """
+    forms = set()
     for batch in loader:
-        images, labels = (batch, None) if isinstance(batch, Tensor) else (*tuple(batch)[:2], None)[:2]
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise UserError("a loader must yield images [B, C, H, W], or (images, labels)")
+        images, labels = _parts(batch)
         if len(images):
+            forms.add((images.shape[1:], labels is None))
+            if len(forms) > 1:
+                raise UserError("a loader must yield images of one size, and labels with all of them or with none")
             yield images.to(device), labels if labels is None else labels.to(device)
+
+
+def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of a batch.
+
+    Raises:
+        UserError: it is something else.
+    """
+    several = isinstance(batch, (tuple, list))
+    parts: Sequence[Any] = batch if several else (batch,)
+    images, labels, *_ = (*parts, None, None)
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise UserError("a loader must yield images [B, C, H, W], or (images, labels)")
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise UserError("labels must be the numbers of the images' classes, a tensor [B] of integers")
+        if (labels < 0).any():
+            raise UserError("labels must be the numbers of the images' classes, from 0")
+    return images, labels
 
 
 def _joined(own: tuple[Any, ...] | None) -> tuple[Any, ...]:
