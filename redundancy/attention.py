@@ -178,7 +178,7 @@ def _distances(windows: int, queries: int, keys: int, place: Place) -> Tensor | 
         return torch.cdist(middles(side, pitch), middles(side, pitch))
     if queries - place.prefix != rows * columns:
         return None
-    reduced = grid_of(keys - place.prefix, place.size)
+    reduced = grid_of(keys - place.prefix, place.grid)
     if reduced is None:
         return None
     return torch.cdist(middles(place.grid, pitch), middles(reduced, (height / reduced[0], width / reduced[1])))

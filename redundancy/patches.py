@@ -181,8 +181,7 @@ def norm_outliers(x: Tensor) -> Tensor:
     Source: after Darcet et al. 2024 (arXiv 2309.16588).
     """
     lengths, median = _lengths(x)
-    undefined = (median == 0) | ~lengths.isfinite().all(dim=1)
-    return undefined_where(undefined, (lengths > OUTLIER * median[:, None]).double().mean(dim=1))
+    return undefined_where(~(median > 0), (lengths > OUTLIER * median[:, None]).double().mean(dim=1))
 
 
 @metric("patch.norm_ratio", takes="patches", label="longest / median", summary="last", limits=(1, None))
@@ -200,14 +199,17 @@ def norm_ratio(x: Tensor) -> Tensor:
     Source: after Darcet et al. 2024 (arXiv 2309.16588) and Sun et al. 2024 (arXiv 2402.17762).
     """
     lengths, median = _lengths(x)
-    return undefined_where(median == 0, lengths.amax(dim=1) / median.clamp_min(torch.finfo(x.dtype).tiny))
+    return undefined_where(~(median > 0), lengths.amax(dim=1) / median.clamp_min(torch.finfo(x.dtype).tiny))
 
 
 def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The patches' lengths [B, P], and their median [B]: of an even number the mean of the two in the middle."""
+    """The patches' lengths [B, P], and their median [B]: of an even number the mean of the two in the middle.
+
+    NaN where a length is not finite.
+    """
     lengths = torch.linalg.vector_norm(x, dim=-1)
     middle = lengths.sort(dim=1).values[:, [(x.shape[1] - 1) // 2, x.shape[1] // 2]]
-    return lengths, middle.mean(dim=1)
+    return lengths, undefined_where(~lengths.isfinite().all(dim=1), middle.mean(dim=1))
 
 
 @metric("patch.to_input", takes="patches and input", label="mean cos", summary="last", limits=(None, 1))
