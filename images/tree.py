@@ -209,7 +209,7 @@ def check_tree(tree: Tree, where: object, paths: Sequence[str]) -> None:
     where = shown(str(where))
     if not tree.classes and not tree.loose:
         raise UserError(f"{where} holds no images; it must hold one folder of images per class")
-    if not tree.order:
+    if not tree.order and tree.loose:
         example = shown(paths[tree.loose[0]])
         raise UserError(
             f"{where} holds images that are in no class folder, e.g. {example}; it must hold one folder per class, "

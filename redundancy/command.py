@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from datasets import LabelledImages, build_dataset, named
-from errors import LocalError, UserError, is_first_on_machine, shown
+from errors import LocalError, UserError, is_first_on_machine, reason, shown
 from images.found import digest
 from loaders import build_eval_loader
 from loggers.meters import Meters
@@ -209,8 +210,11 @@ def check_output(folder: Path) -> None:
     """
     if os.path.lexists(folder):
         raise UserError(f"--output {folder} exists; give another one")
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output {folder} cannot be made: {parent} is no folder that can be written to")
+    parent = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".redundancy-", dir=parent))
+    except OSError as error:
+        why = f"{parent} is no folder that can be written to ({error.strerror or reason(error)})"
+        raise UserError(f"--output {folder} cannot be made: {why}") from error
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the report's figures need matplotlib: pip install -r requirements-quickstart.txt")

@@ -178,7 +178,7 @@ def choose(names: Sequence[str] | None) -> list[Metric]:
         return table
     for name in names:
         if name not in METRICS and name not in LEVELS:
-            known = [*LEVELS, *METRICS]
+            known = [*LEVELS, *(each.name for each in table)]
             hint = did_you_mean(name, known)
             raise UserError(f"--metrics {name}: there is no such metric or level.{hint} Known: {', '.join(known)}")
     return [each for each in table if each.name in names or each.level in names]

@@ -127,12 +127,16 @@ def get_args_parser() -> Parser:
 def _add_models(parser: Parser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--no-pretrained",
-        "--no_pretrained",
+        "--pretrained",
+        action="store_true",
+        default=True,
+        help="models by name get timm's weights (the default)",
+    )
+    group.add_argument(
+        *("--no-pretrained", "--no_pretrained"),
         action="store_false",
         dest="pretrained",
-        default=True,
-        help="leave models by name untrained; by default they get timm's weights",
+        help="models by name stay untrained",
     )
     group.add_argument(
         "--weights",

@@ -92,8 +92,14 @@ def find_subjects(words: Sequence[str]) -> list[Subject]:
 
 def _split(word: str) -> tuple[str, str]:
     """(label, source); no label where there is none, or where the '=' belongs to a path or an address."""
+    if Path(word).exists():
+        return "", word
+    ends = [place for place, letter in enumerate(word) if letter == "="]
+    for end in ends:
+        if Path(word[end + 1 :]).is_file() and end:
+            return word[:end], word[end + 1 :]
     label, equals, source = word.partition("=")
-    if not equals or Path(word).exists() or "/" in label or ":" in label:
+    if not equals or "/" in label or ":" in label:
         return "", word
     if not label or not source:
         raise UserError(f"{shown(word)} is not [LABEL=]NAME_OR_CHECKPOINT: one side of the '=' is empty")
@@ -160,7 +166,8 @@ def _load_name(name: str, args: Args, pretrained: bool, size: Any) -> Loaded:
         try:
             load_timms(backbone, name)
         except UserError as error:
-            raise UserError(f"{error}. --no-pretrained measures {shown(name)} untrained") from error
+            said = str(error).rstrip(".")
+            raise UserError(f"{said}; --no-pretrained measures {shown(name)} untrained") from error
     shape = (channels, *chosen)
     about = {"model": name, "weights": "timm's" if pretrained else f"untrained (seed {args.seed})"}
     names = tuple(config.get("label_names") or ())

@@ -88,6 +88,10 @@ def test_folders_without_images(image_folder, tmp_path):
         build_dataset(False, imnet(image_folder))
     with pytest.raises(UserError, match=r"class folder ant \(and 1 more\) of .*/train holds no images"):
         build_dataset(True, imnet(image_folder))
+    for label in ("a", "b"):
+        (tmp_path / "hollow" / "val" / label).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"class folder a \(and 1 more\) of .*/val holds no images"):
+        build_dataset(False, imnet(tmp_path / "hollow"))
     (tmp_path / "empty" / "val").mkdir(parents=True)
     with pytest.raises(UserError, match=r"/val holds no images; it must hold one folder of images per class"):
         build_dataset(False, imnet(tmp_path / "empty"))
