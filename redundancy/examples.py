@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from redundancy.finding import Example
-from redundancy.shown import Shown, grid_of
+from redundancy.shown import Shown
 from regularizers.primitives import unit
 
 
@@ -41,7 +41,7 @@ def look_at(shown: Shown, images: Tensor, look: Look, row_by_row: bool) -> list[
         row_by_row: whether patches stand in the order of the image.
     """
     last = max(shown.patches, default=None)
-    grid = grid_of(shown.patches[last].shape[1], shown.size) if last is not None and row_by_row else None
+    grid = shown.grids[last] if last is not None and row_by_row else None
     if grid is None:
         return []
     rows, columns = grid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,6 +48,7 @@ class Shown:
         features: [B, D], what the classifier reads; None if that could not be seen.
         patch_logits: [B, P, K]; None if patches cannot be classified.
         labels: [B]; None if there are none.
+        grids: layer -> rows and columns of its patches; None if they are none.
     """
 
     size: tuple[int, int]
@@ -58,6 +59,7 @@ class Shown:
     features: Tensor | None = None
     patch_logits: Tensor | None = None
     labels: Tensor | None = None
+    grids: dict[int, tuple[int, int] | None] = field(default_factory=dict)
 
 
 def layer_label(layer: int) -> str:

@@ -43,16 +43,29 @@ def shown_by(
         block: full_precision(attention).reshape(batch, -1, *attention.shape[-3:])
         for block, attention in captured.attention.items()
     }
-    places = {block: _place_of(layout, block, patches.get(block), size) for block in maps if layout is not None}
+    proportions = _proportions(layout, size)
+    grids = {layer: grid_of(x.shape[1], proportions) for layer, x in patches.items()}
+    places = {block: _place_of(layout, block, grids.get(block), size) for block in maps if layout is not None}
+    logits = full_precision(captured.logits)
     patch_logits = None if captured.patch_logits is None else full_precision(captured.patch_logits)
-    return Shown(size, patches, maps, places, full_precision(captured.logits), features, patch_logits, labels)
+    return Shown(size, patches, maps, places, logits, features, patch_logits, labels, grids)
 
 
-def _place_of(layout: Layout, block: int, patches: Tensor | None, size: tuple[int, int]) -> Place:
+def _proportions(layout: Layout | None, size: tuple[int, int]) -> tuple[float, float]:
+    """Height and width of the images in patches, which need not be square."""
+    if layout is None:
+        return size
+    try:
+        height, width = layout.patch_size
+    except UserError:  # the model does not say
+        return size
+    return size[0] / height, size[1] / width
+
+
+def _place_of(layout: Layout, block: int, grid: tuple[int, int] | None, size: tuple[int, int]) -> Place:
     """Where the tokens of a block's maps lie; channels lie nowhere."""
     between_tokens = all(tap.between == "tokens" for tap in layout.map_taps(block))
-    grid = grid_of(patches.shape[1], size) if patches is not None and between_tokens else None
-    return Place(layout.prefix_tokens(block), size, grid)
+    return Place(layout.prefix_tokens(block), size, grid if between_tokens else None)
 
 
 class Watched:
