@@ -28,7 +28,7 @@ from models import Layout
 from models.adapters import MATRICES
 from redundancy.examples import Look, look_at
 from redundancy.finding import Assessed, Axis, Example, Finding
-from redundancy.measured import Measured, as_metric, measured_weights
+from redundancy.measured import Measured, as_metric, measured_weights, refusal
 from redundancy.metric import Metric, choose, nanmean
 from redundancy.report import Report
 from redundancy.shown import layer_label
@@ -83,6 +83,7 @@ def assess(
         with Watched(model, wanted, opening[0][:2]) as watched:
             lacks = watched.lacks | ({"classes": classes} if classes else {})
             lacks |= {} if opening[1] is not None else {"labels": "the images come without labels"}
+            lacks |= _refused(specs, watched, opening[0][:2], lacks)
             pass_ = Pass(watched, chosen, specs, lacks, first)
             examples = pass_.run(chain([opening], batches), look or Look(), after_batch)
             own = pass_.streams, pass_.of_weights(), lacks, examples
@@ -131,6 +132,16 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
     return images, labels
 
 
+def _refused(specs: Sequence[Spec], watched: Watched, images: Tensor, lacks: Mapping[str, str]) -> dict[str, str]:
+    """Spec -> why it cannot be measured, though its level can."""
+    able = [spec for spec in specs if not any(need in lacks for need in as_metric(spec).needs)]
+    if not able or watched.layout is None:
+        return {}
+    shown, layout = watched.look(images, None), watched.layout
+    reasons = {spec.name: refusal(spec, layout, shown) for spec in able}
+    return {name: why for name, why in reasons.items() if why}
+
+
 def _joined(own: tuple[Any, ...] | None) -> tuple[Any, ...]:
     """What all processes found, put together in the order of their ranks.
 
@@ -154,7 +165,7 @@ def _joined(own: tuple[Any, ...] | None) -> tuple[Any, ...]:
 def _why(metric: Metric, findings: Mapping[str, Finding], lacks: Mapping[str, str]) -> str:
     """Why a metric has nothing to show; empty if it has."""
     if metric.name not in findings:
-        return next(lacks[need] for need in metric.needs if need in lacks)
+        return next(lacks[need] for need in (*metric.needs, metric.name) if need in lacks)
     if np.isnan(findings[metric.name].mean).all():
         return f"undefined for this model and these images: {metric.text.sections['Undefined']}"
     return ""
@@ -198,7 +209,7 @@ class Pass:
         self._specs_of_weights: list[Spec] = []
         for spec in specs:
             metric = as_metric(spec)
-            if any(need in lacks for need in metric.needs):
+            if any(need in lacks for need in (*metric.needs, spec.name)):
                 continue
             if metric.takes == "weight":
                 self._specs_of_weights.append(spec)

@@ -6,11 +6,13 @@ main.py logs the sum over a spec's layers. Here each layer, pair of layers or ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
 from models import Layout
 from models.adapters import MATRICES
 from redundancy.finding import Axis, Finding
@@ -44,6 +46,32 @@ def as_metric(spec: Spec) -> Metric:
     needs = NEEDS[spec.level]
     takes: Takes = "weight" if of_weights else "set"
     return Metric(spec.name, _by_spec, takes, "R", "mean", (None, None), "high", False, (needs,), text)
+
+
+def refusal(spec: Spec, layout: Layout, shown: Shown) -> str:
+    """Why a spec cannot be computed from what a model shows; empty if it can.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    term = BoundTerm(spec, layout.depth)
+    if term.level.of_weights:
+        try:
+            term.stacks(layout.weights)
+        except UserError as error:
+            return str(error)
+        return ""
+    source = shown.patches if term.level.source == "tokens" else shown.maps
+    missing = [layer for layer in (*term.layers, *chain(*term.pairs)) if layer not in source]
+    if missing:
+        return f"{spec.name}: {layout.name} shows no {term.level.source} of layer {layer_label(missing[0])}"
+    for one, other in term.pairs:
+        if source[one].shape[1:] != source[other].shape[1:]:
+            return (
+                f"{spec.name}: layers {layer_label(one)} and {layer_label(other)} cannot be compared, their "
+                f"{term.level.shape} differ; choose two layers of equal shape"
+            )
+    return ""
 
 
 class Measured(Accumulator):
