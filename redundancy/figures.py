@@ -37,7 +37,7 @@ Found = Mapping[str, Sequence[Finding]]  # of one metric: label -> its seeds' fi
 Limits = tuple[float | None, float | None]
 WIDTH, HEIGHT = 4.3, 2.9  # inches: readable across a phone, and in a column of a paper
 ROW = 0.26  # inches, of a label among dots
-FEW, SOME = 24, 8  # layers that get a marker each; ticks of an axis
+FEW, SOME = 24, 8  # markers of a curve, ticks of an axis, at most
 DECADES = 50  # the ratio from which on an axis without limits is logarithmic
 
 
@@ -161,11 +161,10 @@ def _panels(name: str, curves: Mapping[str, Curve], looks: Mapping[str, Style]) 
         parts = {
             label: _taken(curve, 1, matrix) for label, curve in curves.items() if matrix in curve.axes[1].labels
         }
-        _plot(axes, parts, looks)
+        _plot(axes, parts, looks, most=FEW // 3)
         _ticks(axes, _longest(parts), 0, most=5)
-        _limit(axes, name, curves)
 
-    return _small_multiples(name, matrices, fill, looks)
+    return _small_multiples(name, matrices, fill, curves, looks)
 
 
 def _spectra(name: str, curves: Mapping[str, Curve], looks: Mapping[str, Style]) -> Iterator[Picture]:
@@ -191,13 +190,16 @@ def _panels_of_components(name: str, curves: Mapping[str, Curve], looks: Mapping
             axes.plot(np.arange(1, len(part.mean) + 1), part.mean, **looks[label].line)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel(next(iter(parts.values())).axes[0].name)
-        _limit(axes, name, curves)
 
-    return _small_multiples(name, matrices, fill, looks)
+    return _small_multiples(name, matrices, fill, curves, looks)
 
 
 def _small_multiples(
-    name: str, panels: Sequence[str], fill: Callable[[Axes, str], None], looks: Mapping[str, Style]
+    name: str,
+    panels: Sequence[str],
+    fill: Callable[[Axes, str], None],
+    curves: Mapping[str, Curve],
+    looks: Mapping[str, Style],
 ) -> Drawing:
     """Panels of one scale, two in a row, each with its name."""
     rows = -(-len(panels) // 2)
@@ -210,19 +212,20 @@ def _small_multiples(
             axes.set_xlabel("")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+    _limit(grid[0, 0], name, curves)
     figure.supylabel(wording.axis_label(name))
     add_legend(figure, looks)
     return figure
 
 
-def _plot(axes: Axes, curves: Mapping[str, Curve], looks: Mapping[str, Style]) -> None:
+def _plot(axes: Axes, curves: Mapping[str, Curve], looks: Mapping[str, Style], *, most: int = FEW) -> None:
     """Lines with their bands. A gap is a gap; a number between two gaps is a marker, with its error."""
     for label, curve in curves.items():
         look = looks[label]
         x = np.arange(len(curve.mean))
         known = np.isfinite(curve.mean)
         alone = known & ~np.r_[False, known[:-1]] & ~np.r_[known[1:], False]
-        marked = alone | (x % (len(x) // FEW + 1) == 0)
+        marked = alone | (x % -(-len(x) // most) == 0)
         axes.plot(x, curve.mean, **look.line, marker=look.marker, markevery=list(np.flatnonzero(marked)))
         banded = np.isfinite(curve.spread) & known
         low, high = curve.mean - curve.spread, curve.mean + curve.spread

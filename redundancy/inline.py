@@ -47,8 +47,12 @@ def _coloured(body: str) -> str:
 
 
 def _rounded(body: str) -> str:
-    """Two decimals of a point are enough."""
-    return re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), body)
+    """Two decimals of a point are enough for places; texts stay as they are."""
+
+    def shorter(tag: re.Match[str]) -> str:
+        return re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), tag[0])
+
+    return re.sub(r"<[^>]*>", shorter, body)
 
 
 def _named(body: str, prefix: str) -> str:

@@ -6,6 +6,7 @@ All text that comes from outside goes through `_text`, which escapes it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -56,7 +57,10 @@ def render(groups: Groups, about: Mapping[str, Any], pictures: Mapping[str, Sequ
     gallery = Gallery(groups)
     levels = wording.by_level(row.metric for row in rows)
     by_name = {row.metric: row for row in rows}
-    sections = {"models": ("Models", _models(groups)), "summary": ("Summary", _summary(rows, groups))}
+    sections = {
+        "models": ("Models", _models(groups)),
+        "summary": ("Summary", _summary(tables.with_summary(rows), groups)),
+    }
     for level, names in levels.items():
         parts = [_metric(by_name[name], pictures.get(name, ()), groups) for name in names]
         sections[level] = (level.capitalize(), "\n".join([_legend(groups), *parts]))
@@ -103,6 +107,11 @@ def _text(words: Any) -> str:
     if isinstance(words, float):
         words = wording.number(words)
     return escape(escaped(f"{words:,}" if isinstance(words, int) else str(words)))
+
+
+def _prose(words: str) -> str:
+    """Of a docstring: what is between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _text(words))
 
 
 def _short(label: str) -> str:
@@ -306,8 +315,8 @@ def _made(name: str) -> str:
         sections["Summary"] = (
             f"{SUMMARIES[metric.summary]} number." if metric.summary == "last" else f"{SUMMARIES[metric.summary]}."
         )
-    lines = "".join(f"<div><dt>{key}</dt><dd>{_text(words)}</dd></div>" for key, words in sections.items())
-    remarks = f"<p>{_text(metric.text.remarks)}</p>" if metric.text.remarks else ""
+    lines = "".join(f"<div><dt>{key}</dt><dd>{_prose(words)}</dd></div>" for key, words in sections.items())
+    remarks = f"<p>{_prose(metric.text.remarks)}</p>" if metric.text.remarks else ""
     return f'<pre class="equation">{_text(metric.text.equation)}</pre>{remarks}<dl>{lines}</dl>'
 
 

@@ -24,22 +24,33 @@ HEADS = 12  # maps shown of a model
 COLORS = colormaps["viridis"]
 
 
+def by_image(groups: Mapping[str, list[Assessed]]) -> list[dict[str, Example]]:
+    """Of each image: label -> what its model makes of it. Of several seeds, the first shows its examples."""
+    shown = {label: models[0].examples for label, models in groups.items()}
+    count = max(map(len, shown.values()), default=0)
+    return [{label: each[k] for label, each in shown.items() if k < len(each)} for k in range(count)]
+
+
+def cosine_ends(examples: Iterable[Example]) -> tuple[float, float]:
+    """The smallest and largest cosine of one image over all models."""
+    known = [example.cosine[np.isfinite(example.cosine)] for example in examples if example.cosine is not None]
+    values = np.concatenate([np.ravel(each) for each in known]) if known else np.empty(0)
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+
+
 class Gallery:
     """Writes the examples of a report; keeps the images that it has written."""
 
     def __init__(self, groups: Mapping[str, list[Assessed]]) -> None:
-        # of several seeds, the first shows its examples
-        self.shown = {label: models[0].examples for label, models in groups.items() if models[0].examples}
+        self._examples = by_image(groups)
         self._images: dict[bytes, str] = {}
 
     def render(self) -> str:
         """All images, each with a row for each label; '' if there are none."""
-        count = max(map(len, self.shown.values()), default=0)
-        return "\n".join(self._image(place) for place in range(count))
+        return "\n".join(self._image(place, rows) for place, rows in enumerate(self._examples))
 
-    def _image(self, place: int) -> str:
-        rows = {label: examples[place] for label, examples in self.shown.items() if place < len(examples)}
-        ends = _ends(rows.values())
+    def _image(self, place: int, rows: Mapping[str, Example]) -> str:
+        ends = cosine_ends(rows.values())
         title = next((example.title for example in rows.values() if example.title), "")
         name = f"Image {place + 1}" + (f": {escape(escaped(title))}" if title else "")
         colors = (
@@ -97,13 +108,6 @@ class Gallery:
             width, height = Image.open(io.BytesIO(data)).size
             stored.append(f'<image id="{name}" width="{width}" height="{height}" href="{_uri(data)}"/>')
         return f'<svg class="store" aria-hidden="true">{"".join(stored)}</svg>' if stored else ""
-
-
-def _ends(examples: Iterable[Example]) -> tuple[float, float]:
-    """The smallest and largest cosine of one image over all models."""
-    known = [example.cosine[np.isfinite(example.cosine)] for example in examples if example.cosine is not None]
-    values = np.concatenate([np.ravel(each) for each in known]) if known else np.empty(0)
-    return (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
 
 
 def _map(values: np.ndarray, width: int, height: int) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -121,15 +122,14 @@ class Report:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        from redundancy import figures, page
+        from redundancy import figures, page, strips
 
         groups = self.groups()
         names = wording.names(self.models)
         pictures = {name: self.pictures(name) for name in names}
         (folder / "figures").mkdir()
-        for name in names:
-            for picture in pictures[name]:
-                figures.save(picture.figure, str(folder / "figures" / picture.name))
+        for picture in (*chain.from_iterable(pictures.values()), *strips.draw(groups)):
+            figures.save(picture.figure, str(folder / "figures" / picture.name))
         texts = {
             "report.html": page.render(groups, self.about, pictures),
             "report.json": self.to_json(),
@@ -151,5 +151,5 @@ def _figures() -> ModuleType:
     try:
         from redundancy import figures
     except ModuleNotFoundError as error:
-        raise UserError(f"figures need {error.name}: pip install matplotlib") from error
+        raise UserError("the report's figures need matplotlib: pip install matplotlib") from error
     return figures

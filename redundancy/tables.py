@@ -16,6 +16,7 @@ from errors import shown
 from redundancy import compare, wording
 from redundancy.compare import Estimate
 from redundancy.finding import Assessed, Finding
+from redundancy.metric import METRICS
 
 Groups = Mapping[str, list[Assessed]]
 LABEL = 40  # characters of a label in a column's head
@@ -59,6 +60,11 @@ def summary(groups: Groups) -> list[Row]:
     return rows
 
 
+def with_summary(rows: Iterable[Row]) -> list[Row]:
+    """Without the metrics that no single number stands for, such as spectra."""
+    return [row for row in rows if row.metric not in METRICS or METRICS[row.metric].summary != "none"]
+
+
 def note(rows: list[Row]) -> str:
     """What the standard errors are taken over."""
     cells = [cell for row in rows for cell in row.cells.values() if math.isfinite(cell.value.value)]
@@ -72,11 +78,11 @@ def note(rows: list[Row]) -> str:
 
 def text(groups: Groups) -> str:
     """The summary as a Markdown table whose columns are aligned, and what its errors are."""
-    rows = summary(groups)
+    rows = with_summary(summary(groups))
     others = list(groups)[1:]
     heads = ["metric", *map(_in_cell, groups), *(f"{_in_cell(label)}: difference" for label in others)]
     lines = [heads] + [_line(row, others) for row in rows]
-    columns = [max(map(wording.width, column)) for column in zip(*lines, strict=True)]
+    columns = [max(3, *map(wording.width, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * columns[0], *("-" * (size - 1) + ":" for size in columns[1:])]
     joined = ["| " + " | ".join(_aligned(line, columns)) + " |" for line in (heads, rule, *lines[1:])]
     starred = (
@@ -148,7 +154,7 @@ def summary_csv(groups: Groups) -> str:
     parts = ("", "_error", "_over", "_count")
     heads = [*(f"value{part}" for part in parts), *(f"difference{part}" for part in parts)]
     rows: list[list[object]] = [["metric", "label", *heads, "clear", "gap"]]
-    for row in summary(groups):
+    for row in with_summary(summary(groups)):
         for label, cell in row.cells.items():
             rows.append([row.metric, label, *_exactly(cell.value), *_exactly(cell.difference)])
             rows[-1] += [int(cell.difference.clear) if cell.difference else "", cell.gap]
@@ -187,7 +193,7 @@ SPECIAL = {
 
 def latex(groups: Groups) -> str:
     """The summary as a tabular that needs no package. Below a value is its difference to the first label."""
-    rows = summary(groups)
+    rows = with_summary(summary(groups))
     lines = [f"% {_ascii(note(rows))}", rf"\begin{{tabular}}{{l{'r' * len(groups)}}}", r"\hline"]
     lines.append(_latex_line(["Metric", *(escape_latex(shown(label, LABEL)) for label in groups)]))
     for title, names in wording.by_level(row.metric for row in rows).items():

@@ -26,9 +26,10 @@ DIFFERENCES = {
 
 
 def names(models: Iterable[Assessed]) -> list[str]:
-    """The metrics that a report speaks of: those registered in the order of the table, then the others."""
+    """The metrics that a report speaks of, level by level: those registered in their order, then the others."""
     said = {name: None for model in models for name in (*model.findings, *model.gaps)}
-    return [name for name in METRICS if name in said] + [name for name in said if name not in METRICS]
+    known = [name for name in METRICS if name in said] + [name for name in said if name not in METRICS]
+    return [name for members in by_level(known).values() for name in members]
 
 
 def by_level(metrics: Iterable[str]) -> dict[str, list[str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from redundancy.finding import Assessed, Axis, Example, Finding
-from redundancy.metric import Metric, Text
+from redundancy.metric import METRICS, Metric, Text
 from redundancy.report import Report
 
 MATRICES = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -52,6 +53,14 @@ def metrics() -> dict[str, Metric]:
     }
 
 
+def register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make them the only ones."""
+    for name in list(METRICS):
+        monkeypatch.delitem(METRICS, name)
+    for name, metric in metrics().items():
+        monkeypatch.setitem(METRICS, name, metric)
+
+
 def layers(depth: int, *, input_too: bool = True) -> Axis:
     return Axis("layer", (*(["input"] if input_too else []), *map(str, range(depth))))
 
@@ -91,7 +100,7 @@ def example(rng: np.random.Generator, heads: int = 3, title: str = "tabby cat") 
 def model(
     label: str = "plain", *, seed: int = 0, depth: int = 12, examples: int = 2, level: float = 0.5
 ) -> Assessed:
-    """One of these metrics, with a gap."""
+    """All of these metrics but one, which is a gap, and a measure."""
     rng = np.random.default_rng(seed)
     outer, inner = layers(depth), layers(depth, input_too=False)
     matrix, component = Axis("matrix", MATRICES), Axis("component", tuple(map(str, range(1, 13))))
@@ -119,6 +128,26 @@ ABOUT = {
     "seed": "0",
     "date": "2026-01-02",
 }
+
+
+def one_metric(label: str, finding: Finding, name: str = "patch.cosine_abs") -> Assessed:
+    return Assessed(label, {}, {name: finding})
+
+
+HARD_LABELS = (
+    "<script>alert('x')</script> & \"quoted\"",
+    "模型 – нечто שלום",  # noqa: RUF001
+    "L" * 200,
+    "a_b $x$ 100% #1 {c} ~^\\ |d|",
+    "line\nbreak \x1b[31m\u202e",
+)
+
+
+def hard_report() -> Report:
+    """Eight labels, with all that a label may hold; one has three seeds."""
+    hard = [model(label, seed=k, level=0.3 + 0.05 * k) for k, label in enumerate(HARD_LABELS)]
+    seeds = [model("three seeds", seed=20 + k) for k in range(3)]
+    return report(*hard, *seeds, model("_m"), model("m", depth=30))
 
 
 def report(*models: Assessed) -> Report:
