@@ -1,7 +1,7 @@
-"""Write docs/regularizers.md from the docstrings of the measures.
+"""Write docs/regularizers.md and docs/metrics.md from the docstrings of the measures and of the metrics.
 
-python script/make_docs.py          write it
-python script/make_docs.py --check  only compare; exit code 1 where it is not what the docstrings say
+python script/make_docs.py          write them
+python script/make_docs.py --check  only compare; exit code 1 where they are not what the docstrings say
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import redundancy.assessment  # noqa: F401  (a metric registers itself)
+from redundancy import metric as metrics
+from redundancy.metric import Metric
 from regularizers import catalogue
 from regularizers.catalogue import SECTIONS, Catalogue, Entry
 from regularizers.level import Level
 from regularizers.levels import LEVELS
 from regularizers.registry import Option
 
-PAGE = Path(__file__).resolve().parents[1] / catalogue.DOCS
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = "docs/metrics.md"
 
 INTRODUCTION = """\
 # Regularizers
@@ -79,6 +83,49 @@ time (`MAX_ELEMENTS` in [regularizers/primitives.py](../regularizers/primitives.
 gradient is asked for: they keep no n x n matrix and no copy of their input, so that any of them can be used with
 `@all`.
 """
+
+
+MEASURED = """\
+# Metrics of redundancy
+
+<!-- Written by script/make_docs.py from the docstrings: change those, and run it again. -->
+
+What `python -m redundancy` measures ([how to use it](redundancy.md)). `--metrics NAME ...` chooses some of them, or
+whole levels (`patch`, `attn`, `weight`, `output`). A number of patches or of attention is that of one image. What is
+reported for each layer is the mean over images and its standard error. *One number* says which one stands for all
+of them in the summary table.
+"""
+
+
+def metrics_as_markdown() -> str:
+    """The page docs/metrics.md."""
+    every = metrics.choose(())
+    rows = [[f"[`{each.name}`](#{_anchor(each.name)})", each.text.title, each.redundant or "-"] for each in every]
+    overview = "## Overview\n\n" + _table(["metric", "what it is", "redundant is"], rows) + "\n"
+    return "\n".join([MEASURED, overview, "## The metrics\n", *map(_metric_section, every)])
+
+
+def _anchor(heading: str) -> str:
+    """GitHub's name of a heading."""
+    return heading.replace(".", "")
+
+
+def _metric_section(metric: Metric) -> str:
+    rows = [[name.lower(), metric.text.sections[name]] for name in metrics.SECTIONS]
+    rows.append(["one number", SUMMARIES[metric.summary]])
+    remarks = [_wrapped(metric.text.remarks)] if metric.text.remarks else []
+    equation = f"```\n{metric.text.equation}\n```"
+    return "\n\n".join([f"### {metric.name}", metric.text.title, equation, *remarks, _table(["", ""], rows)]) + "\n"
+
+
+SUMMARIES = {
+    "last": "that of the last block",
+    "mean": "the mean of all",
+    "median": "the median of all",
+    "pairs": "the mean over pairs of different layers",
+    "value": "it is one",
+    "none": "none",
+}
 
 
 def as_markdown(listed: Catalogue | None = None) -> str:
@@ -170,14 +217,17 @@ def _link(paper: str) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare and write nothing")
-    wanted = as_markdown()
-    if parser.parse_args(argv).check:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted:
-            return 0
-        print(f"{catalogue.DOCS} is not what the docstrings say: run python script/make_docs.py", file=sys.stderr)
-        return 1
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(wanted, encoding="utf-8")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the project")
+    args = parser.parse_args(argv)
+    pages = {args.root / catalogue.DOCS: as_markdown(), args.root / METRICS: metrics_as_markdown()}
+    stale = [page for page, text in pages.items() if not page.is_file() or page.read_text(encoding="utf-8") != text]
+    if args.check:
+        for page in stale:
+            print(f"{page} is not what the docstrings say: run python script/make_docs.py", file=sys.stderr)
+        return 1 if stale else 0
+    for page in stale:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(pages[page], encoding="utf-8")
     return 0
 
 

@@ -27,6 +27,7 @@ STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "text
         ("memory.py", [], {"five_terms_over_plain_memory", "naive_over_ours_memory"}),
         ("measures.py", ["--rounds", "1", "--only", "_contrastive"], {"naive_over_ours_time_patch_contrastive"}),
         ("loader.py", ["--rounds", "1"], {"default_loader_over_reference", "fast_resize_over_reference"}),
+        ("report.py", [], {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"}),
         ("scaling.py", ["--rounds", "1", "--steps", "1"], {"weak_efficiency_five_terms_2"}),
     ],
 )

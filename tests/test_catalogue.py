@@ -30,6 +30,7 @@ from regularizers.specs import all_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "regularizers.md"
+METRICS = ROOT / "docs" / "metrics.md"
 REGENERATE = "run python script/make_docs.py"
 
 
@@ -395,19 +396,22 @@ def docs() -> dict[str, Any]:
 
 
 def test_the_page_is_current() -> None:
-    assert PAGE.is_file() and PAGE.read_text(encoding="utf-8") == docs()["as_markdown"](), REGENERATE
+    for page, text in ((PAGE, docs()["as_markdown"]()), (METRICS, docs()["metrics_as_markdown"]())):
+        assert page.is_file() and page.read_text(encoding="utf-8") == text, REGENERATE
     assert docs()["main"](["--check"]) == 0
 
 
 def test_check_finds_a_stale_or_missing_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main: Callable[[list[str]], int] = docs()["main"]
-    page = tmp_path / "docs" / "page.md"
-    main.__globals__["PAGE"] = page
-    assert main(["--check"]) == 1 and REGENERATE in capsys.readouterr().err
-    assert main([]) == 0 and main(["--check"]) == 0
-    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
-    page.write_text("old")
-    assert main(["--check"]) == 1
+    there = ["--root", str(tmp_path)]
+    assert main(["--check", *there]) == 1 and capsys.readouterr().err.count(REGENERATE) == 2
+    assert main(there) == 0 and main(["--check", *there]) == 0
+    for page in (PAGE, METRICS):
+        own = tmp_path / "docs" / page.name
+        assert own.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+        own.write_text("old")
+        assert main(["--check", *there]) == 1 and capsys.readouterr().err.count(REGENERATE) == 1
+        assert main(there) == 0
 
 
 def test_links_and_specs_of_the_page_work() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from options import flags
 from options.flags import Args
 from options.parser import Resume, dashed, declared
+from redundancy.options import get_args_parser as redundancy_parser
 from regularizers import REFERENCE_FLAGS, parse_spec
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ OF_OTHERS = {  # programs and flags of timm, which one page calls
     *("--num-classes", "--split", "--checkpoint", "--use-ema", "--initial-checkpoint", "--output", "--input"),
     *("--filter", "--no-use-ema", "--include-index", "--results-file", "--onnx-input", "--amp"),
 }
-OF_DATA = {"train/", "val/", "wds/", "tfds/", "hfids/"}  # named like folders of the project
+OF_DATA = {"train/", "val/", "wds/", "tfds/", "hfids/", "figures/"}  # folders that are not the project's
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -107,7 +108,7 @@ def test_files_exist(page):
 def known_flags() -> set[str]:
     """Every flag of a program that the pages call."""
     known = set(flags.get_args_parser()._option_string_actions) | SLURM | TRACKERS
-    known |= set(torchrun_parser()._option_string_actions)
+    known |= set(torchrun_parser()._option_string_actions) | set(redundancy_parser()._option_string_actions)
     for script in [*ROOT.glob("script/*.py"), *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     return known

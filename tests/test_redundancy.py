@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ from families import FAMILIES
 from processes import PATIENCE
 from small_runs import FLAGS, assert_same, make_images, saved, train
 from test_timms_checkpoints import save_as_timm
+from torch.utils.data import DataLoader, TensorDataset
 
 import main
 from export import to_timm
 from redundancy import Report, assess
 from redundancy.command import main as redundancy
-from redundancy.metric import METRICS
+from redundancy.metric import METRICS, metric
 from redundancy.subjects import find_subjects
 from state.trained import read_trained
 
@@ -230,8 +232,14 @@ def test_more_processes_than_groups(images, trained, tmp_path):
 
 def test_help_and_mistakes_are_answered_without_torch(tmp_path):
     """Before anything is imported that takes time."""
-    code = "import sys, runpy; sys.argv = ['redundancy', *{!r}]\ntry: runpy.run_module('redundancy', run_name='__main__')\n"
-    code += "except SystemExit as end: print('torch' in sys.modules, end.code)"
+    code = """
+import runpy, sys
+sys.argv = ["redundancy", *{!r}]
+try:
+    runpy.run_module("redundancy", run_name="__main__")
+except SystemExit as end:
+    print("torch" in sys.modules, end.code)
+"""
     for argv, last in ((["--help"], "False 0"), (["x", "--outptu", "y"], "False 2"), ([], "False 2")):
         ended = subprocess.run(
             [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
@@ -397,3 +405,48 @@ def test_monitor_names_what_a_model_does_not_show(images, tmp_path, capsys):
 def test_timms_names_are_there():
     """The offline tests above build these by name."""
     assert all(name in timm.list_models() for name in ("levit_128s", "resnet10t", "vit_tiny_patch16_224"))
+
+
+def test_the_pages_example(tmp_path, monkeypatch):
+    """docs/redundancy.md's lines, as they stand."""
+    (lines,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "redundancy.md").read_text(), flags=re.M | re.S
+    )
+    torch.manual_seed(0)
+    model, other = FAMILIES["deit"].make(), FAMILIES["swin"].make()
+    pixels = torch.randn(8, 3, 32, 32)
+    given = {"model": model, "other": other, "loader": DataLoader(TensorDataset(pixels, torch.arange(8) % 5), 3)}
+    monkeypatch.chdir(tmp_path)
+    exec(lines, given)
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert 0 < given["deepest"] < 1 and given["figure"].axes
+
+
+def test_a_metric_is_one_file(monkeypatch):
+    """One registered here is measured, named and explained, without another change."""
+    monkeypatch.setattr("redundancy.metric.METRICS", dict(METRICS))
+
+    @metric("patch.largest", takes="patches", label="largest", summary="last")
+    def largest(x):
+        """Largest entry of the patches.
+
+            M = max_id x_id
+
+        Where: here.
+        Normalised: nothing.
+        Range: any.
+        Undefined: never.
+        Source: this test.
+        """
+        return x.amax(dim=(1, 2))
+
+    model = FAMILIES["deit"].make().eval()
+    pixels = torch.randn(5, 3, 32, 32)
+    report = assess(model, [pixels], metrics=["patch"])
+    with torch.no_grad():
+        (tokens,) = model.forward_intermediates(
+            pixels, indices=[2], norm=False, output_fmt="NLC", intermediates_only=True
+        )
+    expected = tokens.amax(dim=(1, 2)).mean()
+    assert report.models[0].findings["patch.largest"].summary == pytest.approx(float(expected), rel=1e-6)
+    assert "patch.largest" in report.table()
