@@ -89,7 +89,7 @@ def curve(findings: Sequence[Finding]) -> Curve:
         unknown = np.full_like(first.mean, np.nan)
         return Curve(first.axes, first.mean, unknown if first.error is None else first.error, 1)
     stack = np.stack([finding.mean for finding in findings])  # [S, *axes]
-    known = ~np.isnan(stack)
+    known = np.isfinite(stack)
     count = known.sum(axis=0)  # [*axes]
     mean = np.where(count > 0, np.where(known, stack, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
     squares = np.where(known, stack - mean, 0) ** 2

@@ -290,7 +290,12 @@ def _maps(name: str, curves: Mapping[str, Curve]) -> Drawing:
         if not np.isfinite(curve.mean).all():
             axes.patch.set(hatch="////", edgecolor=FAINT, linewidth=0)
         image = axes.imshow(
-            curve.mean, vmin=low, vmax=high, cmap="viridis", origin="lower", interpolation="nearest"
+            np.ma.masked_invalid(curve.mean),
+            vmin=low,
+            vmax=high,
+            cmap="viridis",
+            origin="lower",
+            interpolation="nearest",
         )
         _ticks(axes, curve, 1, most=4 if columns == 2 else SOME)
         places = axes.get_xticks()

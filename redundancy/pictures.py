@@ -38,6 +38,11 @@ def cosine_ends(examples: Iterable[Example]) -> tuple[float, float]:
     return (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
 
 
+def largest(head: np.ndarray) -> float:
+    """Of a map; never 0."""
+    return max(float(np.nan_to_num(head).max(initial=0)), 1e-12)
+
+
 class Gallery:
     """Writes the examples of a report; keeps the images that it has written."""
 
@@ -70,7 +75,7 @@ class Gallery:
             cells.append(self._cell(example, values, "cosine", f"Cosine of each patch to the {where}"))
         heads = [] if example.heads is None else list(example.heads[:HEADS])
         for k, head in enumerate(heads):
-            values = head / max(float(np.nanmax(head, initial=0)), 1e-12)
+            values = head / largest(head)
             cells.append(self._cell(example, values, f"head {k}", f"Attention of the {where} in head {k}"))
         missing = [] if example.cosine is not None else ["the model shows no patches"]
         missing += [] if example.heads is not None else ["the model shows no map between all patches"]

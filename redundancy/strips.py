@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from redundancy.figures import WIDTH, Picture
 from redundancy.finding import Assessed, Example
-from redundancy.pictures import by_image, cosine_ends
+from redundancy.pictures import by_image, cosine_ends, largest
 from redundancy.styles import ROW_LABEL, Drawing, drawable, in_style, new_figure
 
 HEADS = 6  # a paper's column has room for so many
@@ -27,9 +27,11 @@ def _draw(rows: Mapping[str, Example]) -> Drawing:
     heads = max(0 if example.heads is None else len(example.heads) for example in rows.values())
     columns = 2 + min(heads, HEADS)
     height, width = next(iter(rows.values())).image.shape[:2]
-    figure = new_figure(WIDTH, len(rows) * (0.2 + WIDTH / columns * height / width))
+    figure = new_figure(WIDTH, 0.15 + len(rows) * (0.2 + WIDTH / columns * height / width))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     ends = cosine_ends(rows.values())
+    for axes, name in zip(grid[-1], ("patch", "cosine", *(f"head {k}" for k in range(heads))), strict=False):
+        axes.text(0.5, -0.04, name, transform=axes.transAxes, ha="center", va="top", fontsize=7)
     for line, (label, example) in zip(grid, rows.items(), strict=True):
         for axes in line:
             axes.set_axis_off()
@@ -39,7 +41,7 @@ def _draw(rows: Mapping[str, Example]) -> Drawing:
         if example.cosine is not None:
             _show(line[1], example, example.cosine, ends)
         for axes, head in zip(line[2:], () if example.heads is None else example.heads, strict=False):
-            _show(axes, example, head, (0.0, float(np.nanmax(head, initial=1e-12))))
+            _show(axes, example, head, (0.0, largest(head)))
     return figure
 
 

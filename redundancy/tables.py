@@ -8,6 +8,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -122,14 +123,16 @@ def numbers_csv(groups: Groups) -> str:
     axes = dict.fromkeys(
         axis for _, _, model in every for each in model.findings.values() for axis in _columns(each)
     )
-    rows: list[list[object]] = [["label", "seed", "metric", *axes, "mean", "error", "count", "gap"]]
-    for label, seed, model in every:
-        for name in names:
+
+    def rows() -> Iterator[list[object]]:
+        yield ["label", "seed", "metric", *axes, "mean", "error", "count", "gap"]
+        for name, (label, seed, model) in product(names, every):
             if name in model.gaps:
-                rows.append([label, seed, name, *("" for _ in axes), "", "", 0, model.gaps[name]])
+                yield [label, seed, name, *("" for _ in axes), "", "", 0, model.gaps[name]]
             if name in model.findings:
-                rows += ([label, seed, name, *cells, ""] for cells in _places(model.findings[name], list(axes)))
-    return _csv(rows)
+                yield from ([label, seed, name, *cells, ""] for cells in _places(model.findings[name], list(axes)))
+
+    return _csv(rows())
 
 
 def _columns(finding: Finding) -> list[str]:

@@ -65,8 +65,8 @@ def counted(count: int, word: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A metric's name for files and anchors: 'patch.cosine:abs@all' -> 'patch.cosine_abs_all'."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._")
+    """A metric's name for files and anchors: 'patch.cosine:abs@all' -> 'patch.cosine-abs+all'."""
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", name.replace("@", "+"))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_labels_are_text(hard):
 
 def test_it_says_how_each_number_is_made(hard):
     articles = dict(re.findall(r'<article class="metric[^"]*" id="metric-([^"]*)"(.*?)</article>', hard, re.DOTALL))
-    assert set(articles) == {*METRICS, "patch.cosine_abs_all"}
+    assert set(articles) == {*METRICS, "patch.cosine-abs+all"}
     for name, metric in METRICS.items():
         text = Page(f"<p{articles[name]}</p>").text
         assert metric.text.title.rstrip(".") in text and metric.text.remarks in text

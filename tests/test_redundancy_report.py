@@ -124,7 +124,7 @@ def test_a_seed_without_a_number_is_left_out():
 
 
 def test_a_curve_is_the_mean_of_seeds_with_their_standard_deviation():
-    values = np.array([[1, 2, NAN], [3, NAN, NAN], [8, 6, NAN]])
+    values = np.array([[1, 2, NAN], [3, np.inf, NAN], [8, 6, NAN]])
     found = compare.curve([Finding((LAYERS,), each, np.ones(3)) for each in values])
     np.testing.assert_allclose(found.mean, [4, 4, NAN])
     np.testing.assert_allclose(found.spread, [np.std([1, 3, 8], ddof=1), np.std([2, 6], ddof=1), NAN])
@@ -300,13 +300,18 @@ def test_a_saved_report(tmp_path):
     figures = {each.stem for each in (folder / "figures").iterdir()}
     spectra = {f"weight.spectrum.{layer}" for layer in ("first", "middle", "last")}
     drawn = set(METRICS) - {"attn.entropy", "weight.spectrum"} | spectra
-    assert figures == drawn | {"patch.cosine_abs_all", "example.1"}
+    assert figures == drawn | {"patch.cosine-abs+all", "example.1"}
     for figure in figures:
         stem = str(folder / "figures" / figure)
         assert ElementTree.parse(f"{stem}.svg").getroot().tag.endswith("svg")
         assert Path(f"{stem}.pdf").read_bytes().startswith(b"%PDF-")
         with Image.open(f"{stem}.png") as image:
             assert 850 <= image.width <= 1500
+
+
+def test_a_measure_has_other_files_than_a_metric():
+    assert wording.file_name("patch.cosine:abs") != wording.file_name("patch.cosine_abs") == "patch.cosine_abs"
+    assert wording.file_name("patch.contrastive:tau=0.1@first:last") == "patch.contrastive-tau-0.1+first-last"
 
 
 def test_the_same_report_has_the_same_bytes(tmp_path):
@@ -385,6 +390,7 @@ def all_nan():
 
 ODD = {
     "no metric": lambda: [empty()],
+    "no models": lambda: [],
     "nothing at all": lambda: [Assessed("a", {}, {})],
     "one model lacks all": lambda: [model("b"), empty()],
     "the first lacks all": lambda: [empty(), model("b")],
