@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import timm
@@ -22,10 +23,15 @@ from test_timms_checkpoints import save_as_timm
 from torch.utils.data import DataLoader, TensorDataset
 
 import main
+from datasets import build_dataset
+from engine import Precision
 from export import to_timm
+from models import DiverseViT
+from options import config
 from redundancy import Report, assess
 from redundancy.command import main as redundancy
 from redundancy.metric import METRICS, metric
+from redundancy.monitor import Monitor
 from redundancy.subjects import find_subjects
 from state.trained import read_trained
 
@@ -450,3 +456,30 @@ def test_a_metric_is_one_file(monkeypatch):
     expected = tokens.amax(dim=(1, 2)).mean()
     assert report.models[0].findings["patch.largest"].summary == pytest.approx(float(expected), rel=1e-6)
     assert "patch.largest" in report.table()
+
+
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_monitor_in_two_processes(images, tmp_path, flags):
+    """They look at the same images, as one process does: with the weights that the two end with."""
+    options = [*FLAGS, "--data-path", str(images), "--output_dir", str(tmp_path / "run"), "--epochs", "1", *flags]
+    done = forks.run(2, "main.py", *options, "--monitor-redundancy", "1", env=os.environ)
+    assert done.returncode == 0, done.stderr
+    numbers = watched(records(tmp_path / "run")[0])
+    one = ["--epochs", "1", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--batch-size", "8"]
+    model = read_trained(str(tmp_path / "run" / "checkpoint.pth"), "raw").backbone
+    args = config.resolve([*FLAGS, "--data-path", str(images), "--monitor-redundancy", "1", *one])
+    monitor = Monitor(args, model, build_dataset(False, args)[0])
+    cpu = Precision(torch.device("cpu"))
+    expected = monitor.measure(0, DiverseViT(model, measured=monitor.needs), cpu)
+    assert numbers == pytest.approx({f"redundancy_{name}": value for name, value in expected.items()}, rel=1e-6)
+
+
+# torch's compiler meets this warning of its own, hides it when it would be shown, but not where it is an error
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_monitor_of_a_compiled_model(images, tmp_path):
+    """The same numbers as without."""
+    flags = ["--epochs", "1", "--monitor-redundancy", "1", "--attn_cos_within_coef", "0.1"]
+    assert train(images, tmp_path / "eager", *flags) == 0
+    assert train(images, tmp_path / "compiled", *flags, "--torchcompile", "eager") == 0
+    eager, compiled = (watched(records(tmp_path / name)[0]) for name in ("eager", "compiled"))
+    assert eager == pytest.approx(compiled, rel=1e-6) and eager

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from options import config
+from redundancy.options import read_options
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "script" / "slurm_train.sbatch"
@@ -544,7 +545,11 @@ def test_report(report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_quickstart_uses_the_recipes() -> None:
-    """Its two runs are main.py's with the two recipes of digits."""
+    """Its two runs are main.py's with the two recipes of digits; their report comes last."""
     text = (ROOT / "script" / "quickstart.sh").read_text()
-    assert "train configs/digits.yaml" in text
-    assert "train configs/digits_diverse.yaml" in text
+    assert "show python main.py --config configs/digits.yaml --output_dir" in text
+    assert "show python main.py --config configs/digits_diverse.yaml --output_dir" in text
+    words = text[text.rindex("show python") :].replace("\\\n", " ").replace('"', "").split()[4:]
+    options = read_options([word.replace("$folder", "folder") for word in words])
+    assert options.words == ["plain=folder/plain/checkpoint.pth", "diverse=folder/diverse/checkpoint.pth"]
+    assert (options.images, options.args.data_set, str(options.output)) == (360, "DIGITS", "folder/redundancy")
