@@ -26,6 +26,7 @@ from redundancy.styles import (
     Drawing,
     Style,
     add_legend,
+    add_title,
     drawable,
     in_style,
     new_figure,
@@ -48,7 +49,7 @@ class Picture(NamedTuple):
         name: of its files.
         title: what it shows of the metric, e.g. 'first block'; '' if all.
         words: what it shows, for those who cannot see it.
-        figure: with a legend, which `styles.Drawing.without_legend` takes away.
+        figure: with title and legend, which `styles.Drawing.bare` takes away.
     """
 
     name: str
@@ -84,6 +85,7 @@ def draw(name: str, found: Found, labels: Sequence[str]) -> list[Picture]:
             figure = _dots(name, found, looks)
         else:
             return []
+        add_title(figure, wording.title(name))
         return [Picture(wording.file_name(name), "", _words(name, curves), figure)]
 
 
@@ -176,6 +178,7 @@ def _spectra(name: str, curves: Mapping[str, Curve], looks: Mapping[str, Style])
         picture = _panels_of_components(name, at, looks)
         layers = dict.fromkeys(_layer(curve, what) for curve in curves.values())
         title = f"{what} {next(iter(curves.values())).axes[0].name}: {wording.listed(list(layers))}"
+        add_title(picture, f"{wording.title(name)} ({title})")
         yield Picture(f"{wording.file_name(name)}.{what}", title, f"{title}. {_words(name, at)}", picture)
 
 

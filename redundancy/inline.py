@@ -13,14 +13,14 @@ from redundancy.styles import FONT, MAP_LABEL, PAGE_COLORS, ROW_LABEL, Drawing, 
 
 
 def svg(figure: Drawing, prefix: str, words: str, labels: Sequence[str]) -> str:
-    """The element <svg> of a figure, without its legend, which it loses.
+    """The element <svg> of a figure, without its title and legend, which it loses.
 
     Args:
         prefix: of all ids in it.
         words: for those who cannot see it.
         labels: of the report. A browser has the letters that the figure had to escape.
     """
-    figure.without_legend()
+    figure.bare()
     buffer = io.BytesIO()
     with in_style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=100)

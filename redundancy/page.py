@@ -46,7 +46,7 @@ SHAPES = {
 
 
 def render(groups: Groups, about: Mapping[str, Any], pictures: Mapping[str, Sequence[Picture]]) -> str:
-    """The page. The pictures lose their legends.
+    """The page. The pictures lose their titles and legends.
 
     Args:
         groups: see `Report.groups`.
@@ -126,20 +126,17 @@ def _title(labels: Sequence[str]) -> str:
 
 def _lede(groups: Groups, about: Mapping[str, Any]) -> str:
     """What is compared, with what."""
-    images = max(
-        (each.count for models in groups.values() for one in models for each in one.findings.values()), default=0
-    )
     parts = ["How alike are the patches, attention heads and weights inside a vision transformer?"]
-    data = _text(about["data"]) if about.get("data") else ""
-    parts.append(
-        f"Measured on {data or wording.counted(images, 'image')}, the same for every model." if images else ""
-    )
-    first, *others = groups or [""]
-    if others:
-        parts.append(f"Differences are to <b>{_short(first)}</b>.")
+    counts = [finding.count for models in groups.values() for one in models for finding in one.findings.values()]
+    images = max(counts, default=0)
+    if images:
+        parts.append(f"Measured on {_text(about.get('data') or wording.counted(images, 'image'))}.")
+    if len(groups) > 1:
+        parts.append(f"Differences are to <b>{_short(next(iter(groups)))}</b>.")
     seeds = [f"{_short(label)} ({len(models)} seeds)" for label, models in groups.items() if len(models) > 1]
-    parts.append(f"Means over seeds: {wording.listed(seeds)}." if seeds else "")
-    return f'<p class="lede">{" ".join(filter(None, parts))}</p>'
+    if seeds:
+        parts.append(f"Means over seeds: {wording.listed(seeds)}.")
+    return f'<p class="lede">{" ".join(parts)}</p>'
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,7 +148,7 @@ def _models(groups: Groups) -> str:
     every = [(label, seed, model) for label, models in groups.items() for seed, model in enumerate(models, 1)]
     keys = dict.fromkeys(key for _, _, model in every for key in model.about)
     said = {key: {str(model.about.get(key, "")) for _, _, model in every} for key in keys}
-    common = {key: every[0][2].about[key] for key in keys if len(said[key]) == 1}
+    common = {key: every[0][2].about[key] for key in keys if len(said[key]) == 1 and key in every[0][2].about}
     varied = [key for key in keys if key not in common]
     heads = "".join(f'<th scope="col">{_text(key)}</th>' for key in varied)
     lines = []

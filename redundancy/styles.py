@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito (2008). Yellow, invisible on white, is darker
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from errors import shown
 
@@ -29,12 +31,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1.2, 1.2), (5, 1.2, 1.2, 1.2), (7, 1.5))
 FONT = "DejaVu Sans"  # comes with matplotlib
 LEGEND_LABEL, ROW_LABEL, MAP_LABEL = 36, 24, 20  # letters of a label in a legend, beside a row, over a map
-LEGEND_ROW = 0.19  # inches
+LEGEND_ROW, TITLE_ROW = 0.19, 0.17  # inches
+TITLE_WIDTH = 62  # letters
 RULES = {
     "font.family": FONT,
     "font.size": 8,
     "axes.labelsize": 8,
     "figure.labelsize": 8,
+    "figure.titlesize": 8.5,
     "axes.titlesize": 8,
     "axes.titlepad": 4,
     "xtick.labelsize": 7.5,
@@ -90,16 +94,23 @@ def style(index: int) -> Style:
 
 
 class Drawing(Figure):
-    """A figure that notebooks show without pyplot, and that can do without its legend."""
+    """A figure that notebooks show without pyplot, and that can do without its title and legend."""
 
-    shown_without_legend: tuple[float, float]  # its size then, in inches
+    bare_size: tuple[float, float]  # its size then, in inches
+    heading: Text | None = None
 
-    def without_legend(self) -> None:
-        """For a page that has one legend for all figures, and a background of its own."""
+    def bare(self) -> None:
+        """For a page that has headings, one legend for all figures and a background of its own."""
         for legend in list(self.legends):
             legend.remove()
-        self.set_size_inches(*self.shown_without_legend)
+        if self.heading is not None:
+            self.heading.set_visible(False)
+        self.set_size_inches(*self.bare_size)
         self.patch.set_visible(False)
+
+    def grow(self, height: float) -> None:
+        """By so many inches."""
+        self.set_size_inches(self.get_figwidth(), self.get_figheight() + height)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -127,8 +138,15 @@ def in_style() -> Iterator[None]:
 def new_figure(width: float, height: float) -> Drawing:
     figure = Drawing(figsize=(width, height))
     FigureCanvasAgg(figure)
-    figure.shown_without_legend = (width, height)
+    figure.bare_size = (width, height)
     return figure
+
+
+def add_title(figure: Drawing, words: str) -> None:
+    """Above the figure, which grows by it."""
+    lines = textwrap.wrap(words, TITLE_WIDTH)
+    figure.heading = figure.suptitle("\n".join(lines), x=0.01, ha="left", parse_math=False)
+    figure.grow(TITLE_ROW * len(lines))
 
 
 def add_legend(figure: Drawing, looks: Mapping[str, Style]) -> None:
@@ -137,15 +155,13 @@ def add_legend(figure: Drawing, looks: Mapping[str, Style]) -> None:
     longest = max(map(len, texts))
     columns = min(len(texts), 1 if longest > 24 else 2 if longest > 12 else 4)
     handles = [Line2D([], [], **look.line, marker=look.marker) for look in looks.values()]
-    places = [
-        str(place) for place in range(len(texts))
-    ]  # a label of its own might begin with '_', or be mathematics
+    # a label itself might begin with '_', or be taken for mathematics
+    places = [str(place) for place in range(len(texts))]
     legend = figure.legend(handles, places, loc="outside lower center", ncols=columns)
     for text, words in zip(legend.get_texts(), texts, strict=True):
         text.set_parse_math(False)
         text.set_text(words)
-    width, height = figure.shown_without_legend
-    figure.set_size_inches(width, height + 0.1 + LEGEND_ROW * -(-len(texts) // columns))
+    figure.grow(0.1 + LEGEND_ROW * -(-len(texts) // columns))
 
 
 def say_nothing(axes: Axes) -> None:

@@ -30,7 +30,12 @@ TITLES = {
     "output.top1": "Images whose class is the first guess",
     "output.calibration": "Expected calibration error",
 }
-LIMITS = {"patch.cosine_abs": (0.0, 1.0), "patch.cka": (0.0, 1.0), "weight.spectrum": (0.0, 1.0)}
+LIMITS = {
+    "patch.cosine_abs": (0.0, 1.0),
+    "patch.cka": (0.0, 1.0),
+    "weight.spectrum": (0.0, 1.0),
+    "weight.condition": (0.0, None),
+}
 SUMMARY = {"patch": "last", "attn": "last", "weight": "mean", "output": "value"}
 
 

@@ -31,6 +31,12 @@ def test_a_plot_leaves_the_notebook_alone():
     assert dict(matplotlib.rcParams) == before and pyplot.get_fignums() == []
 
 
+def test_a_figure_says_what_it_shows():
+    figure = report(model("a")).plot("weight.spectrum")
+    assert figure.get_suptitle() == "Singular values over the largest (last layer: 11)"
+    assert report(model("a")).plot("patch.cosine:abs@all").get_suptitle() == "patch.cosine:abs@all"
+
+
 def test_an_unknown_metric_has_no_plot():
     with pytest.raises(UserError, match=r"patch\.cosine_ab: nothing to plot\. Did you mean patch\.cosine_abs"):
         report(model()).plot("patch.cosine_ab")
@@ -81,7 +87,15 @@ def test_panels_show_all_numbers():
     for k, axes in enumerate(panels):
         np.testing.assert_array_equal(axes.lines[0].get_ydata(), mean[:, k])
         low, high = axes.get_ylim()
-        assert low < 1 and high > 9
+        assert low == 0 and high > 9 and axes.get_yscale() == "linear"
+
+
+def test_numbers_over_decades_have_a_logarithmic_axis():
+    matrix = Axis("matrix", ("q", "k"))
+    mean = np.array([[1.0, 5000.0], [2.0, 4000.0], [3.0, 2000.0]])
+    figure = report(one_metric("a", Finding((LAYERS, matrix), mean), "weight.condition")).plot("weight.condition")
+    for axes in figure.axes:
+        assert axes.get_yscale() == "log" and axes.get_ylim()[0] < 1 and axes.get_ylim()[1] > 5000
 
 
 def test_labels_keep_their_style_where_one_is_missing():
