@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -323,14 +324,14 @@ def test_a_regularizer_is_its_function_of_each_layer(measured: dict[str, Finding
 
 def test_random_probes_do_not_depend_on_the_batches(batch) -> None:
     """CNO's are drawn for each image by its place, and for each matrix by its block."""
-    images = batch[0][:9]
-    found = []
-    for sizes in ([9], [2, 6, 1]):
-        torch.manual_seed(len(found))
-        (model,) = assess(
-            vit(torch.float64), images.split(sizes), metrics=["output"], measures=["patch.cno@all", "weight.cno"]
-        ).models
+    images = batch[0][:1].repeat(9, 1, 1, 1)
+    found, vits = [], [vit(torch.float64), vit(torch.float64)]
+    for seed, sizes in enumerate(([9], [2, 6, 1])):
+        torch.manual_seed(seed)
+        specs = ["patch.cno@all", "weight.cno"]
+        (model,) = assess(vits[seed], images.split(sizes), metrics=["output"], measures=specs).models
         found.append(model.findings)
+    assert len(set(found[0]["patch.cno@all"].per_image.tolist())) == 9  # of the same image
     for name in ("patch.cno@all", "weight.cno@all"):
         close(found[0][name].mean, found[1][name].mean)
     (late,) = assess(
@@ -361,3 +362,26 @@ def test_regularizers_that_a_model_does_not_have() -> None:
     specs |= {"patch.cosine=1": "malformed", "patch.mixing": "depends on the training labels"}
     for spec, said in specs.items():
         assert said in refusal(vit(), [(images, labels)], measures=[spec])
+
+
+def test_blocks_whose_map_cannot_be_seen() -> None:
+    model = vit()
+    model.blocks[1].attn.attn_drop = None
+    images, labels = random_batch(4)
+    (assessed,) = assess(model, [(images, labels)], measures=["attn.cosine@all", "attn.cosine@0"]).models
+    assert assessed.findings["attn.entropy"].axes[0].labels == ("0", "2")
+    assert assessed.findings["attn.cosine@0"].mean.shape == (1,)
+    said = "attn.cosine@all: VisionTransformer shows no attention of layer 1"
+    assert assessed.gaps == {"attn.cosine@all": said}
+
+
+@pytest.mark.parametrize("patch_size", [(4, 16), (16, 8)])
+def test_patches_that_are_not_square(patch_size: tuple[int, int]) -> None:
+    images, labels = random_batch(4)
+    grid = 32 // patch_size[0], 32 // patch_size[1]
+    (assessed,) = assess(vit(torch.float64, patch_size=patch_size), [(images.double(), labels)]).models
+    shown = shown_by(vit(torch.float64, patch_size=patch_size), images.double(), labels)
+    seen = as_seen(replace(shown, places={block: Place(1, (32, 32), grid) for block in range(DEPTH)}))
+    expected = of_images("attn.distance", "maps and place", seen)
+    close(assessed.findings["attn.distance"].mean, expected.mean(axis=0))
+    assert [example.grid for example in assessed.examples] == [grid] * 2

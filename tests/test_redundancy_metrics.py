@@ -145,11 +145,10 @@ def test_signed_cosine_is_what_training_minimises() -> None:
 
 
 def test_a_long_patch_stands_out() -> None:
-    x = torch.nn.functional.normalize(normal(1, 8, 5), dim=-1)
-    x[0, 3] *= 3.5
-    x[0, 4] *= 2.9
-    assert value("patch.norm_outliers", x) == [1 / 8]
-    assert value("patch.norm_ratio", x) == pytest.approx([3.5])
+    lengths = torch.tensor([1, 1, 1, 3.0, 3.01, 1, 1, 1], dtype=torch.float64)
+    x = torch.diag(lengths)[None]
+    assert value("patch.norm_outliers", x) == [1 / 8]  # 3 is not more than 3
+    assert value("patch.norm_ratio", x) == pytest.approx([3.01])
 
 
 def test_patches_like_the_input() -> None:
@@ -159,6 +158,10 @@ def test_patches_like_the_input() -> None:
     found = METRICS["patch.by_patch"].function([x, 3 * x, -x])
     expected = torch.tensor([[1, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
     torch.testing.assert_close(found, expected.expand(2, 3, 3))
+    zeros = torch.zeros_like(x)
+    assert np.isnan(value("patch.to_input", x, zeros)).all() and np.isnan(value("patch.to_input", zeros, x)).all()
+    found = METRICS["patch.by_patch"].function([zeros, x])
+    assert found.isnan().tolist() == [[[True, True], [True, False]]] * 2
 
 
 def test_rankme_of_orthogonal_and_of_equal_representations() -> None:
@@ -321,8 +324,10 @@ def test_weights_that_are_orthogonal() -> None:
     assert value("weight.reconstruction", eye) == pytest.approx(expected, abs=1e-7)
 
 
-def test_equal_rows() -> None:
-    equal = Weight(normal(1, 7).expand(5, 7))
+@pytest.mark.parametrize("rows", [2, 3, 5, 6, 7, 11])
+def test_equal_rows(rows: int) -> None:
+    """Though the mean of equal numbers is not always that number."""
+    equal = Weight(normal(1, 7).expand(rows, 7))
     assert value("weight.cosine_abs", equal) == pytest.approx([1])
     assert value("weight.stable_rank", equal) == pytest.approx([1])
     for name in ("reconstruction", "rank_90", "rank_95", "rank_99", "condition"):
@@ -338,6 +343,29 @@ def test_a_confident_model_is_calibrated_where_it_is_right() -> None:
         assert accumulated(METRICS["output.calibration"], shown).finding().mean == pytest.approx(expected)
     even = Shown((8, 8), {}, {}, {}, torch.zeros(4, 2).double(), labels=torch.tensor([0, 1, 1, 1]))
     assert accumulated(METRICS["output.calibration"], even).finding().mean == pytest.approx(0.25)
+
+
+def test_calibration_of_a_confidence_between_two_bins() -> None:
+    """1/3 = 5/15 belongs to the lower one; in one bin with 0.34, right and wrong would make up for each other."""
+    logits = torch.tensor([[0.0, 0, 0], [0.03, 0, 0]], dtype=torch.float64)
+    shown = Shown((8, 8), {}, {}, {}, logits, labels=torch.tensor([0, 1]))
+    confidence = float(logits[1].softmax(dim=0).max())
+    expected = (2 / 3 + confidence) / 2
+    assert accumulated(METRICS["output.calibration"], shown).finding().mean == pytest.approx(expected)
+
+
+def test_no_image_is_its_own_neighbour() -> None:
+    features = torch.tensor([[1.0, 0], [-1, 0.1], [-1, -0.1]])
+    shown = Shown((8, 8), {}, {}, {}, normal(3, 2), features, labels=torch.tensor([0, 1, 1]))
+    assert accumulated(METRICS["output.knn"], shown).finding().per_image.tolist() == [0, 100, 100]
+
+
+def test_neighbours_of_many_images() -> None:
+    labels = torch.arange(1100) % 2
+    features = torch.nn.functional.one_hot(labels) + 0.01 * normal(1100, 2)
+    shown = Shown((8, 8), {}, {}, {}, normal(1100, 2), features, labels=labels)
+    finding = accumulated(METRICS["output.knn"], shown).finding()
+    assert finding.per_image.tolist() == [100] * 1100 and finding.count == 1100
 
 
 def test_top5_of_three_classes() -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from naive_metrics import groups_of
-from shown_batch import IMAGES, a_batch, accumulated, some_images
+from shown_batch import IMAGES, a_batch, accumulated, normal, some_images
 
 import redundancy.assessment  # noqa: F401  (registers all metrics)
 from redundancy.finding import Finding
 from redundancy.metric import METRICS, Metric
 from redundancy.patches import CKA, hsic
-from redundancy.streams import Accumulator, Moments, shares
+from redundancy.shown import Shown
+from redundancy.streams import Accumulator, ImageMeans, Moments, shares
+from redundancy.values import values_of
 
-of_sets = [each for each in METRICS.values() if each.takes == "set"]
+of_images = [each for each in METRICS.values() if each.takes != "weight"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -40,36 +44,72 @@ def test_shares_make_the_groups_that_one_process_makes(images: int, processes: i
     assert not sizes or max(sizes) - min(sizes) <= 64  # 32, and what the last group has besides
 
 
+def accumulator_of(metric: Metric, *batches: Shown) -> Accumulator:
+    """Closed, after these batches."""
+    if metric.takes == "set":
+        return accumulated(metric, *batches)
+    means = ImageMeans(metric, (), partial(values_of, metric))
+    for batch in batches:
+        means.update(batch)
+    means.close()
+    return means
+
+
 @pytest.mark.parametrize("processes", [2, 3, 5])
-@pytest.mark.parametrize("metric", of_sets, ids=[each.name for each in of_sets])
+@pytest.mark.parametrize("metric", of_images, ids=[each.name for each in of_images])
 def test_merged_shares_equal_one_pass(metric: Metric, processes: int) -> None:
     shown = a_batch()
     merged: Accumulator | None = None
     for share in shares(IMAGES, processes):
         batches = [range(first, min(first + 7, share.stop)) for first in range(share.start, share.stop, 7)]
-        accumulator = accumulated(metric, *(some_images(shown, batch) for batch in batches))
+        accumulator = accumulator_of(metric, *(some_images(shown, batch) for batch in batches))
+        if not batches:
+            continue
         if merged is None:
             merged = accumulator
         else:
             merged.merge(accumulator)
     assert merged is not None
-    assert_same(merged.finding(), accumulated(metric, shown).finding())
+    assert_same(merged.finding(), accumulator_of(metric, shown).finding())
 
 
 def assert_same(found: Finding, expected: Finding) -> None:
     assert (found.axes, found.count) == (expected.axes, expected.count)
-    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-9)
     assert found.error is not None and expected.error is not None
-    np.testing.assert_allclose(found.error, expected.error, rtol=1e-7)
+    for name, tolerance in (("mean", 1e-9), ("error", 1e-7), ("summary", 1e-9), ("summary_error", 1e-7)):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=tolerance, atol=1e-12)
+    assert (found.per_image is None) == (expected.per_image is None)
+    if found.per_image is not None and expected.per_image is not None:
+        np.testing.assert_allclose(found.per_image, expected.per_image, rtol=1e-9, atol=1e-12)
 
 
-def test_groups_are_those_of_the_order() -> None:
+def test_one_broken_image_of_another_process() -> None:
+    """It leaves no calibration error, but an accuracy of the others."""
     shown = a_batch()
-    accumulator = accumulated(METRICS["patch.cka"], *(some_images(shown, range(i, i + 1)) for i in range(IMAGES)))
+    shown.logits[-1, 0] = math.nan
+    halves = some_images(shown, range(32)), some_images(shown, range(32, IMAGES))
+    for name, gap in (("output.calibration", True), ("output.top1", False)):
+        one, other = (accumulator_of(METRICS[name], half) for half in halves)
+        one.merge(other)
+        assert np.isnan(one.finding().mean) == gap
+
+
+@pytest.mark.parametrize("size", [1, 7, 200])
+@pytest.mark.parametrize("images", [3, 4, 35, 36, 68, 75, 100])
+def test_groups_are_those_of_the_order(images: int, size: int) -> None:
+    layers = {0: normal(images, 2, 3), 1: normal(images, 1, 4, seed=1)}
+    batches = [
+        Shown((8, 8), {layer: x[first : first + size] for layer, x in layers.items()}, {}, {}, logits)
+        for first, logits in zip(range(0, images, size), torch.zeros(images, 1).split(size), strict=True)
+    ]
+    accumulator = accumulated(METRICS["patch.cka"], *batches)
     assert isinstance(accumulator, CKA)
-    layers = [x.flatten(1) for x in shown.patches.values()]
-    expected = [hsic([x[:32] for x in layers]), hsic([x[32:] for x in layers])]
-    np.testing.assert_allclose(np.stack(accumulator.values), np.stack(expected), rtol=1e-10)
+    flat = [x.flatten(1) for x in layers.values()]
+    expected = [hsic([x[group.start : group.stop] for x in flat]) for group in groups_of(images)]
+    assert len(accumulator.values) == len(expected)
+    for found, values in zip(accumulator.values, expected, strict=True):
+        np.testing.assert_allclose(found, values, rtol=1e-10)
+    assert accumulator.finding().count == images
 
 
 # ------------------------------------------------------------------------------------------------------------
