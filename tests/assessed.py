@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from redundancy.finding import Assessed, Axis, Example, Finding
 from redundancy.metric import METRICS, Metric, Text
@@ -78,6 +81,21 @@ def finding(axes: tuple[Axis, ...], rng: np.random.Generator, level: float = 0.5
     error = np.full(shape, 0.02)
     spread = float(per_image.std(ddof=1) / np.sqrt(IMAGES))
     return Finding(axes, mean, error, IMAGES, float(per_image.mean()), spread, per_image)
+
+
+def single(per_image: Iterable[float], *, paired: bool = True) -> Finding:
+    """A finding of the images' numbers, as a metric makes it."""
+    numbers = np.array(list(per_image))  # [N]
+    known = numbers[~np.isnan(numbers)]
+    return Finding(
+        (),
+        np.array(known.mean()),
+        np.array(stats.sem(known)),
+        len(known),
+        float(known.mean()),
+        float(stats.sem(known)),
+        numbers if paired else None,
+    )
 
 
 def weights(axes: tuple[Axis, ...], rng: np.random.Generator) -> Finding:

@@ -48,10 +48,19 @@ def test_a_gap_in_a_curve_is_a_gap():
     figure = report(one_metric("a", Finding((axis,), mean, np.full(5, 0.1)))).plot("patch.cosine_abs")
     (axes,) = figure.axes
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), mean)
-    assert set(axes.lines[0].get_markevery()) >= {1}  # alone between gaps
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["input", "0", "1", "2", "3"]
     low, high = axes.get_ylim()
     assert low == pytest.approx(-0.02) and high == pytest.approx(1.02)  # the metric's limits
+
+
+def test_a_number_between_gaps_has_a_marker():
+    """Where a deep model's curve has markers for some layers only."""
+    mean = np.full(60, NAN)
+    mean[[0, 1, 31]] = 0.5
+    finding = Finding((assessed.layers(59),), mean, np.full(60, 0.1))
+    (line,) = report(one_metric("a", finding)).plot("patch.cosine_abs").axes[0].lines
+    marked = {int(place) for place in line.get_markevery()}
+    assert 31 in marked and 32 not in marked and len(marked) <= 25
 
 
 def test_bands_are_one_deviation_of_the_seeds():

@@ -1,4 +1,4 @@
-"""The report: its numbers, tables, files and figures. tests/test_redundancy_page.py has the page."""
+"""The report: its JSON, tables and files. Its page, figures and statistics have files of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import errno
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -18,12 +17,12 @@ from xml.etree import ElementTree
 import assessed
 import numpy as np
 import pytest
-from assessed import Report, model, one_metric, report
+from assessed import Report, model, one_metric, report, single
 from PIL import Image
 from scipy import stats
 
 from errors import UserError
-from redundancy import compare, page, tables, wording
+from redundancy import page, tables, wording
 from redundancy.finding import Assessed, Axis, Finding
 from redundancy.metric import METRICS
 
@@ -34,107 +33,6 @@ LAYERS = Axis("layer", ("input", "0", "1"))
 @pytest.fixture(autouse=True)
 def metrics(monkeypatch):
     assessed.register(monkeypatch)
-
-
-def single(per_image, *, paired=True):
-    """A finding of the images' numbers, as a metric makes it."""
-    per_image = np.asarray(per_image, dtype=float)
-    known = per_image[~np.isnan(per_image)]
-    return Finding(
-        (),
-        np.array(known.mean()),
-        np.array(stats.sem(known)),
-        len(known),
-        float(known.mean()),
-        float(stats.sem(known)),
-        per_image if paired else None,
-    )
-
-
-def seeds(values):
-    return [Finding((), np.array(value), summary=value, summary_error=0.5, count=9) for value in values]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-@pytest.fixture
-def numbers():
-    rng = np.random.default_rng(0)
-    return rng.normal(1, 1, 20), rng.normal(1.5, 2, 20)
-
-
-def test_models_on_the_same_images_are_compared_by_a_paired_t_test(numbers):
-    a, b = numbers
-    found = compare.difference([single(b)], [single(a)])
-    test = stats.ttest_rel(b, a)
-    assert found.basis == "images" and found.size == 20
-    assert found.value / found.error == pytest.approx(test.statistic)
-    assert found.value == pytest.approx(b.mean() - a.mean())
-
-
-def test_images_without_a_number_in_either_are_left_out(numbers):
-    a, b = (each.copy() for each in numbers)
-    a[3], b[5], b[6] = NAN, NAN, NAN
-    found = compare.difference([single(b)], [single(a)])
-    test = stats.ttest_rel(b, a, nan_policy="omit")
-    assert found.size == 17
-    assert found.value / found.error == pytest.approx(test.statistic)
-
-
-@pytest.mark.parametrize("other", ["no numbers of images", "another number of images"])
-def test_models_on_other_images_are_compared_by_welchs_t_test(numbers, other):
-    a, b = numbers
-    b = b[:12] if other == "another number of images" else b
-    found = compare.difference([single(b, paired=len(b) != len(a))], [single(a)])
-    assert found.basis == "unpaired"
-    assert found.value / found.error == pytest.approx(stats.ttest_ind(b, a, equal_var=False).statistic)
-
-
-def test_seeds_are_compared_by_welchs_t_test():
-    a, b = [0.1, 0.3, 0.2], [0.5, 0.4, 0.6, 0.7]
-    found = compare.difference(seeds(b), seeds(a))
-    assert found.basis == "seeds"
-    assert found.value / found.error == pytest.approx(stats.ttest_ind(b, a, equal_var=False).statistic)
-    assert compare.estimate(seeds(a)) == pytest.approx((0.2, stats.sem(a), 3, "seeds"))
-
-
-def test_one_model_against_seeds_has_no_error(numbers):
-    found = compare.difference([single(numbers[0])], seeds([0.1, 0.2]))
-    assert found.value == pytest.approx(numbers[0].mean() - 0.15)
-    assert math.isnan(found.error) and found.basis == "" and not found.clear
-
-
-def test_weights_of_one_model_have_no_error():
-    a, b = (Finding((), np.array(value), summary=value) for value in (1.0, 3.0))
-    assert compare.estimate([a])[2:] == (0, "")
-    found = compare.difference([b], [a])
-    assert found.value == 2 and math.isnan(found.error)
-
-
-def test_a_seed_without_a_number_is_left_out():
-    found = compare.estimate([*seeds([1.0, 2.0]), *seeds([NAN])])
-    assert found == pytest.approx((1.5, 0.5, 2, "seeds"))
-    alone = compare.estimate([*seeds([1.0]), *seeds([NAN])])
-    assert alone == (1.0, 0.5, 9, "images")
-    assert math.isnan(compare.estimate(seeds([NAN])).value)
-    assert math.isnan(compare.estimate([]).value)
-    assert math.isnan(compare.difference(seeds([1.0]), []).value)
-
-
-def test_a_curve_is_the_mean_of_seeds_with_their_standard_deviation():
-    values = np.array([[1, 2, NAN], [3, np.inf, NAN], [8, 6, NAN]])
-    found = compare.curve([Finding((LAYERS,), each, np.ones(3)) for each in values])
-    np.testing.assert_allclose(found.mean, [4, 4, NAN])
-    np.testing.assert_allclose(found.spread, [np.std([1, 3, 8], ddof=1), np.std([2, 6], ddof=1), NAN])
-    assert found.seeds == 3
-
-
-def test_a_curve_of_one_model_has_its_error_over_images():
-    finding = Finding((LAYERS,), np.arange(3.0), np.array([0.1, NAN, 0.2]))
-    np.testing.assert_array_equal(compare.curve([finding]).spread, finding.error)
-    assert np.isnan(compare.curve([replace(finding, error=None)]).spread).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
