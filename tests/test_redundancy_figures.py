@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from assessed import model, one_metric, report
+from matplotlib.text import Text
 
 from errors import UserError
 from redundancy.finding import Axis, Finding
@@ -128,3 +129,12 @@ def test_letters_that_the_font_lacks_are_escaped():
     assert texts[1] == r"\u6a21\u578b – нечто שלום"  # noqa: RUF001
     assert texts[3] == r"a_b $x$ 100% #1 {c} ~^\ |d|"
     assert all(len(text) < 60 and text.isprintable() for text in texts)
+
+
+@pytest.mark.parametrize("metric", ["patch.cosine_abs", "patch.cka", "output.top1"])
+def test_labels_are_no_mathematics(metric):
+    """As such, this one is an error."""
+    broken = r"$\frac{$"
+    figure = report(model(broken), model("b", seed=1)).plot(metric)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert broken in {text.get_text() for text in figure.findobj(Text)}
