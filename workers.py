@@ -58,7 +58,9 @@ def name_dead_workers() -> Iterator[None]:
 
 def _how_it_ended(code: int) -> str:
     """A worker's exit code in the words of torch's report."""
-    return f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited unexpectedly with exit code {code}"
+    if code < 0:
+        return f"is killed by signal: {signal.strsignal(-code)}"
+    return f"exited unexpectedly with exit code {code}"
 
 
 def _worker_died(how: str) -> WorkerDied:

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine import evaluate
 from options.flags import shape_of
 from redundancy import assess
-from redundancy.metric import LEVELS
+from redundancy.metrics.registry import LEVELS
 from redundancy.monitor import AT_ONCE, IMAGES, Monitor
 from utils import pick_device
 

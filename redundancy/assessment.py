@@ -1,9 +1,10 @@
 """Measure a model's redundancy: run images through it, and let every metric see what it shows.
 
-from redundancy import assess
-report = assess(model, loader, label="plain") + assess(other, loader, label="diverse")
-print(report.table())
-report.save("report")
+    from redundancy import assess
+    report = assess(model, loader, label="plain") + assess(other, loader, label="diverse")
+    report.save("report")
+
+The command (command.py) does this for models of the command line; monitor.py measures less, and more often.
 """
 
 from __future__ import annotations
@@ -19,23 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import redundancy.attention
-import redundancy.output
-import redundancy.patches
-import redundancy.weights  # noqa: F401  (a metric registers itself)
 from errors import UserError
 from models import Layout
 from models.adapters import MATRICES
 from redundancy.examples import Look, look_at
 from redundancy.finding import Assessed, Axis, Example, Finding
-from redundancy.measured import Measured, as_metric, measured_weights, refusal
-from redundancy.metric import Metric, choose, nanmean
+from redundancy.metrics.measured import Measured, as_metric, measured_weights, refusal
+from redundancy.metrics.registry import Metric, choose, nanmean
+from redundancy.metrics.shown import layer_label
+from redundancy.metrics.streams import Accumulator, ImageMeans, axis_of
+from redundancy.metrics.values import values_of
+from redundancy.metrics.weights import Weight
 from redundancy.report import Report
-from redundancy.shown import layer_label
-from redundancy.streams import Accumulator, ImageMeans, axis_of
-from redundancy.values import values_of
 from redundancy.watch import Watched
-from redundancy.weights import Weight
 from regularizers import Spec, parse_spec
 from utils import is_main, world_size
 

@@ -27,12 +27,11 @@ from loggers.progress import Progress
 from options.config import check_limits, provenance
 from options.flags import Args
 from redundancy.assessment import assess
-from redundancy.draw import draw
 from redundancy.examples import Look
-from redundancy.metric import choose
+from redundancy.metrics.registry import choose
+from redundancy.metrics.streams import draw, shares
 from redundancy.options import Options, read_options
 from redundancy.report import Report
-from redundancy.streams import shares
 from redundancy.subjects import Loaded, Subject, find_subjects, load
 from regularizers import parse_spec
 from utils import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from redundancy.finding import Example
-from redundancy.shown import Shown
+from redundancy.metrics.shown import Shown
 from regularizers.primitives import unit
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import redundancy.attention
-import redundancy.patches  # noqa: F401  (a metric registers itself)
 from datasets import LabelledImages
 from engine import Precision, in_step
 from errors import UserError
@@ -14,10 +12,9 @@ from images.transforms import preprocessing
 from loaders import normalise
 from models import DiverseViT, Needs
 from options.flags import Args, shape_of
-from redundancy.draw import draw
-from redundancy.metric import Metric, choose
-from redundancy.streams import Moments
-from redundancy.values import values_of
+from redundancy.metrics.registry import Metric, choose
+from redundancy.metrics.streams import Moments, draw
+from redundancy.metrics.values import values_of
 from redundancy.watch import Watched, shown_by
 from utils import print_main
 

@@ -60,8 +60,7 @@ class _ListMetrics(Action):
     """Prints every metric with its first sentence and exits, like --help."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        from redundancy import assessment  # noqa: F401  (its metrics register themselves)
-        from redundancy.metric import choose
+        from redundancy.metrics import choose
 
         metrics = choose(())
         width = max(len(metric.name) for metric in metrics)

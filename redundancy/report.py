@@ -12,13 +12,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from errors import UserError, did_you_mean, reason, shown
-from redundancy import stored, tables, wording
 from redundancy.finding import Assessed
+from redundancy.presentation import stored, tables, wording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from redundancy.figures import Picture
+    from redundancy.presentation.figures import Picture
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Report:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        from redundancy import figures, page, strips
+        from redundancy.presentation import figures, page, strips
 
         groups = self.groups()
         names = wording.names(self.models)
@@ -149,7 +149,7 @@ def _alike(a: Assessed, b: Assessed) -> bool:
 def _figures() -> ModuleType:
     """The drawing half, which needs matplotlib."""
     try:
-        from redundancy import figures
+        from redundancy.presentation import figures
     except ModuleNotFoundError as error:
         raise UserError("the report's figures need matplotlib: pip install matplotlib") from error
     return figures

@@ -14,7 +14,7 @@ from models import Captured, DiverseViT, Layout, Needs, find_layout
 from models.adapters import INPUT
 from models.capture import check_captured
 from models.heads import OwnHead
-from redundancy.shown import Place, Shown, grid_of
+from redundancy.metrics.shown import Place, Shown, grid_of
 from regularizers.primitives import full_precision
 
 OF_MODELS = ("tokens", "attention", "patch logits")  # what a forward pass may show besides logits

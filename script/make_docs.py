@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import redundancy.assessment  # noqa: F401  (a metric registers itself)
-from redundancy import metric as metrics
-from redundancy.metric import Metric
+from redundancy.metrics import Metric, choose
+from redundancy.metrics.registry import SECTIONS as OF_METRICS
 from regularizers import catalogue
 from regularizers.catalogue import SECTIONS, Catalogue, Entry
 from regularizers.level import Level
@@ -91,15 +90,15 @@ MEASURED = """\
 <!-- Written by script/make_docs.py from the docstrings: change those, and run it again. -->
 
 What `python -m redundancy` measures ([how to use it](redundancy.md)). `--metrics NAME ...` chooses some of them, or
-whole levels (`patch`, `attn`, `weight`, `output`). A number of patches or of attention is that of one image. What is
-reported for each layer is the mean over images and its standard error. *One number* says which one stands for all
+whole levels (`patch`, `attn`, `weight`, `output`). A number of patches or of attention is that of one image. The
+report gives the mean over images and its standard error, for each layer. *One number* says which one stands for all
 of them in the summary table.
 """
 
 
 def metrics_as_markdown() -> str:
     """The page docs/metrics.md."""
-    every = metrics.choose(())
+    every = choose(())
     rows = [[f"[`{each.name}`](#{_anchor(each.name)})", each.text.title, each.redundant or "-"] for each in every]
     overview = "## Overview\n\n" + _table(["metric", "what it is", "redundant is"], rows) + "\n"
     return "\n".join([MEASURED, overview, "## The metrics\n", *map(_metric_section, every)])
@@ -111,7 +110,7 @@ def _anchor(heading: str) -> str:
 
 
 def _metric_section(metric: Metric) -> str:
-    rows = [[name.lower(), metric.text.sections[name]] for name in metrics.SECTIONS]
+    rows = [[name.lower(), metric.text.sections[name]] for name in OF_METRICS]
     rows.append(["one number", SUMMARIES[metric.summary]])
     remarks = [_wrapped(metric.text.remarks)] if metric.text.remarks else []
     equation = f"```\n{metric.text.equation}\n```"

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from redundancy.finding import Assessed, Axis, Example, Finding
-from redundancy.metric import METRICS, Metric, Text
+from redundancy.metrics.registry import METRICS, Metric, Text
 from redundancy.report import Report
 
 MATRICES = ("q", "k", "v", "proj", "fc1", "fc2")

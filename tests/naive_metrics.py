@@ -33,7 +33,7 @@ def naive(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class Seen(NamedTuple):
-    """What a model shows of N images, see `redundancy.shown.Shown`, as float64 arrays."""
+    """What a model shows of N images, see `redundancy.metrics.shown.Shown`, as float64 arrays."""
 
     size: tuple[int, int]
     patches: dict[int, Array]

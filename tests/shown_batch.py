@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redundancy.metric import METRICS, Metric
-from redundancy.shown import Place, Shown
-from redundancy.streams import Accumulator
+from redundancy.metrics.registry import METRICS, Metric
+from redundancy.metrics.shown import Place, Shown
+from redundancy.metrics.streams import Accumulator
 
 IMAGES, CLASSES = 40, 7  # two groups of CKA
 SIZE = (24, 48)  # of the images; patches are 12 x 16 pixels

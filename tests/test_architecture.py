@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("options", "images", "loggers", "mixing", "models", "redundancy", "regularizers", "state")
+PACKAGES = (
+    "options",
+    "images",
+    "loggers",
+    "mixing",
+    "models",
+    "redundancy",
+    "redundancy/metrics",
+    "redundancy/presentation",
+    "regularizers",
+    "state",
+)
 # From the ground up. A module may import what stands on lower floors, and its neighbours on its own.
 FLOORS = (
     ("errors",),

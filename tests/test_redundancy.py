@@ -30,7 +30,7 @@ from models import DiverseViT
 from options import config
 from redundancy import Report, assess
 from redundancy.command import main as redundancy
-from redundancy.metric import METRICS, metric
+from redundancy.metrics.registry import METRICS, metric
 from redundancy.monitor import Monitor
 from redundancy.subjects import find_subjects
 from state.trained import read_trained
@@ -430,7 +430,7 @@ def test_the_pages_example(tmp_path, monkeypatch):
 
 def test_a_metric_is_one_file(monkeypatch):
     """One registered here is measured, named and explained, without another change."""
-    monkeypatch.setattr("redundancy.metric.METRICS", dict(METRICS))
+    monkeypatch.setattr("redundancy.metrics.registry.METRICS", dict(METRICS))
 
     @metric("patch.largest", takes="patches", label="largest", summary="last")
     def largest(x):

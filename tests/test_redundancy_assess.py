@@ -20,8 +20,8 @@ from errors import UserError
 from models import DiverseViT, Needs
 from redundancy import assess
 from redundancy.finding import Finding
-from redundancy.metric import METRICS, Metric
-from redundancy.shown import Place, Shown
+from redundancy.metrics.registry import METRICS, Metric
+from redundancy.metrics.shown import Place, Shown
 from regularizers import Diversity, measures, parse_spec
 
 IMAGES, DEPTH = 75, 3

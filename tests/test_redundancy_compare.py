@@ -10,8 +10,8 @@ import pytest
 from assessed import single
 from scipy import stats
 
-from redundancy import compare
 from redundancy.finding import Axis, Finding
+from redundancy.presentation import compare
 
 NAN = float("nan")
 LAYERS = Axis("layer", ("input", "0", "1"))

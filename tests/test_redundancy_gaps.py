@@ -17,10 +17,10 @@ from shown_batch import a_batch, accumulated, normal, some_images, value
 from torch import Tensor, nn
 
 from redundancy import Report, assess
-from redundancy.metric import METRICS
-from redundancy.shown import Shown
-from redundancy.values import values_of
-from redundancy.weights import Weight
+from redundancy.metrics.registry import METRICS
+from redundancy.metrics.shown import Shown
+from redundancy.metrics.values import values_of
+from redundancy.metrics.weights import Weight
 
 of_weights = [each for each in METRICS.values() if each.takes == "weight"]
 

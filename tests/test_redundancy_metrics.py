@@ -14,11 +14,11 @@ from shown_batch import IMAGES, a_batch, accumulated, normal, value
 from torch import Tensor
 
 import redundancy.assessment  # noqa: F401  (registers all metrics)
-from redundancy.metric import LEVELS, METRICS, SECTIONS, Metric, metric
-from redundancy.patches import hsic, ratio_of_means
-from redundancy.shown import Place, Shown
-from redundancy.values import values_of
-from redundancy.weights import Weight
+from redundancy.metrics.patches import hsic, ratio_of_means
+from redundancy.metrics.registry import LEVELS, METRICS, SECTIONS, Metric, metric
+from redundancy.metrics.shown import Place, Shown
+from redundancy.metrics.values import values_of
+from redundancy.metrics.weights import Weight
 
 of_images_alone = [each for each in METRICS.values() if each.takes not in ("weight", "set")]
 of_weights = [each for each in METRICS.values() if each.takes == "weight"]

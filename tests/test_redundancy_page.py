@@ -17,9 +17,9 @@ from assessed import HARD_LABELS, model, one_metric, report
 from PIL import Image
 
 from errors import escaped
-from redundancy import page, wording
 from redundancy.finding import Assessed, Example, Finding
-from redundancy.metric import METRICS
+from redundancy.metrics.registry import METRICS
+from redundancy.presentation import page, wording
 
 EMPTY = {"meta", "link", "br", "img", "hr", "input"}
 

@@ -22,9 +22,9 @@ from PIL import Image
 from scipy import stats
 
 from errors import UserError
-from redundancy import page, tables, wording
 from redundancy.finding import Assessed, Axis, Finding
-from redundancy.metric import METRICS
+from redundancy.metrics.registry import METRICS
+from redundancy.presentation import page, tables, wording
 
 NAN = float("nan")
 LAYERS = Axis("layer", ("input", "0", "1"))

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from naive_metrics import groups_of
 from shown_batch import IMAGES, a_batch, accumulated, normal, some_images
 
-import redundancy.assessment  # noqa: F401  (registers all metrics)
 from redundancy.finding import Finding
-from redundancy.metric import METRICS, Metric
-from redundancy.patches import CKA, hsic
-from redundancy.shown import Shown
-from redundancy.streams import Accumulator, ImageMeans, Moments, shares
-from redundancy.values import values_of
+from redundancy.metrics.patches import CKA, hsic
+from redundancy.metrics.registry import METRICS, Metric
+from redundancy.metrics.shown import Shown
+from redundancy.metrics.streams import Accumulator, ImageMeans, Moments, shares
+from redundancy.metrics.values import values_of
 
 of_images = [each for each in METRICS.values() if each.takes != "weight"]
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redundancy.metric import metric
-from redundancy.patches import singular_values
+from redundancy.metrics.patches import singular_values
+from redundancy.metrics.registry import metric
 from regularizers.measures import pairwise_cosine
 
 

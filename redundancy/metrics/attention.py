@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from redundancy.metric import metric
-from redundancy.patches import by_shape, no_pairs, undefined_where
-from redundancy.shown import Place, grid_of
+from redundancy.metrics.patches import by_shape, no_pairs, undefined_where
+from redundancy.metrics.registry import metric
+from redundancy.metrics.shown import Place, grid_of
 from regularizers.measures import pairwise_cosine
 from regularizers.primitives import unit
 

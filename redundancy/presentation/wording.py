@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from errors import shown
-from redundancy.compare import Estimate
 from redundancy.finding import Assessed
-from redundancy.metric import LEVELS, METRICS
+from redundancy.metrics.registry import LEVELS, METRICS
+from redundancy.presentation.compare import Estimate
 
 MINUS, PLUS_MINUS, NOTHING = "−", "±", "–"  # noqa: RUF001
 BASES = {

@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from redundancy import compare, wording
-from redundancy.compare import Curve
 from redundancy.finding import Finding
-from redundancy.metric import METRICS
-from redundancy.styles import (
+from redundancy.metrics.registry import METRICS
+from redundancy.presentation import compare, wording
+from redundancy.presentation.compare import Curve
+from redundancy.presentation.styles import (
     FAINT,
     INK,
     MAP_LABEL,

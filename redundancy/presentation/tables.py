@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import shown
-from redundancy import compare, wording
-from redundancy.compare import Estimate
 from redundancy.finding import Assessed, Finding
-from redundancy.metric import METRICS
+from redundancy.metrics.registry import METRICS
+from redundancy.presentation import compare, wording
+from redundancy.presentation.compare import Estimate
 
 Groups = Mapping[str, list[Assessed]]
 LABEL = 40  # characters of a label in a column's head

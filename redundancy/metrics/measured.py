@@ -16,9 +16,9 @@ from errors import UserError
 from models import Layout
 from models.adapters import MATRICES
 from redundancy.finding import Axis, Finding
-from redundancy.metric import Metric, Needs, Takes, Text
-from redundancy.shown import Shown, layer_label
-from redundancy.streams import Accumulator, ImageMeans, axis_of
+from redundancy.metrics.registry import Metric, Needs, Takes, Text
+from redundancy.metrics.shown import Shown, layer_label
+from redundancy.metrics.streams import Accumulator, ImageMeans, axis_of
 from regularizers import Spec
 from regularizers.catalogue import read
 from regularizers.diversity import BoundTerm

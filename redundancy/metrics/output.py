@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from redundancy.finding import Finding
-from redundancy.metric import METRICS, metric
-from redundancy.shown import Shown
-from redundancy.streams import Accumulator, ImageMeans
+from redundancy.metrics.registry import METRICS, metric
+from redundancy.metrics.shown import Shown
+from redundancy.metrics.streams import Accumulator, ImageMeans
 
 BINS = 15
 NEIGHBOURS = 20

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from redundancy.finding import Finding
-from redundancy.metric import metric
-from redundancy.shown import Shown, layer_label
-from redundancy.streams import Accumulator, Groups, Singular, axis_of
+from redundancy.metrics.registry import metric
+from redundancy.metrics.shown import Shown, layer_label
+from redundancy.metrics.streams import Accumulator, Groups, Singular, axis_of
 from regularizers.measures import pairwise_cosine
 from regularizers.primitives import unit
 

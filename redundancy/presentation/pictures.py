@@ -16,8 +16,8 @@ from matplotlib import colormaps
 from PIL import Image
 
 from errors import escaped
-from redundancy import wording
 from redundancy.finding import Assessed, Example
+from redundancy.presentation import wording
 
 SIDE = 224  # pixels of an image's longer side, at most
 HEADS = 12  # maps shown of a model

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from errors import escaped, shown
-from redundancy import inline, tables, wording
-from redundancy.figures import Picture
-from redundancy.metric import METRICS, SECTIONS
-from redundancy.pictures import Gallery
-from redundancy.styles import PAGE_COLORS, Style, style
-from redundancy.tables import Cell, Groups, Row
+from redundancy.metrics.registry import METRICS, SECTIONS
+from redundancy.presentation import inline, tables, wording
+from redundancy.presentation.figures import Picture
+from redundancy.presentation.pictures import Gallery
+from redundancy.presentation.styles import PAGE_COLORS, Style, style
+from redundancy.presentation.tables import Cell, Groups, Row
 
 CSS = Path(__file__).with_name("page.css")
 NAME = 40  # letters of a label in a sentence

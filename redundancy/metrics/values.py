@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redundancy.metric import Metric
-from redundancy.shown import Shown
+from redundancy.metrics.registry import Metric
+from redundancy.metrics.shown import Shown
 
 
 def values_of(metric: Metric, shown: Shown) -> Tensor:

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from redundancy.figures import WIDTH, Picture
 from redundancy.finding import Assessed, Example
-from redundancy.pictures import by_image, cosine_ends, largest
-from redundancy.styles import ROW_LABEL, Drawing, drawable, in_style, new_figure
+from redundancy.presentation.figures import WIDTH, Picture
+from redundancy.presentation.pictures import by_image, cosine_ends, largest
+from redundancy.presentation.styles import ROW_LABEL, Drawing, drawable, in_style, new_figure
 
 HEADS = 6  # a paper's column has room for so many
 

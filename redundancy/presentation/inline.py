@@ -9,7 +9,7 @@ from html import escape
 from itertools import product
 
 from errors import shown
-from redundancy.styles import FONT, MAP_LABEL, PAGE_COLORS, ROW_LABEL, Drawing, drawable, in_style
+from redundancy.presentation.styles import FONT, MAP_LABEL, PAGE_COLORS, ROW_LABEL, Drawing, drawable, in_style
 
 
 def svg(figure: Drawing, prefix: str, words: str, labels: Sequence[str]) -> str:

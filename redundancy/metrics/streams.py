@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from redundancy.finding import Axis, Finding
-from redundancy.metric import Metric
-from redundancy.shown import Shown
+from redundancy.metrics.registry import Metric
+from redundancy.metrics.shown import Shown
 
 GROUP = 32  # images that are compared with each other
 SMALLEST = 4  # a group of fewer has no unbiased estimate
@@ -209,3 +209,8 @@ def shares(images: int, processes: int) -> list[range]:
     ends = [min(images, GROUP * (groups * done // processes)) for done in range(processes + 1)]
     ends[-1] = images
     return [range(first, last) for first, last in pairwise(ends)]
+
+
+def draw(available: int, wanted: int, seed: int) -> np.ndarray:
+    """Places of the images that are measured, in the order in which they are: a random one, without repetition."""
+    return np.random.default_rng(seed).permutation(available)[:wanted]
