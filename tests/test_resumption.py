@@ -36,11 +36,11 @@ EPOCH = """reg mixing_coef emb_cos_within_coef emb_contrast_cross_coef attn_cos_
     train_interpolation reprob remode recount resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob
     mixup_mode grad_accum_steps seed teacher_model teacher_model_kwargs teacher_input_size
     teacher_weights distillation_type distillation_alpha distillation_tau"""
-NOW = """crop_pct crop_mode interpolation train_mode measure monitor_redundancy drop drop_path
-    model_ema model_ema_decay model_ema_warmup amp_dtype val_labels skip_bad_images opt_eps opt_betas nonfinite nonfinite_patience
-    clip_grad clip_mode val_interval momentum weight_decay epochs lr scale_lr_flag warmup_epochs
-    warmup_lr min_lr decay_epochs decay_milestones decay_rate cooldown_epochs patience_epochs lr_noise
-    lr_noise_pct lr_noise_std"""
+NOW = """crop_pct crop_mode interpolation train_mode measure monitor_redundancy drop drop_path model_ema
+    model_ema_decay model_ema_warmup amp_dtype val_labels skip_bad_images opt_eps opt_betas
+    nonfinite nonfinite_patience clip_grad clip_mode val_interval momentum weight_decay epochs lr
+    scale_lr_flag warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate
+    cooldown_epochs patience_epochs lr_noise lr_noise_pct lr_noise_std"""
 FREE = """model_ema_force_cpu torchcompile grad_checkpointing data_path download single_class num_workers pin_mem
     check_data teacher_path teacher_eval config output_dir device deterministic resume save_interval_steps
     save_interval_minutes checkpoint_hist eval print_freq dist_eval fsdp world_size dist_url dist_timeout

@@ -195,22 +195,30 @@ SPECIAL = {
 
 
 def latex(groups: Groups) -> str:
-    """The summary as a tabular that needs no package. Below a value is its difference to the first label."""
+    """The summary as a tabular that needs no package and fits on a page. Differences are to the first label."""
     rows = with_summary(summary(groups))
-    lines = [f"% {_ascii(note(rows))}", rf"\begin{{tabular}}{{l{'r' * len(groups)}}}", r"\hline"]
-    lines.append(_latex_line(["Metric", *(escape_latex(shown(label, LABEL)) for label in groups)]))
+    heads = ["Metric"]
+    for place, label in enumerate(groups):
+        heads += [escape_latex(shown(label, LABEL)), *(["difference"] if place else [])]
+    lines = [
+        f"% {_ascii(note(rows))}",
+        r"{\footnotesize",
+        rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+        r"\hline",
+    ]
+    lines.append(_latex_line(heads))
     for title, names in wording.by_level(row.metric for row in rows).items():
-        lines.append(rf"\hline \multicolumn{{{len(groups) + 1}}}{{l}}{{\textit{{{title}}}}} \\")
-        for row in (row for row in rows if row.metric in names):
-            lines += _latex_rows(row)
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+        lines.append(rf"\hline \multicolumn{{{len(heads)}}}{{l}}{{\textit{{{title}}}}} \\")
+        lines += [_latex_row(row) for row in rows if row.metric in names]
+    return "\n".join([*lines, r"\hline", r"\end{tabular}}", ""])
 
 
-def _latex_rows(row: Row) -> Iterator[str]:
-    values = [_math(wording.estimated(cell.value)) for cell in row.cells.values()]
-    yield _latex_line([rf"\texttt{{{escape_latex(row.metric)}}}", *values])
-    if len(row.cells) > 1:
-        yield _latex_line(["", *(_latex_difference(cell.difference) for cell in row.cells.values())])
+def _latex_row(row: Row) -> str:
+    cells = [rf"\texttt{{{escape_latex(row.metric)}}}"]
+    for place, cell in enumerate(row.cells.values()):
+        cells.append(_math(wording.estimated(cell.value)))
+        cells += [_latex_difference(cell.difference)] if place else []
+    return _latex_line(cells)
 
 
 def _latex_line(cells: list[str]) -> str:
@@ -220,7 +228,7 @@ def _latex_line(cells: list[str]) -> str:
 def _latex_difference(estimate: Estimate | None) -> str:
     if estimate is None or not math.isfinite(estimate.value):
         return ""
-    return r"\footnotesize " + _math(wording.estimated(estimate, sign=True), bold=estimate.clear)
+    return _math(wording.estimated(estimate, sign=True), bold=estimate.clear)
 
 
 def _math(text: str, *, bold: bool = False) -> str:
