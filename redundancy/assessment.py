@@ -72,8 +72,7 @@ def assess(
     chosen = choose(metrics)
     specs = [parse_spec(text, with_coef=False) for text in measures]
     wanted = {need for metric in [*chosen, *map(as_metric, specs)] for need in metric.needs}
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batches = _batches(loader, device)
+    batches = _batches(loader, next(model.parameters(), torch.zeros(0)))
     opening = next(batches, None)
     own: tuple[Any, ...] | None = None
     if opening is not None:
@@ -94,8 +93,8 @@ def assess(
     return Report([Assessed(label, described, findings, gaps, examples)], {})
 
 
-def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images and, if there are any, labels on the device; empty batches are left out.
+def _batches(loader: Iterable[Any], like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images and, if there are any, labels where a tensor is, in its precision; empty batches are left out.
 
     Raises:
         UserError: the loader yields something else, or not always the same.
@@ -107,7 +106,7 @@ def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Tens
             forms.add((images.shape[1:], labels is None))
             if len(forms) > 1:
                 raise UserError("a loader must yield images of one size, and labels with all of them or with none")
-            yield images.to(device), labels if labels is None else labels.to(device)
+            yield images.to(like), labels if labels is None else labels.to(like.device)
 
 
 def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +120,8 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
     images, labels, *_ = (*parts, None, None)
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise UserError("a loader must yield images [B, C, H, W], or (images, labels)")
+    if not images.is_floating_point():
+        raise UserError(f"images must be normalised numbers as the model takes them, not {images.dtype}")
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
             raise UserError("labels must be the numbers of the images' classes, a tensor [B] of integers")

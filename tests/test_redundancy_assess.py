@@ -253,10 +253,19 @@ def test_batches_that_cannot_be_measured() -> None:
     for wrong in (labels[:3], labels[:, None], labels.double(), labels.tolist(), "labels", torch.eye(4).long()):
         assert "a tensor [B] of integers" in refusal(vit(), [(images, wrong)])
     assert "from 0" in refusal(vit(), [(images, labels - 5)])
+    assert "must be normalised numbers as the model takes them, not torch.uint8" in refusal(vit(), [images.byte()])
     for batches in ([(images, labels), images], [images, (images, labels)], [images, images[..., :16]]):
         assert "of one size, and labels with all of them or with none" in refusal(vit(), batches)
     for nothing in ([], [images[:0]], iter(())):
         assert refusal(vit(), nothing) == "there are no images to measure"
+
+
+def test_images_take_the_precision_of_the_model() -> None:
+    images, labels = random_batch(6)
+    (wide,) = assess(vit(), [(images.double(), labels)], metrics=["patch.cosine"]).models
+    (half,) = assess(vit().bfloat16(), [(images, labels)], metrics=["patch.cosine"]).models
+    expected = wide.findings["patch.cosine"].mean
+    np.testing.assert_allclose(half.findings["patch.cosine"].mean, expected, atol=0.02)
 
 
 def test_models_that_return_no_logits() -> None:

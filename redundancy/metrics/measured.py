@@ -5,7 +5,8 @@ main.py logs the sum over a spec's layers. Here each layer, pair of layers or ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -24,6 +25,14 @@ from regularizers.catalogue import read
 from regularizers.diversity import BoundTerm
 
 NEEDS: dict[str, Needs] = {"patch": "tokens", "attn": "attention", "weight": "weights"}
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random probes that depend on the seed alone; afterwards the streams are where they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _by_spec() -> None:
@@ -95,8 +104,7 @@ class Measured(Accumulator):
     def update(self, shown: Shown) -> None:
         rows = []
         for image in range(len(shown.logits)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.place)
+            with seeded(self.place, shown.logits.device):
                 rows.append(self._of_image(shown, image))
             self.place += 1
         self.means.add(torch.stack(rows).double().cpu().numpy())
@@ -128,10 +136,8 @@ def measured_weights(spec: Spec, layout: Layout) -> Finding:
     values = np.full((len(term.layers), len(kinds)), np.nan)
     for row, layer in enumerate(term.layers):
         for column, kind in enumerate(kinds):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(layer)
-                matrices = [matrix for stack in layout.weights(layer, [kind]) for matrix in stack]
-                found = [float(term.function(matrix[None].detach())) for matrix in matrices]
-            values[row, column] = np.mean(found)
+            matrices = [matrix.detach() for stack in layout.weights(layer, [kind]) for matrix in stack]
+            with seeded(layer, matrices[0].device):
+                values[row, column] = np.mean([float(term.function(matrix[None])) for matrix in matrices])
     axes: Sequence[Axis] = (axis_of("layer", map(layer_label, term.layers)), Axis("matrix", tuple(kinds)))
     return Finding(tuple(axes), values)

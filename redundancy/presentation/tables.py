@@ -202,7 +202,7 @@ def latex(groups: Groups) -> str:
         heads += [escape_latex(shown(label, LABEL)), *(["difference"] if place else [])]
     lines = [
         f"% {_ascii(note(rows))}",
-        r"{\footnotesize",
+        r"{\footnotesize\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
         r"\hline",
     ]
