@@ -84,7 +84,7 @@ class Args:
     monitor_redundancy: int = flag(
         0,
         NOW,
-        "measure redundancy of all layers on 32 evaluation images every N epochs, and after the last; 0: never",
+        "measure redundancy of all layers on 16 evaluation images every N epochs, and after the last; 0: never",
         "--monitor-redundancy",
         limits=FROM_0,
     )

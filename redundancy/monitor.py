@@ -18,7 +18,7 @@ from redundancy.metrics.values import values_of
 from redundancy.watch import Watched, shown_by
 from utils import print_main
 
-IMAGES = 32  # that are looked at, the same ones all the time
+IMAGES = 16  # that are looked at, the same ones all the time
 AT_ONCE = 8
 
 

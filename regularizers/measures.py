@@ -40,6 +40,7 @@ from regularizers.primitives import (
     gram,
     mean_direction,
     mean_over_sets,
+    over_sets,
     twice_normalised,
     unit,
 )
@@ -109,6 +110,11 @@ def pairwise_cosine(x: Tensor) -> Tensor:
     Source: [C22] and [G21], similarity of patch embeddings and of heads.
     Use: to report redundancy (--measure); as a term it is `cosine` with `abs`, without the diagonal.
     """
+    return pairwise_cosines(x).mean()
+
+
+def pairwise_cosines(x: Tensor) -> Tensor:
+    """`pairwise_cosine` of every set.  [..., n, d] -> [...]"""
     n = x.shape[-2]
 
     def of_chunk(x: Tensor) -> Tensor:
@@ -116,7 +122,7 @@ def pairwise_cosine(x: Tensor) -> Tensor:
         others = gram(u).abs().sum(dim=(-2, -1)) - u.square().sum(dim=(-2, -1))  # [C]
         return others / max(n * (n - 1), 1)
 
-    return mean_over_sets(of_chunk, x, matrix=n**2)
+    return over_sets(of_chunk, x, matrix=n**2).view(x.shape[:-2])
 
 
 @measure(takes="pair")

@@ -113,7 +113,12 @@ def in_chunks(*tensors: Tensor, each: int | None = None) -> list[tuple[Tensor, .
 
 
 def mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
-    """Mean of a measure over the leading dimensions, in chunks that bound its memory whatever their number.
+    """Mean of a measure over the leading dimensions; see `over_sets`.  -> scalar"""
+    return over_sets(value, *sets, matrix=matrix).mean()
+
+
+def over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0) -> Tensor:
+    """A measure of every set, in chunks that bound its memory whatever their number.
 
     No tensor inside `value` is larger than `in_chunks` allows, or than one set needs. Where gradients are wanted, a
     chunk is computed once more in its backward pass: nothing but `sets` themselves, in their own precision, is
@@ -123,7 +128,7 @@ def mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0)
         value: maps sets [C, n, d] to their C values; deterministic.
         sets: [..., n, d] each, with the same leading dimensions, if any.
         matrix: elements of the matrix that `value` forms for one set, if any.
-    Returns: scalar.
+    Returns: a number for each set, [product of the leading dimensions].
     """
     largest = max(matrix, *(x.shape[-2] * x.shape[-1] for x in sets))
     chunks = zip(*in_chunks(*(x.reshape(-1, *x.shape[-2:]) for x in sets), each=largest), strict=True)  # [C, n, d]
@@ -131,7 +136,7 @@ def mean_over_sets(value: Callable[..., Tensor], *sets: Tensor, matrix: int = 0)
         values = [checkpoint(value, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         values = [value(*chunk) for chunk in chunks]
-    return torch.cat(values).mean()
+    return torch.cat(values)
 
 
 def twice_normalised(x: Tensor) -> Tensor:

@@ -380,7 +380,7 @@ def test_monitor(images, tmp_path, monkeypatch, capsys):
     assert_same(plain["model"], run_["model"])
     assert_same(plain["optimizer"], run_["optimizer"])
     file = str(tmp_path / "run" / "checkpoint.pth")
-    report = found(images, tmp_path, monkeypatch, file, "--weights", "raw", "--images", "32", "--metrics", *cheap)
+    report = found(images, tmp_path, monkeypatch, file, "--weights", "raw", "--images", "16", "--metrics", *cheap)
     for name in cheap:
         finding = report.models[0].findings[name]
         assert third[f"redundancy_{name}@last"] == pytest.approx(finding.mean[-1], rel=1e-6), name

@@ -15,7 +15,7 @@ from torch import Tensor
 from redundancy.metrics.patches import by_shape, no_pairs, undefined_where
 from redundancy.metrics.registry import metric
 from redundancy.metrics.shown import Place, grid_of
-from regularizers.measures import pairwise_cosine
+from regularizers.measures import pairwise_cosines
 from regularizers.primitives import unit
 
 
@@ -38,7 +38,7 @@ def cosine_abs(a: Tensor) -> Tensor:
     Source: Chen et al. 2022 (arXiv 2203.06345).
     """
     heads = a.flatten(-2)  # [B, W, H, n * m]
-    return undefined_where(no_pairs(heads), torch.stack([pairwise_cosine(image) for image in heads]))
+    return undefined_where(no_pairs(heads), pairwise_cosines(heads).mean(dim=1))
 
 
 @metric("attn.across", takes="all maps", label="mean |cos|", summary="pairs", limits=(0, 1), redundant="high")

@@ -18,7 +18,7 @@ from redundancy.finding import Finding
 from redundancy.metrics.registry import metric
 from redundancy.metrics.shown import Shown, layer_label
 from redundancy.metrics.streams import Accumulator, Groups, Singular, axis_of
-from regularizers.measures import pairwise_cosine
+from regularizers.measures import pairwise_cosines
 from regularizers.primitives import unit
 
 OUTLIER = 3.0  # times the median norm
@@ -59,7 +59,7 @@ def cosine_abs(x: Tensor) -> Tensor:
     Undefined: a single patch, or patches that are all zero.
     Source: Chen et al. 2022 (arXiv 2203.06345) and Gong et al. 2021 (arXiv 2104.12753).
     """
-    return undefined_where(no_pairs(x), torch.stack([pairwise_cosine(image) for image in x]))
+    return undefined_where(no_pairs(x), pairwise_cosines(x))
 
 
 @metric(
