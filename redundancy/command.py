@@ -31,6 +31,7 @@ from redundancy.examples import Look
 from redundancy.metrics.registry import choose
 from redundancy.metrics.streams import draw, shares
 from redundancy.options import Options, read_options
+from redundancy.presentation import wording
 from redundancy.report import Report
 from redundancy.subjects import Loaded, Subject, find_subjects, load
 from regularizers import parse_spec
@@ -38,7 +39,6 @@ from utils import (
     broadcast_object,
     find_launch,
     init_distributed,
-    is_main,
     lost_process,
     pick_device,
     print_main,
@@ -83,6 +83,7 @@ def run(options: Options) -> None:
     for text in options.measures:
         parse_spec(text, with_coef=False)
     subjects = find_subjects(options.words)
+    check_used(options, subjects)
     launch = find_launch(args.world_size)
     device = pick_device(args.device, launch.local_rank)
     init_distributed(launch, device, args.dist_url, args.dist_timeout)
@@ -94,8 +95,7 @@ def run(options: Options) -> None:
         measured = measure(subject, options, device)
         report = measured if report is None else report + measured
     assert report is not None
-    if is_main():
-        print(f"\n{report.table()}\n")
+    print_main(f"\n{printable(report.table())}\n")
     broadcast_object(lambda: report.save(options.output) if report is not None else None)
     print_main(f"report: {options.output / 'report.html'}")
 
@@ -104,8 +104,11 @@ def _check_one(subject: Subject, options: Options) -> None:
     """Build a subject's model and the images once, so that nothing is measured for one that cannot be."""
     loaded = _load(subject, options)
     build_dataset(False, flags_for(loaded, options.args))
-    if subject.is_file and options.model and options.model != loaded.about["model"]:
-        print_main(f"note: {subject.source} says its model itself, {loaded.about['model']}: not --model")
+    kwargs, size = options.args.model_kwargs, options.input_size
+    given = {"--model": options.model, "--model-kwargs": kwargs, "--input-size": size}
+    unused = [flag for flag, value in given.items() if value]
+    if loaded.says_model and unused:
+        print_main(f"note: {shown(subject.source)} says itself what it holds, whatever {' and '.join(unused)} say")
 
 
 def _load(subject: Subject, options: Options) -> Loaded:
@@ -153,6 +156,33 @@ def measure(subject: Subject, options: Options, device: torch.device) -> Report:
             after_batch=after_batch,
         )
     return replace(report, about=about_run(options, images, len(drawn), device))
+
+
+def check_used(options: Options, subjects: Sequence[Subject]) -> None:
+    """Refuse flags that are for another kind of models than those that are given.
+
+    Raises:
+        UserError: with the kind.
+    """
+    files = any(subject.is_file for subject in subjects)
+    names = not all(subject.is_file for subject in subjects)
+    of_files = {"--model": options.model, "--weights": options.args.weights != "auto"}
+    for flag in (flag for flag, value in of_files.items() if value and not files):
+        raise UserError(f"{flag} is for checkpoints, and all models are given by name: drop it")
+    if not options.pretrained and not names:
+        raise UserError("--no-pretrained is for models by name, and all models are checkpoints: drop it")
+
+
+def printable(text: str) -> str:
+    """The table for terminals that have no more than ASCII."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        plain = text
+        for sign, written in ((wording.PLUS_MINUS, "+-"), (wording.MINUS, "-"), (wording.NOTHING, "-")):
+            plain = plain.replace(sign, written)
+        return plain.encode("ascii", "backslashreplace").decode()
+    return text
 
 
 @contextmanager

@@ -187,7 +187,8 @@ def read_options(argv: Sequence[str] | None = None) -> Options:
     """
     said = vars(get_args_parser().parse_args(argv))
     flags = usable({name: said[name] for name in SHARED})
-    flags |= {"model_kwargs": said["model_kwargs"], "weights": said["weights"]}
+    channels = {} if flags["in_chans"] == 3 else {"in_chans": flags["in_chans"]}
+    flags |= {"model_kwargs": channels | said["model_kwargs"], "weights": said["weights"]}
     if not said.get("words"):
         raise UserError(f"which models? e.g. python -m redundancy {EXAMPLE} --data-path IMAGENET --output report")
     if not said.get("output"):

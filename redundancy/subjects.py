@@ -52,6 +52,7 @@ class Loaded:
         image_shape: channels, height and width that it takes.
         preprocessing: what its images go through.
         class_names: of its classes, if they have names.
+        says_model: whether it is a checkpoint that says itself which model it holds.
         about: for the report.
     """
 
@@ -59,6 +60,7 @@ class Loaded:
     image_shape: tuple[int, int, int]
     preprocessing: Preprocessing
     class_names: Sequence[str]
+    says_model: bool
     about: dict[str, Any]
 
 
@@ -152,26 +154,25 @@ def _load_file(path: str, args: Args, model: str | None, size: Any) -> Loaded:
     about = {"model": trained.name, "weights": f"{path} ({trained.weights})"}
     if not path.startswith("https://"):
         about["sha256"] = checksum(path)
-    return Loaded(trained.backbone, trained.image_shape, trained.preprocessing, trained.class_names, about)
+    shape, images, names = trained.image_shape, trained.preprocessing, trained.class_names
+    return Loaded(trained.backbone, shape, images, names, trained.says_model, about)
 
 
 def _load_name(name: str, args: Args, pretrained: bool, size: Any) -> Loaded:
     torch.manual_seed(args.seed)
     config = pretrained_config(name)
-    channels = args.in_chans
-    options = dict(args.model_kwargs) if channels == 3 else {"in_chans": channels, **args.model_kwargs}
     chosen = sides(size) if size else tuple(config.get("input_size", (3, 224, 224))[1:])
-    backbone: Any = build_model(name, **{"img_size": chosen if size else None, **options})
+    backbone: Any = build_model(name, **{"img_size": chosen if size else None, **args.model_kwargs})
     if pretrained:
         try:
             load_timms(backbone, name)
         except UserError as error:
             said = str(error).rstrip(".")
             raise UserError(f"{said}; --no-pretrained measures {shown(name)} untrained") from error
-    shape = (channels, *chosen)
+    shape = (args.model_kwargs.get("in_chans", 3), *chosen)
     about = {"model": name, "weights": "timm's" if pretrained else f"untrained (seed {args.seed})"}
     names = tuple(config.get("label_names") or ())
-    return Loaded(backbone.eval(), shape, preprocessing_of(None, name, name, shape), names, about)
+    return Loaded(backbone.eval(), shape, preprocessing_of(None, name, name, shape), names, False, about)
 
 
 def checksum(path: str) -> str:

@@ -47,6 +47,7 @@ class Trained:
         weights: 'raw' or 'ema', the trained weights or their average.
         evaluated: what the run's last evaluation gave.
         class_names: in the order of the logits; none if the classes have no names.
+        says_model: whether the checkpoint itself says which model it holds.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Trained:
     weights: str
     evaluated: Evaluated
     class_names: Sequence[str] = ()
+    says_model: bool = True
 
 
 def read_trained(
@@ -119,7 +121,8 @@ def read_trained(
     names = _class_names(flags, backbone.num_classes, path)
     images = preprocessing_of(state, path, name, shape)
     kind = "ema" if use_ema else "raw"
-    return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names)
+    says_model = bool(flags.get("model"))
+    return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names, says_model)
 
 
 def evaluation_of(state: Any) -> Evaluated:

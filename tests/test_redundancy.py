@@ -117,7 +117,7 @@ def same_numbers(one: Any, other: Any, tolerance: float = 0.0) -> None:
             np.testing.assert_allclose(finding.error, other.findings[name].error, tolerance, tolerance)
 
 
-def test_one_model_from_every_source(images, trained, tmp_path, monkeypatch):
+def test_one_model_from_every_source(images, trained, tmp_path, monkeypatch, capsys):
     """Equal weights give equal numbers, wherever they come from."""
     ours = read_trained(str(trained / "checkpoint.pth"), "raw")
     bare, deits = tmp_path / "bare.pth", tmp_path / "deits.pth"
@@ -128,6 +128,7 @@ def test_one_model_from_every_source(images, trained, tmp_path, monkeypatch):
     kwargs += ["--model-kwargs", "patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"]
     words = [f"ours={trained / 'checkpoint.pth'}", f"bare={bare}", f"deits={deits}"]
     report = found(images, tmp_path, monkeypatch, *words, "--weights", "raw", *kwargs, *QUICK)
+    assert f"note: {trained / 'checkpoint.pth'} says itself what it holds, what" in capsys.readouterr().out
     first, *others = report.models
     for other in others:
         same_numbers(first, other)
@@ -172,6 +173,13 @@ def test_accuracy_is_main_pys(images, trained, tmp_path, monkeypatch, capsys):
     assert main.main([*FLAGS, "--data-path", str(images), *resume]) == 0
     accuracy = report.models[0].findings["output.top1"].summary
     assert f"* Acc@1 {accuracy:.3f}" in capsys.readouterr().out
+
+
+def test_terminals_without_signs(images, trained, tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    argv = [str(trained / "checkpoint.pth"), "--data-path", str(images), "--output", str(tmp_path / "out"), *QUICK]
+    run = subprocess.run([sys.executable, "-m", "redundancy", *argv], cwd=ROOT, env=env, capture_output=True)
+    assert run.returncode == 0 and b" +- " in run.stdout, run.stderr
 
 
 def test_labels_of_words(tmp_path):
@@ -305,6 +313,9 @@ def test_bad_input(images, trained, tmp_path, capsys):
     assert "unknown regularizer 'patch.cosin'" in say(file, "--measure", "patch.cosin")
     assert "depends on the training labels" in say(file, "--measure", "patch.mixing")
     assert say(file, "--images", "0") == "--images must be at least 1, not 0"
+    assert "--weights is for checkpoints, and all models" in say("vit_tiny_patch16_224", "--weights", "ema")
+    assert "--model is for checkpoints, and all models" in say("vit_tiny_patch16_224", "--model", "x")
+    assert "--no-pretrained is for models by name, and all" in say(file, "--no-pretrained")
     assert "rows and columns count from 0" in say(file, "--patch", "-1", "0")
     assert "holds no EMA" in say(save_as_timm(tmp_path / "x", ema=False)[0].as_posix(), "--weights", "ema")
     assert not output.exists()
