@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -222,8 +223,10 @@ def about_run(options: Options, images: LabelledImages, drawn: int, device: torc
     args = options.args
     data = f"{args.data_set} {args.data_path or ''}".strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    launcher = ["python"] if world_size() == 1 else ["torchrun", "--nproc_per_node", str(world_size())]
     return {
         **provenance(),
+        "command": shlex.join([*launcher, "-m", "redundancy", *options.argv]),
         "data": f"{drawn:,} of the {len(images):,} evaluation images of {data}, drawn with seed {args.seed}",
         "data sha256": f"{digest(images.samples)} (of all labels and, where they have any, names and sizes)",
         "device": f"{name}, {world_size()} process(es)",

@@ -41,6 +41,7 @@ class Options:
         model, input_size: of checkpoints that do not say it; the size is also that of models by name.
         pretrained: whether models by name get timm's weights.
         args: the flags of main.py.
+        argv: the command line as it was given.
     """
 
     words: list[str]
@@ -54,6 +55,7 @@ class Options:
     input_size: int | list[int] | None
     pretrained: bool
     args: Args
+    argv: list[str]
 
 
 class _ListMetrics(Action):
@@ -213,4 +215,5 @@ def read_options(argv: Sequence[str] | None = None) -> Options:
         input_size=said.get("input_size"),
         pretrained=said["pretrained"],
         args=Args(**flags),
+        argv=list(sys.argv[1:] if argv is None else argv),
     )

@@ -18,7 +18,14 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads
 # The files that take longest start first, so that both processes of script/test.sh end at about the same time
 LONGEST = ["test_compile", "test_resumption", "test_resume", "test_loaders", "test_distributed", "test_export"]
 LONGEST += ["test_fsdp", "test_using_elsewhere", "test_hubconf", "test_trackers", "test_program", "test_benchmarks"]
-LONGEST += ["test_submitit", "test_families", "test_main", "test_scripts"]
+LONGEST += [
+    "test_submitit",
+    "test_families",
+    "test_main",
+    "test_scripts",
+    "test_redundancy",
+    "test_redundancy_report",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

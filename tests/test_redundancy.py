@@ -87,6 +87,7 @@ def test_a_whole_report(images, trained, tmp_path, capsys):
     assert [model["label"] for model in report["models"]] == ["plain", "average"]
     assert "30 of the 80 evaluation images" in report["about"]["data"]
     assert set(report["about"]) >= {"command", "revision", "torch", "timm", "data sha256", "device", "date"}
+    assert report["about"]["command"].startswith(f"python -m redundancy plain={trained / 'checkpoint.pth'} ")
     about = report["models"][0]["about"]
     summed = subprocess.run(["sha256sum", trained / "checkpoint.pth"], capture_output=True, text=True, check=True)
     assert about["sha256"] == summed.stdout.split()[0]
@@ -135,6 +136,23 @@ def test_one_model_from_every_source(images, trained, tmp_path, monkeypatch, cap
     export = found(images, tmp_path, monkeypatch, f"local-dir:{tmp_path / 'export'}", *QUICK).models[0]
     same_numbers(first, export)
     assert export.label == f"local-dir:{tmp_path / 'export'}"
+
+
+def test_seeds_of_one_run(images, trained, tmp_path, monkeypatch):
+    """Two files of one label are averaged, and their spread is the error."""
+    other = saved(trained)
+    for value in other["model"].values():
+        value.mul_(1.01)
+    torch.save(other, tmp_path / "other.pth")
+    words = [f"run={trained / 'checkpoint.pth'}", f"run={tmp_path / 'other.pth'}", "--weights", "raw"]
+    report = found(images, tmp_path, monkeypatch, *words, *QUICK)
+    (models,) = report.groups().values()
+    values = [model.findings["patch.cosine"].summary for model in models]
+    assert values[0] != values[1] and "over seeds" in report.table()
+    row = re.search(r"patch\.cosine +\| +(\S+) ± (\S+)", report.table().replace("\u2212", "-"))
+    assert row is not None
+    expected = [np.mean(values), np.std(values, ddof=1) / 2**0.5]
+    assert [float(number) for number in row.groups()] == pytest.approx(expected, rel=0.05)
 
 
 def test_raw_or_ema(images, tmp_path, monkeypatch):
@@ -227,6 +245,7 @@ def test_two_processes_and_other_batches_give_the_same(images, trained, tmp_path
     same_numbers(first.models[0], second.models[0], 1e-6)
     assert first.models[0].findings["patch.cka"].note == second.models[0].findings["patch.cka"].note
     assert "2 process(es)" in second.about["device"]
+    assert second.about["command"].startswith("torchrun --nproc_per_node 2 -m redundancy ")
 
 
 def test_more_processes_than_groups(images, trained, tmp_path):
