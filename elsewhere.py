@@ -58,7 +58,7 @@ def attach(model: nn.Module, specs: Sequence[str], img_size: int | Sequence[int]
         raise UserError(
             "this model has diversity terms already: give all of them in one call, or call model.diversity.remove()"
         )
-    backbone = _timm_model(model)
+    backbone = timm_model_in(model)
     layout = find_layout(backbone)
     diversity = Diversity([parse_spec(spec) for spec in specs], layout.depth, patches_reach_label=True)
     for term in diversity.terms:
@@ -130,7 +130,7 @@ class Attached:
             return Diverse(output, total(terms), {name: term.value.detach() for name, term in terms.items()})
 
 
-def _timm_model(model: nn.Module) -> nn.Module:
+def timm_model_in(model: nn.Module) -> nn.Module:
     """The timm model that a model is, or has inside."""
     found: list[nn.Module] = []
     for module in model.modules():
@@ -138,7 +138,7 @@ def _timm_model(model: nn.Module) -> nn.Module:
         if hasattr(module, "forward_features") and not inside:
             found.append(module)
     if len(found) > 1:
-        raise UserError(f"{type(model).__name__} has {len(found)} timm models inside: give diversity one of them")
+        raise UserError(f"{type(model).__name__} has {len(found)} timm models inside: give one of them")
     return found[0] if found else model
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elsewhere import timm_model_in
 from errors import BAD_ARGUMENT, UserError, reason
 from models import Captured, DiverseViT, Layout, Needs, find_layout
 from models.adapters import INPUT
@@ -72,7 +73,7 @@ class Watched:
     """A timm model, or any other, in evaluation mode, with hooks that go when it is left (`with Watched(...)`).
 
     Args:
-        model: the model; a DiverseViT's own hooks stay out of it.
+        model: the model, or one with a timm model inside, which is then measured: DiverseViT, DDP, a compiled one.
         wanted: what metrics need, of `metric.Needs`.
         images: [B, C, H, W], a few to try it with.
     Attributes:
@@ -83,13 +84,14 @@ class Watched:
     """
 
     def __init__(self, model: nn.Module, wanted: Collection[str], images: Tensor) -> None:
-        self.backbone: Any = model.backbone if isinstance(model, DiverseViT) else model
+        self.backbone: Any = timm_model_in(model)
         self.size = (images.shape[2], images.shape[3])
         self.layout: Layout | None = None
         self.lacks: dict[str, str] = {}
         self._features: Tensor | None = None
         with ExitStack() as undo:  # also if it does not take such images
             undo.callback(_restore, [(module, module.training) for module in self.backbone.modules()])
+            undo.enter_context(_eager(self.backbone))
             self._watch_features(undo)
             possible = self._possible(wanted)
             every = Needs()
@@ -190,6 +192,19 @@ class Watched:
         self._features = None
         captured = self.model(images, needs=self.needs)
         return shown_by(captured, self.layout, self.size, self._features, labels)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Without what `module.compile()` made, which would not see new hooks."""
+    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 def _restore(modes: Iterable[tuple[nn.Module, bool]]) -> None:

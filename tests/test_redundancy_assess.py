@@ -268,6 +268,32 @@ def test_images_take_the_precision_of_the_model() -> None:
     np.testing.assert_allclose(half.findings["patch.cosine"].mean, expected, atol=0.02)
 
 
+def test_models_inside_of_others() -> None:
+    """The timm model inside is measured, with its class token."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = vit()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.inner(images)
+
+    around, (images, labels) = Around(), random_batch(6)
+    (plain,) = assess(around.inner, [(images, labels)]).models
+    compiled = vit()
+    compiled.load_state_dict(around.inner.state_dict())
+    compiled.compile(backend="eager")
+    with torch.no_grad():
+        compiled(images)
+    for model in (around, nn.DataParallel(around), torch.compile(around, backend="eager"), compiled):
+        (same,) = assess(model, [(images, labels)]).models
+        assert not same.gaps
+        for name, finding in plain.findings.items():
+            np.testing.assert_array_equal(same.findings[name].mean, finding.mean, err_msg=name)
+    assert compiled._compiled_call_impl is not None
+
+
 def test_models_that_return_no_logits() -> None:
     images, _ = random_batch(4)
     said = refusal(nn.Conv2d(3, 5, 1), [images])
