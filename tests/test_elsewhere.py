@@ -255,7 +255,7 @@ def two_models() -> nn.Module:
             ["attn.cosine=1"],
             "a model first, then its terms: 'patch.cosine=1' is no torch.nn",
         ),
-        (two_models, ["patch.cosine=1"], "ModuleList has 2 timm models inside: give diversity one of them"),
+        (two_models, ["patch.cosine=1"], "ModuleList has 2 timm models inside: give one of them"),
         (lambda: nn.DataParallel(build()), [], "give diversity the model before DataParallel wraps it"),
         (lambda: torch.compile(build()), [], "give diversity the model before OptimizedModule wraps it"),
         (lambda: Around(attach(build(), [])), [], "has diversity terms already: give all of them in one call"),
