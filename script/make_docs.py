@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from redundancy.metrics import Metric, choose
 from redundancy.metrics.registry import SECTIONS as OF_METRICS
+from redundancy.metrics.registry import SUMMARIES
 from regularizers import catalogue
 from regularizers.catalogue import SECTIONS, Catalogue, Entry
 from regularizers.level import Level
@@ -115,16 +116,6 @@ def _metric_section(metric: Metric) -> str:
     remarks = [_wrapped(metric.text.remarks)] if metric.text.remarks else []
     equation = f"```\n{metric.text.equation}\n```"
     return "\n\n".join([f"### {metric.name}", metric.text.title, equation, *remarks, _table(["", ""], rows)]) + "\n"
-
-
-SUMMARIES = {
-    "last": "that of the last block",
-    "mean": "the mean of all",
-    "median": "the median of all",
-    "pairs": "the mean over pairs of different layers",
-    "value": "it is one",
-    "none": "none",
-}
 
 
 def as_markdown(listed: Catalogue | None = None) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
-import pytest
 from scipy import stats
 
 from redundancy.finding import Assessed, Axis, Example, Finding
@@ -61,12 +61,17 @@ def metrics() -> dict[str, Metric]:
     }
 
 
-def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make them the only ones."""
-    for name in list(METRICS):
-        monkeypatch.delitem(METRICS, name)
-    for name, metric in metrics().items():
-        monkeypatch.setitem(METRICS, name, metric)
+@contextmanager
+def registered() -> Iterator[None]:
+    """They are the only ones; afterwards the others are back in their order."""
+    before = dict(METRICS)
+    METRICS.clear()
+    METRICS.update(metrics())
+    try:
+        yield
+    finally:
+        METRICS.clear()
+        METRICS.update(before)
 
 
 def layers(depth: int, *, input_too: bool = True) -> Axis:

@@ -17,8 +17,9 @@ LAYERS = Axis("layer", ("input", "0", "1"))
 
 
 @pytest.fixture(autouse=True)
-def metrics(monkeypatch):
-    assessed.register(monkeypatch)
+def metrics():
+    with assessed.registered():
+        yield
 
 
 def test_a_plot_leaves_the_notebook_alone():

@@ -63,15 +63,15 @@ def rendered(first):
 
 
 @pytest.fixture(autouse=True)
-def metrics(monkeypatch):
-    assessed.register(monkeypatch)
+def metrics():
+    with assessed.registered():
+        yield
 
 
 @pytest.fixture(scope="module")
 def hard():
     """The page of eight labels that hold all that a label may hold."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assessed.register(monkeypatch)
+    with assessed.registered():
         return rendered(assessed.hard_report())
 
 

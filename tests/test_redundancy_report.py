@@ -31,8 +31,9 @@ LAYERS = Axis("layer", ("input", "0", "1"))
 
 
 @pytest.fixture(autouse=True)
-def metrics(monkeypatch):
-    assessed.register(monkeypatch)
+def metrics():
+    with assessed.registered():
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 LEVELS = {"patch": "patches", "attn": "attention", "weight": "weights", "output": "output"}
 SECTIONS = ("Where", "Normalised", "Range", "Undefined", "Source")
+# How a summary is made, in words.
+SUMMARIES: dict[Summary, str] = {
+    "last": "the last layer's number",
+    "mean": "the mean of all",
+    "median": "the median of all",
+    "pairs": "the mean over pairs of different layers",
+    "value": "the number itself",
+    "none": "none",
+}
 NEEDED: dict[str, tuple[Needs, ...]] = {
     **dict.fromkeys(("patches", "patches and input", "all patches"), ("tokens",)),
     **{"maps": ("attention",), "maps and place": ("attention", "tokens"), "all maps": ("attention",)},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import escaped, shown
-from redundancy.metrics.registry import METRICS, SECTIONS
+from redundancy.metrics.registry import METRICS, SECTIONS, SUMMARIES
 from redundancy.presentation import inline, tables, wording
 from redundancy.presentation.figures import Picture
 from redundancy.presentation.pictures import Gallery
@@ -23,12 +23,6 @@ from redundancy.presentation.tables import Cell, Groups, Row
 CSS = Path(__file__).with_name("page.css")
 NAME = 40  # letters of a label in a sentence
 LONG = 32  # letters from which on a cell may break
-SUMMARIES = {
-    "last": "the last layer's",
-    "mean": "the mean of all",
-    "median": "the median of all",
-    "pairs": "the mean of all pairs of different layers",
-}
 READING = (
     "A band around a curve is one standard deviation over seeds; where a label has one model, the standard error "
     "over images. A gap in a curve, or a hatched cell of a map, is a number that is undefined there."
@@ -308,10 +302,8 @@ def _made(name: str) -> str:
     sections = {key: metric.text.sections[key] for key in SECTIONS if key in metric.text.sections}
     if metric.redundant:
         sections = {"Redundant": f"the {metric.redundant} end."} | sections
-    if metric.summary in SUMMARIES:
-        sections["Summary"] = (
-            f"{SUMMARIES[metric.summary]} number." if metric.summary == "last" else f"{SUMMARIES[metric.summary]}."
-        )
+    if metric.summary not in ("value", "none"):
+        sections["Summary"] = f"{SUMMARIES[metric.summary]}."
     lines = "".join(f"<div><dt>{key}</dt><dd>{_prose(words)}</dd></div>" for key, words in sections.items())
     remarks = f"<p>{_prose(metric.text.remarks)}</p>" if metric.text.remarks else ""
     return f'<pre class="equation">{_text(metric.text.equation)}</pre>{remarks}<dl>{lines}</dl>'
