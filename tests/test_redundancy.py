@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from redundancy import Report, assess
 from redundancy.command import main as redundancy
 from redundancy.metrics.registry import METRICS, metric
 from redundancy.monitor import Monitor
+from redundancy.presentation import page, tables
 from redundancy.subjects import find_subjects
 from state.trained import read_trained
 
@@ -285,17 +287,27 @@ except SystemExit as end:
 # All families
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families(name):
-    """Everything that tests/families.py says a family shows has numbers; the rest has a reason."""
+def measured(name: str, **options: Any) -> Report:
+    """A family's report of nine images."""
     family = FAMILIES[name]
     torch.manual_seed(0)
     model = family.make().float()
     pixels = torch.randn(9, 3, family.pixels, family.pixels, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(9) % 5
-    report = assess(model, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])], label=name)
+    return assess(model, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])], label=name, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    """All that tests/families.py says a family shows has numbers; the rest has a reason, also on the page."""
+    family, report = FAMILIES[name], measured(name)
     (assessed,) = report.models
     json.loads(report.to_json(), parse_constant=lambda constant: pytest.fail(constant))
+    groups = report.groups()
+    html, table = page.render(groups, {}, {}), report.table()
+    assert all(f">{metric}<" in html for metric in METRICS) and tables.latex(groups) and tables.numbers_csv(groups)
+    assert all(f"| {metric} " in table for metric, each in METRICS.items() if each.summary != "none")
+    assert all(escape(reason[:40]) in html for reason in assessed.gaps.values())
     numbers = {metric for metric, finding in assessed.findings.items() if not np.isnan(finding.mean).all()}
     assert numbers | assessed.gaps.keys() == set(METRICS) and not numbers & assessed.gaps.keys()
     hidden = {each for each in METRICS if each.startswith("attn.")} if not family.attends else set()
@@ -306,6 +318,15 @@ def test_families(name):
     assert layers == ("input", *map(str, range(family.depth)))
     if not family.one_scale:
         assert np.isnan(assessed.findings["patch.to_input"].mean[-1])
+
+
+def test_a_page_of_unlike_families(tmp_path):
+    """Layers, windows, widths and gaps of one are not those of another; figures have room for all."""
+    few = ["patch.cosine_abs", "patch.by_patch", "attn.across", "attn.distance", "weight.rank_90", "output.top1"]
+    reports = [measured(name, metrics=few) for name in ("deit_distilled", "swin", "xcit", "levit", "hiera")]
+    sum(reports[1:], reports[0]).save(tmp_path / "out")
+    assert {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")} >= set(few)
+    parsed(tmp_path / "out" / "report.json")
 
 
 # ------------------------------------------------------------------------------------------------------------
