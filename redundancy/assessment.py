@@ -27,14 +27,14 @@ from redundancy.examples import Look, look_at
 from redundancy.finding import Assessed, Axis, Example, Finding
 from redundancy.metrics.measured import Measured, as_metric, measured_weights, refusal
 from redundancy.metrics.registry import Metric, choose, nanmean
-from redundancy.metrics.shown import layer_label
+from redundancy.metrics.shown import Shown, layer_label
 from redundancy.metrics.streams import Accumulator, ImageMeans, axis_of
 from redundancy.metrics.values import values_of
 from redundancy.metrics.weights import Weight
 from redundancy.report import Report
 from redundancy.watch import Watched
 from regularizers import Spec, parse_spec
-from utils import is_main, world_size
+from utils import world_size
 
 
 def assess(
@@ -59,7 +59,7 @@ def assess(
         model: a timm model, a DiverseViT, or any module that makes logits [B, K] of images; it is left as it was.
         loader: yields (images [B, C, H, W], labels [B]), or images alone.
         label: what figures call it; several of one label are seeds of one run.
-        metrics: names or levels of `metric.METRICS`; none are all.
+        metrics: names or levels of `metrics.METRICS`; none are all.
         measures: regularizers besides, as in `--measure`.
         about: what else the report should say of the model.
         look: which images it shows, by default the first two.
@@ -200,7 +200,7 @@ class Pass:
         lacks: Mapping[str, str],
         first: int,
     ) -> None:
-        self.watched = watched
+        self.watched, self._lacks = watched, lacks
         able = [metric for metric in chosen if not any(need in lacks for need in metric.needs)]
         self._of_weights = [metric for metric in able if metric.takes == "weight"]
         self.streams = {metric.name: self._stream(metric) for metric in able if metric.takes != "weight"}
@@ -236,14 +236,30 @@ class Pass:
             shown = self.watched.look(images, labels)
             for stream in self.streams.values():
                 stream.update(shown)
-            if number == 1 and is_main():
+            if number == 1:
                 # Hiera keeps the patches of a mask unit together
                 row_by_row = getattr(self.watched.backbone, "unroll", None) is None
                 examples = look_at(shown, images, look, row_by_row)
+            self._check_labels(shown)
             after_batch(number)
         for stream in self.streams.values():
             stream.close()
         return examples
+
+    def _check_labels(self, shown: Shown) -> None:
+        """Refuse labels that the model has no logit for, where its classes are taken for the data's.
+
+        Raises:
+            UserError: with what to give.
+        """
+        if shown.labels is None or "classes" in self._lacks:
+            return
+        largest, classes = int(shown.labels.max()), shown.logits.shape[1]
+        if largest >= classes:
+            raise UserError(
+                f"label {largest} is none of the model's {classes} classes: say why, as in "
+                "assess(..., classes='it was trained on other data'), and accuracies are left out"
+            )
 
     def of_weights(self) -> dict[str, Finding]:
         """What the weights give, which need no images."""
@@ -268,8 +284,9 @@ def measure_weights(layout: Layout, metrics: Sequence[Metric]) -> dict[str, Find
         mean = padded([value for row in numbers[metric.name] for value in row])  # [L * kinds, length]
         mean = mean.reshape(layout.depth, len(MATRICES), -1)
         axes: tuple[Axis, ...] = (labels, Axis("matrix", MATRICES))
-        if metric.summary == "none":
-            axes = (*axes, axis_of("component", map(str, range(mean.shape[2]))))
+        if metric.along is not None:
+            name, first = metric.along
+            axes = (*axes, axis_of(name, map(str, range(first, first + mean.shape[2]))))
         else:
             mean = mean[:, :, 0]
         found[metric.name] = Finding(axes, mean)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Axis(NamedTuple):
-    """One dimension of a finding: 'layer' ('input', '0', '1', ...), 'matrix' ('q', ..., 'fc2'), 'component', ..."""
+    """One dimension of a finding: 'layer' ('input', '0', '1', ...), 'matrix' ('q', ..., 'fc2'), ..."""
 
     name: str
     labels: tuple[str, ...]

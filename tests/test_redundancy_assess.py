@@ -253,6 +253,9 @@ def test_batches_that_cannot_be_measured() -> None:
     for wrong in (labels[:3], labels[:, None], labels.double(), labels.tolist(), "labels", torch.eye(4).long()):
         assert "a tensor [B] of integers" in refusal(vit(), [(images, wrong)])
     assert "from 0" in refusal(vit(), [(images, labels - 5)])
+    assert refusal(vit(), [(images, labels + 5)]).startswith(
+        f"label {int(labels.max()) + 5} is none of the model's 5"
+    )
     assert "must be normalised numbers as the model takes them, not torch.uint8" in refusal(vit(), [images.byte()])
     for batches in ([(images, labels), images], [images, (images, labels)], [images, images[..., :16]]):
         assert "of one size, and labels with all of them or with none" in refusal(vit(), batches)

@@ -78,6 +78,7 @@ class Metric:
         needs: what it cannot do without: what a model shows of itself, the images' 'labels', or 'classes', that the
             model's are the data's, or the 'features' that its classifier reads.
         text: its docstring.
+        along: of a metric that gives numbers in a row, what they run over, and the first one's number.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Metric:
     cheap: bool
     needs: tuple[Needs, ...]
     text: Text
+    along: tuple[str, int] | None = None
 
     @property
     def level(self) -> str:
@@ -128,6 +130,7 @@ def metric(
     redundant: Literal["high", "low", ""] = "",
     cheap: bool = False,
     needs: tuple[Needs, ...] = (),
+    along: tuple[str, int] | None = None,
 ) -> Callable[[Function], Function]:
     """Register what follows as a metric.
 
@@ -142,7 +145,7 @@ def metric(
             'weight': a `weights.Weight` -> a number, or numbers in a row;
             'output': a `shown.Shown` -> [B];
             'set': it is a class with `update(shown)`, `merge(other)` and `finding()`, see `accumulate.Accumulator`.
-        label, summary, limits, redundant, cheap: see `Metric`.
+        label, summary, limits, redundant, cheap, along: see `Metric`.
         needs: besides what `takes` says.
     Raises:
         ValueError: the name is taken, of no level, or the docstring lacks a section.
@@ -153,7 +156,7 @@ def metric(
             raise ValueError(f"{name}: taken, or of no level ({', '.join(LEVELS)})")
         text = read_text(name, inspect.getdoc(function))
         every = (*NEEDED.get(takes, ()), *needs)
-        METRICS[name] = Metric(name, function, takes, label, summary, limits, redundant, cheap, every, text)
+        METRICS[name] = Metric(name, function, takes, label, summary, limits, redundant, cheap, every, text, along)
         return function
 
     return register

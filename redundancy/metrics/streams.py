@@ -205,9 +205,9 @@ class Groups(Accumulator):
 
 def shares(images: int, processes: int) -> list[range]:
     """Neighbouring images for each process, so that groups are those that one process makes."""
-    groups = max(1, (images - SMALLEST) // GROUP + 1)
-    ends = [min(images, GROUP * (groups * done // processes)) for done in range(processes + 1)]
-    ends[-1] = images
+    groups = max(1, (images - SMALLEST) // GROUP + 1)  # the last one has the rest
+    begun = [-(-groups * done // processes) for done in range(processes + 1)]
+    ends = [images if count == groups else GROUP * count for count in begun]
     return [range(first, last) for first, last in pairwise(ends)]
 
 

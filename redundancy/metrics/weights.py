@@ -97,7 +97,7 @@ def stable_rank(weight: Weight) -> float:
     return float((weight.singular / largest) @ (weight.singular / largest)) if largest > 0 else np.nan
 
 
-@metric("weight.spectrum", takes="weight", label="s / s_max", summary="none", limits=(0, 1))
+@metric("weight.spectrum", takes="weight", label="s / s_max", summary="none", limits=(0, 1), along=("component", 1))
 def spectrum(weight: Weight) -> np.ndarray:
     """Singular values of a matrix, largest first, relative to the largest.
 
@@ -112,7 +112,14 @@ def spectrum(weight: Weight) -> np.ndarray:
     return weight.singular / weight.singular[0] if weight.singular[0] > 0 else np.full_like(weight.singular, np.nan)
 
 
-@metric("weight.reconstruction", takes="weight", label="relative error", summary="none", limits=(0, 1))
+@metric(
+    "weight.reconstruction",
+    takes="weight",
+    label="relative error",
+    summary="none",
+    limits=(0, 1),
+    along=("rank", 0),
+)
 def reconstruction(weight: Weight) -> np.ndarray:
     """Error of a matrix rebuilt from the first r principal components of its rows.
 

@@ -190,7 +190,7 @@ def _panels_of_components(name: str, curves: Mapping[str, Curve], looks: Mapping
             label: _taken(curve, 0, matrix) for label, curve in curves.items() if matrix in curve.axes[0].labels
         }
         for label, part in parts.items():
-            axes.plot(np.arange(1, len(part.mean) + 1), part.mean, **looks[label].line)
+            axes.plot([int(place) for place in part.axes[0].labels], part.mean, **looks[label].line)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel(next(iter(parts.values())).axes[0].name)
 
