@@ -28,6 +28,7 @@ from mixing.mixup import Mixup
 from models import DiverseViT, Needs
 from options import config
 from program import Signals
+from redundancy.monitor import Monitor
 from regularizers import Diversity, parse_spec
 from state.run_state import RunState
 
@@ -424,9 +425,8 @@ def rates(*argv: str) -> list[float]:
         patch.setattr(main, "train_one_epoch", train_one_epoch)
         patch.setattr(main, "evaluate_together", evaluate_together)
         model = DiverseViT(nn.Linear(2, 2))
-        main.train(
-            *(args, model, Objective(), Diversity([], 0), val_set, CPU, Signals()), None, main.build_trackers(args)
-        )
+        monitor, trackers = Monitor(args, model.backbone, val_set), main.build_trackers(args)
+        main.train(*(args, model, Objective(), Diversity([], 0), monitor, val_set, CPU, Signals()), None, trackers)
     return seen
 
 
