@@ -163,8 +163,8 @@ CASES: dict[str, tuple[Any, int, set[str]]] = {
     "one patch": (lambda: vit(img_size=8), 5, {"patch.cosine_abs", "patch.cosine"}),
     "one head": (lambda: vit(num_heads=1), 5, {"attn.cosine_abs"}),
     "one block": (lambda: vit(depth=1), 5, set()),
-    "no weights": (lambda: vit(without_weights), 5, of_level("patch", "weight")),
-    "all images alike": (lambda: vit(with_position_alone), 5, {"patch.cka", *of_level("weight")}),
+    "no weights": (lambda: vit(without_weights), 5, {"output.knn", *of_level("patch", "weight")}),
+    "all images alike": (lambda: vit(with_position_alone), 5, {"patch.cka", "output.knn", *of_level("weight")}),
     "not a number": (lambda: vit(filled_with(math.nan)), 5, set(METRICS)),
     "a broken head": (lambda: vit(with_a_broken_head), 5, LABELLED - {"output.knn"}),
 }

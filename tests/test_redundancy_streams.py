@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from naive_metrics import groups_of
-from shown_batch import IMAGES, a_batch, accumulated, normal, some_images
+from shown_batch import CLASSES, IMAGES, a_batch, accumulated, normal, some_images
 
 from redundancy.finding import Finding
 from redundancy.metrics.patches import CKA, hsic
@@ -135,3 +136,12 @@ def test_moments_are_those_of_all_numbers(batches: list[list[float]], first: int
     error = known.std(axis=0, ddof=1) / math.sqrt(len(known)) if len(known) > 1 else [math.nan] * 2
     np.testing.assert_allclose(np.broadcast_to(one.means(), 2), mean, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(np.broadcast_to(one.errors(), 2), error, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", of_images, ids=[each.name for each in of_images])
+def test_memory_does_not_grow_with_the_images(metric: Metric) -> None:
+    """Of each image there stays one number, and the HSIC of its group; nearest neighbours need the features."""
+    shown = a_batch()
+    kept = [len(pickle.dumps(accumulator_of(metric, *[shown] * times))) for times in (4, 8)]
+    of_image = (kept[1] - kept[0]) / (4 * IMAGES)
+    assert of_image <= (8 + 4 * CLASSES + 20 if metric.name == "output.knn" else 20)

@@ -139,7 +139,7 @@ class Neighbours(Accumulator):
     Normalised: each image's features to length 1.
     Range: [0, 100] percent.
     Undefined: without labels; a single image; a model without a classifier, or features that are not one vector an
-        image, or not finite.
+        image, not finite, or all zero.
     Source: Wu et al. 2018 (arXiv 1805.01978), as DINO (arXiv 2104.14294) evaluates; leaving one out.
     """
 
@@ -159,7 +159,8 @@ class Neighbours(Accumulator):
     def finding(self) -> Finding:
         images = sum(map(len, self.labels))
         means = ImageMeans(METRICS["output.knn"], ())
-        if images < 2 or not all(features.isfinite().all() for features in self.features):
+        finite = all(features.isfinite().all() for features in self.features)
+        if images < 2 or not finite or not any(features.any() for features in self.features):
             means.add(np.full(max(images, 1), np.nan))
             return means.finding()
         labels, u = torch.cat(self.labels), torch.cat(self.features).double()
