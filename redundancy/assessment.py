@@ -9,11 +9,12 @@ The command (command.py) does this for models of the command line; monitor.py me
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ def assess(
     look: Look | None = None,
     classes: str = "",
     first: int = 0,
+    places: Sequence[int] = (),
     after_batch: Callable[[int], None] = lambda batch: None,
 ) -> Report:
     """Measure one model; `+` joins reports.
@@ -65,28 +67,37 @@ def assess(
         look: which images it shows, by default the first two.
         classes: why the model's classes are not the data's; empty if they are.
         first: place of this process's first image among all.
+        places: a number for each image of this process, by which differences between models know it again; without
+            them images are known by their pixels.
         after_batch: told the number of each batch that is done, from 1.
     Raises:
         UserError: no images, images that the model does not take, or an unknown metric.
     """
-    chosen = choose(metrics)
-    specs = [parse_spec(text, with_coef=False) for text in measures]
-    wanted = {need for metric in [*chosen, *map(as_metric, specs)] for need in metric.needs}
-    batches = _batches(loader, next(model.parameters(), torch.zeros(0)))
-    opening = next(batches, None)
-    own: tuple[Any, ...] | None = None
-    if opening is not None:
-        with Watched(model, wanted, opening[0][:2]) as watched:
+    chosen = choose([metrics] if isinstance(metrics, str) else metrics)
+    texts = [measures] if isinstance(measures, str) else measures
+    specs = [parse_spec(text, with_coef=False) for text in texts]
+    asked = [*chosen, *map(as_metric, specs)]
+    wanted = {need for metric in asked for need in metric.needs}
+    chosen_look = Look() if look is None else look
+
+    def own_images() -> Seen | None:
+        batches = _batches(loader, _like(model))
+        opening = next(batches, None)
+        if opening is None:
+            return None
+        besides = ("tokens", "attention") if chosen_look.count else ()
+        with Watched(model, wanted, opening[0][:2], besides) as watched:
             lacks = watched.lacks | ({"classes": classes} if classes else {})
             lacks |= {} if opening[1] is not None else {"labels": "the images come without labels"}
             lacks |= _refused(specs, watched, opening[0][:2], lacks)
             pass_ = Pass(watched, chosen, specs, lacks, first)
-            examples = pass_.run(chain([opening], batches), look or Look(), after_batch)
-            own = pass_.streams, pass_.of_weights(), lacks, examples
-    streams, of_weights, lacks, examples = _joined(own)
+            examples = pass_.run(chain([opening], batches), chosen_look, after_batch)
+            return Seen(pass_.streams, pass_.of_weights(), lacks, examples, list(places) or pass_.images)
+
+    streams, of_weights, lacks, examples, images = _joined(own_images)
     found = {name: stream.finding() for name, stream in streams.items()} | of_weights
-    asked = [*chosen, *map(as_metric, specs)]
-    findings = {each.name: _finished(each, found[each.name]) for each in asked if each.name in found}
+    identity = np.array(images, dtype=np.uint32)
+    findings = {each.name: _finished(each, found[each.name], identity) for each in asked if each.name in found}
     gaps = {each.name: _why(each, findings, lacks) for each in asked}
     gaps = {name: why for name, why in gaps.items() if why}
     described = {"parameters": sum(parameter.numel() for parameter in model.parameters()), **(about or {})}
@@ -125,6 +136,7 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
             raise UserError("labels must be the numbers of the images' classes, a tensor [B] of integers")
+        labels = labels.long()
         if (labels < 0).any():
             raise UserError("labels must be the numbers of the images' classes, from 0")
     return images, labels
@@ -140,24 +152,53 @@ def _refused(specs: Sequence[Spec], watched: Watched, images: Tensor, lacks: Map
     return {name: why for name, why in reasons.items() if why}
 
 
-def _joined(own: tuple[Any, ...] | None) -> tuple[Any, ...]:
-    """What all processes found, put together in the order of their ranks.
+class Seen(NamedTuple):
+    """What a process found: see `Pass`."""
+
+    streams: dict[str, Accumulator]
+    of_weights: dict[str, Finding]
+    lacks: Mapping[str, str]
+    examples: list[Example]
+    images: list[int]
+
+
+def _joined(find: Callable[[], Seen | None]) -> Seen:
+    """What all processes find, put together in the order of their ranks.
 
     Raises:
-        UserError: no process had an image.
+        UserError: of any of them, on all; or no process had an image, or some lack what others have.
     """
-    every: list[Any] = [own]
+    every: list[Seen | UserError | None] = [None]
+    try:
+        every = [find()]
+    except UserError as error:
+        if world_size() == 1:
+            raise
+        every = [error]
     if world_size() > 1:
-        every = [None] * world_size()
+        own, every = every[0], [None] * world_size()
         dist.all_gather_object(every, own)
-    found = [each for each in every if each is not None]
+    for each in every:
+        if isinstance(each, UserError):
+            raise UserError(str(each))  # also of a LocalError, which all have heard of now
+    found = [each for each in every if isinstance(each, Seen)]
     if not found:
         raise UserError("there are no images to measure")
-    streams, of_weights, lacks, examples = found[0]
-    for other in found[1:]:
-        for name, stream in streams.items():
-            stream.merge(other[0][name])
-    return streams, of_weights, lacks, examples
+    first, *others = found
+    for other in others:
+        if other.streams.keys() != first.streams.keys():
+            differing = ", ".join(sorted(other.streams.keys() ^ first.streams.keys()))
+            raise UserError(f"some processes can measure {differing}, others cannot: give all labels, or none")
+        for name, stream in first.streams.items():
+            stream.merge(other.streams[name])
+        first.images.extend(other.images)
+    return first
+
+
+def _like(model: nn.Module) -> Tensor:
+    """A tensor where the model is, in the precision that it takes images in."""
+    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floating, torch.zeros(0)).detach()
 
 
 def _why(metric: Metric, findings: Mapping[str, Finding], lacks: Mapping[str, str]) -> str:
@@ -169,8 +210,10 @@ def _why(metric: Metric, findings: Mapping[str, Finding], lacks: Mapping[str, st
     return ""
 
 
-def _finished(metric: Metric, finding: Finding) -> Finding:
-    """With its summary."""
+def _finished(metric: Metric, finding: Finding, images: np.ndarray) -> Finding:
+    """With its summary, and which images its numbers of single images are of."""
+    if finding.per_image is not None and len(finding.per_image) == len(images):
+        finding = replace(finding, images=images)
     if np.isnan(finding.summary):
         return replace(finding, summary=float(metric.summarised(finding.mean)))
     return finding
@@ -190,6 +233,7 @@ class Pass:
         first: place of the first image.
     Attributes:
         streams: of the metrics that look at images, by name.
+        images: of each image that was seen a checksum of what the model got.
     """
 
     def __init__(
@@ -200,7 +244,8 @@ class Pass:
         lacks: Mapping[str, str],
         first: int,
     ) -> None:
-        self.watched, self._lacks = watched, lacks
+        self.watched, self.lacks = watched, lacks
+        self.images: list[int] = []
         able = [metric for metric in chosen if not any(need in lacks for need in metric.needs)]
         self._of_weights = [metric for metric in able if metric.takes == "weight"]
         self.streams = {metric.name: self._stream(metric) for metric in able if metric.takes != "weight"}
@@ -230,21 +275,29 @@ class Pass:
         look: Look,
         after_batch: Callable[[int], None],
     ) -> list[Example]:
-        """Show every batch to every metric; the images to look at are those of the first one."""
+        """Show every batch to every metric; the images to look at are the first ones."""
         examples: list[Example] = []
         for number, (images, labels) in enumerate(batches, start=1):
             shown = self.watched.look(images, labels)
-            for stream in self.streams.values():
-                stream.update(shown)
-            if number == 1:
-                # Hiera keeps the patches of a mask unit together
-                row_by_row = getattr(self.watched.backbone, "unroll", None) is None
-                examples = look_at(shown, images, look, row_by_row)
             self._check_labels(shown)
+            self.images += [zlib.crc32(image.cpu().float().numpy().tobytes()) for image in images]
+            with torch.autocast(images.device.type, enabled=False):
+                for stream in self.streams.values():
+                    stream.update(shown)
+                examples += self._examples(images, labels, replace(look, count=look.count - len(examples)))
             after_batch(number)
         for stream in self.streams.values():
             stream.close()
         return examples
+
+    def _examples(self, images: Tensor, labels: Tensor | None, look: Look) -> list[Example]:
+        """Of the first images of a batch, up to the count; they are run through the model once more."""
+        some, named = images[: look.count], None if labels is None else labels[: look.count]
+        if not len(some):
+            return []
+        # Hiera keeps the patches of a mask unit together
+        row_by_row = getattr(self.watched.backbone, "unroll", None) is None
+        return look_at(self.watched.look(some, named, everything=True), some, look, row_by_row)
 
     def _check_labels(self, shown: Shown) -> None:
         """Refuse labels that the model has no logit for, where its classes are taken for the data's.
@@ -252,7 +305,7 @@ class Pass:
         Raises:
             UserError: with what to give.
         """
-        if shown.labels is None or "classes" in self._lacks:
+        if shown.labels is None or "classes" in self.lacks:
             return
         largest, classes = int(shown.labels.max()), shown.logits.shape[1]
         if largest >= classes:

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from loggers.meters import Meters
 from loggers.progress import Progress
 from options.config import check_limits, provenance
 from options.flags import Args
+from program import INTERRUPTED, STOPPED, STOPPING
 from redundancy.assessment import assess
 from redundancy.examples import Look
 from redundancy.metrics.registry import choose
@@ -97,7 +99,8 @@ def run(options: Options) -> None:
         report = measured if report is None else report + measured
     assert report is not None
     print_main(f"\n{printable(report.table())}\n")
-    broadcast_object(lambda: report.save(options.output) if report is not None else None)
+    with leaving_nothing():
+        broadcast_object(lambda: report.save(options.output) if report is not None else None)
     print_main(f"report: {options.output / 'report.html'}")
 
 
@@ -105,15 +108,13 @@ def _check_one(subject: Subject, options: Options) -> None:
     """Build a subject's model and the images once, so that nothing is measured for one that cannot be."""
     loaded = _load(subject, options)
     build_dataset(False, flags_for(loaded, options.args))
-    kwargs, size = options.args.model_kwargs, options.input_size
-    given = {"--model": options.model, "--model-kwargs": kwargs, "--input-size": size}
-    unused = [flag for flag, value in given.items() if value]
-    if loaded.says_model and unused:
-        print_main(f"note: {shown(subject.source)} says itself what it holds, whatever {' and '.join(unused)} say")
+    if loaded.says_model and options.model and options.model != loaded.about["model"]:
+        print_main(f"note: {shown(subject.source)} says itself that it holds {loaded.about['model']}")
 
 
 def _load(subject: Subject, options: Options) -> Loaded:
-    return load(subject, options.args, options.pretrained, options.model, options.input_size)
+    size, classes = options.input_size, options.num_classes
+    return load(subject, options.args, options.pretrained, options.model, size, classes)
 
 
 def flags_for(loaded: Loaded, args: Args) -> Args:
@@ -138,7 +139,7 @@ def measure(subject: Subject, options: Options, device: torch.device) -> Report:
     images, classes = build_dataset(False, args)
     drawn = draw(len(images), options.images, args.seed)
     own = shares(len(drawn), world_size())[rank()]
-    progress = Progress(f"Measuring {subject.label}", args.print_freq)
+    progress = Progress(f"Measuring {shown(subject.label, 40)}", args.print_freq)
     loader: Any = []
     if len(own):
         share: Any = Subset(images, [int(index) for index in drawn[own.start : own.stop]])
@@ -154,6 +155,7 @@ def measure(subject: Subject, options: Options, device: torch.device) -> Report:
             look=Look(options.examples, options.patch, args.mean or (), args.std or (), classes),
             classes=other_classes(loaded, classes),
             first=own.start,
+            places=[int(index) for index in drawn[own.start : own.stop]],
             after_batch=after_batch,
         )
     return replace(report, about=about_run(options, images, len(drawn), device))
@@ -184,6 +186,21 @@ def printable(text: str) -> str:
             plain = plain.replace(sign, written)
         return plain.encode("ascii", "backslashreplace").decode()
     return text
+
+
+@contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """A signal ends the program as before, but what is half written is removed first."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+    before = {number: signal.signal(number, stop) for number in (*STOPPING, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

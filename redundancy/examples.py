@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
 from redundancy.finding import Example
 from redundancy.metrics.shown import Shown
 from regularizers.primitives import unit
@@ -19,7 +20,7 @@ class Look:
     """What is looked at.
 
     Attributes:
-        count: images.
+        count: images, at most.
         patch: row and column of the patch that the others are compared with; None is the one in the middle.
         mean, std: by which the images were normalised, channel by channel; without them each image is stretched to
             its own range.
@@ -39,6 +40,8 @@ def look_at(shown: Shown, images: Tensor, look: Look, row_by_row: bool) -> list[
     Args:
         images: [B, C, H, W], as the model gets them.
         row_by_row: whether patches stand in the order of the image.
+    Raises:
+        UserError: there is no such patch.
     """
     last = max(shown.patches, default=None)
     grid = shown.grids[last] if last is not None and row_by_row else None
@@ -46,14 +49,16 @@ def look_at(shown: Shown, images: Tensor, look: Look, row_by_row: bool) -> list[
         return []
     rows, columns = grid
     row, column = look.patch or (rows // 2, columns // 2)
-    row, column = min(row, rows - 1), min(column, columns - 1)
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise UserError(f"there is no patch {row} {column} in {rows} rows and {columns} columns of patches")
+    height, width = shown.size
     found = []
     for place in range(min(look.count, len(images))):
         assert last is not None
         u = unit(shown.patches[last][place])  # [P, D]
         cosine = (u @ u[row * columns + column]).view(rows, columns)
         heads = _heads(shown, place, grid, row * columns + column)
-        pixels = _pixels(images[place], look)
+        pixels = _pixels(images[place, :, :height, :width], look)
         found.append(Example(pixels, _title(shown, place, look), grid, (row, column), cosine.cpu().numpy(), heads))
     return found
 

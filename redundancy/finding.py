@@ -28,6 +28,7 @@ class Finding:
         summary_error: its standard error over images, NaN where it is unknown.
         per_image: [N], the summary of each image in the order in which they were drawn, for differences between
             models on the same images; None where one image's number does not exist.
+        images: [N], of each of them a number that tells it from others; None if they are not known.
         note: what a reader has to know besides, e.g. how many neighbours were asked.
     """
 
@@ -38,6 +39,7 @@ class Finding:
     summary: float = float("nan")
     summary_error: float = float("nan")
     per_image: np.ndarray | None = None
+    images: np.ndarray | None = None
     note: str = ""
 
 

@@ -12,7 +12,7 @@ from images.transforms import preprocessing
 from loaders import normalise
 from models import DiverseViT, Needs
 from options.flags import Args, shape_of
-from redundancy.metrics.registry import Metric, choose
+from redundancy.metrics.registry import Metric, choose, nanmean
 from redundancy.metrics.streams import Moments, draw
 from redundancy.metrics.values import values_of
 from redundancy.watch import Watched, shown_by
@@ -76,7 +76,7 @@ class Monitor:
         found: dict[str, float] = {}
         for name, moments in means.items():
             layers = moments.means()
-            found |= {f"{name}@mean": float(layers.mean()), f"{name}@last": float(layers[-1])}
+            found |= {f"{name}@mean": float(nanmean(layers)), f"{name}@last": float(layers[-1])}
         return found
 
     @torch.no_grad()

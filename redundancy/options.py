@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, is_first_on_machine, shown
-from options.flags import WEIGHTS, Args
+from options.flags import WEIGHTS, Args, sides
 from options.parser import Formatter, KeyValues, Parser, Size
 from options.paths import check_path, expand, usable
 
@@ -39,6 +39,7 @@ class Options:
         examples: how many images the report shows.
         patch: row and column of the patch that the others are compared with in them.
         model, input_size: of checkpoints that do not say it; the size is also that of models by name.
+        num_classes: of checkpoints; by default the rows of the head's weight.
         pretrained: whether models by name get timm's weights.
         args: the flags of main.py.
         argv: the command line as it was given.
@@ -53,6 +54,7 @@ class Options:
     patch: tuple[int, int] | None
     model: str | None
     input_size: int | list[int] | None
+    num_classes: int | None
     pretrained: bool
     args: Args
     argv: list[str]
@@ -165,6 +167,13 @@ def _add_models(parser: Parser) -> None:
         metavar=("H", "W"),
         help=f"image size in pixels, or height and width; of models by name, and {silent}",
     )
+    group.add_argument(
+        *("--num-classes", "--num_classes"),
+        type=int,
+        default=SUPPRESS,
+        metavar="N",
+        help="of checkpoints; by default the rows of the head's weight",
+    )
 
 
 def answer_at_once(argv: Sequence[str] | None = None) -> None:
@@ -200,6 +209,11 @@ def read_options(argv: Sequence[str] | None = None) -> Options:
     for name, least in (("images", 1), ("examples", 0)):
         if said[name] < least:
             raise UserError(f"--{name} must be at least {least}, not {said[name]}")
+    size: Any = said.get("input_size")
+    if size is not None and min(sides(size)) < 1:
+        raise UserError(f"--input-size must be at least 1, not {min(sides(size))}")
+    if said.get("num_classes") is not None and said["num_classes"] < 1:
+        raise UserError(f"--num-classes must be at least 1, not {said['num_classes']}")
     patch: Any = said.get("patch")
     if patch is not None and min(patch) < 0:
         raise UserError(f"--patch {patch[0]} {patch[1]}: rows and columns count from 0")
@@ -212,7 +226,8 @@ def read_options(argv: Sequence[str] | None = None) -> Options:
         examples=said["examples"],
         patch=tuple(patch) if patch is not None else None,
         model=said.get("model"),
-        input_size=said.get("input_size"),
+        input_size=size,
+        num_classes=said.get("num_classes"),
         pretrained=said["pretrained"],
         args=Args(**flags),
         argv=list(sys.argv[1:] if argv is None else argv),

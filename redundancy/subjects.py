@@ -7,6 +7,7 @@ checkpoints of this project, of timm or of DeiT, also behind an https address.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Loaded:
 
 def is_file(source: str) -> bool:
     """Whether a word means a checkpoint and not a name."""
-    return source.startswith("https://") or source.endswith(FILES) or Path(source).is_file()
+    return source.startswith("https://") or source.endswith(FILES) or os.path.isfile(source)
 
 
 def find_subjects(words: Sequence[str]) -> list[Subject]:
@@ -85,20 +86,23 @@ def find_subjects(words: Sequence[str]) -> list[Subject]:
         Subject(label or (own if taken[own] == 1 else source), source)
         for (label, source), own in zip(split, proposed, strict=True)
     ]
-    for subject, times in Counter(subjects).items():
-        if times > 1:
+    seen: set[tuple[str, str]] = set()
+    for subject in subjects:
+        same = os.path.realpath(subject.source) if os.path.isfile(subject.source) else subject.source
+        if (subject.label, same) in seen:
             raise UserError(f"{shown(subject.source)} is given twice as {shown(subject.label)}: drop one of them")
+        seen.add((subject.label, same))
         _check(subject)
     return subjects
 
 
 def _split(word: str) -> tuple[str, str]:
     """(label, source); no label where there is none, or where the '=' belongs to a path or an address."""
-    if Path(word).exists():
+    if os.path.exists(word):
         return "", word
     ends = [place for place, letter in enumerate(word) if letter == "="]
     for end in ends:
-        if Path(word[end + 1 :]).is_file() and end:
+        if end and os.path.isfile(word[end + 1 :]):
             return word[:end], word[end + 1 :]
     label, equals, source = word.partition("=")
     if not equals or "/" in label or ":" in label:
@@ -119,9 +123,9 @@ def _check(subject: Subject) -> None:
     """Refuse what does not exist, before anything is measured."""
     source = subject.source
     if subject.is_file:
-        if not source.startswith("https://") and not Path(source).is_file():
+        if not source.startswith("https://") and not os.path.isfile(source):
             raise UserError(f"{shown(source)}: no such file (and not an https address)")
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):
         raise UserError(
             f"{shown(source)} is a folder: give a checkpoint in it, or local-dir:{shown(source)} if it is an export"
         )
@@ -131,7 +135,9 @@ def _check(subject: Subject) -> None:
         check_name(source)
 
 
-def load(subject: Subject, args: Args, pretrained: bool, model: str | None, size: Any) -> Loaded:
+def load(
+    subject: Subject, args: Args, pretrained: bool, model: str | None, size: Any, num_classes: int | None = None
+) -> Loaded:
     """Build a subject's model and load its weights.
 
     Args:
@@ -139,17 +145,29 @@ def load(subject: Subject, args: Args, pretrained: bool, model: str | None, size
         pretrained: whether names get timm's weights.
         model: for checkpoints that do not say it, like args.model_kwargs and `size`.
         size: the image size that is asked for, if one is.
+        num_classes: of checkpoints.
     Raises:
-        UserError: it cannot be built, or its weights cannot be read or do not fit.
+        UserError: it cannot be built, or its weights cannot be read, do not fit, or are not finite.
     """
     if subject.is_file:
-        return _load_file(subject.source, args, model, size)
-    return _load_name(subject.source, args, pretrained, size)
+        loaded = _load_file(subject.source, args, model, size, num_classes)
+    else:
+        loaded = _load_name(subject.source, args, pretrained, size)
+    for name, tensor in loaded.backbone.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{shown(subject.source)} has diverged: its weights are not finite, e.g. {name}")
+    return loaded
 
 
-def _load_file(path: str, args: Args, model: str | None, size: Any) -> Loaded:
+def _load_file(path: str, args: Args, model: str | None, size: Any, num_classes: int | None) -> Loaded:
     trained = read_trained(
-        path, args.weights, model=model, model_kwargs=args.model_kwargs, input_size=size, only_if_silent=True
+        path,
+        args.weights,
+        model=model,
+        model_kwargs=args.model_kwargs,
+        input_size=size,
+        num_classes=num_classes,
+        only_if_silent=True,
     )
     about = {"model": trained.name, "weights": f"{path} ({trained.weights})"}
     if not path.startswith("https://"):

@@ -164,15 +164,19 @@ def cka(seen: Seen) -> tuple[Array, Array]:
     """With its standard error: of a function of the means of (h_lm, h_ll, h_mm), from their covariance."""
     layers = [x.reshape(len(x), -1) for x in seen.patches.values()]
     groups = groups_of(len(seen.logits))
+    weights = [len(group) * (len(group) - 3) for group in groups]
     mean, error = np.zeros((2, len(layers), len(layers)))
     for i, x in enumerate(layers):
         for j, y in enumerate(layers):
             pairs = [(x[group], y[group]) for group in groups]
             h = np.array([[hsic(a, b), hsic(a, a), hsic(b, b)] for a, b in pairs])  # [G, 3]
-            both, one, other = h.mean(axis=0)
+            both, one, other = mean_h = np.average(h, axis=0, weights=weights)
             mean[i, j] = both / math.sqrt(one * other)
             slope = np.array([1, -both / one / 2, -both / other / 2]) / math.sqrt(one * other)
-            variance = slope @ np.cov(h, rowvar=False) @ slope / len(h) if len(h) > 1 else math.nan
+            spread = sum(
+                (w / sum(weights)) ** 2 * np.outer(g - mean_h, g - mean_h) for w, g in zip(weights, h, strict=True)
+            )
+            variance = slope @ spread @ slope * len(h) / (len(h) - 1) if len(h) > 1 else math.nan
             error[i, j] = math.sqrt(max(variance, 0))
     return mean, error
 
@@ -217,12 +221,13 @@ def to_uniform(a: Array) -> float:
 
 
 @naive("attn.distance")
-def distance(a: Array, prefix: int, size: tuple[int, int], grid: tuple[int, int]) -> float:
+def distance(
+    a: Array, prefix: int, size: tuple[int, int], grid: tuple[int, int], window: tuple[int, int] | None = None
+) -> float:
     windows, _, n, m = a.shape
     pitch = size[0] / grid[0], size[1] / grid[1]
     if windows > 1:
-        side = math.isqrt(n)
-        queries = keys = middles((side, side), pitch)
+        queries = keys = middles(window or (math.isqrt(n), math.isqrt(n)), pitch)
     else:
         queries = middles(grid, pitch)
         coarse = likest(m - prefix, grid)

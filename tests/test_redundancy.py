@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from html import escape
@@ -131,7 +133,7 @@ def test_one_model_from_every_source(images, trained, tmp_path, monkeypatch, cap
     kwargs += ["--model-kwargs", "patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"]
     words = [f"ours={trained / 'checkpoint.pth'}", f"bare={bare}", f"deits={deits}"]
     report = found(images, tmp_path, monkeypatch, *words, "--weights", "raw", *kwargs, *QUICK)
-    assert f"note: {trained / 'checkpoint.pth'} says itself what it holds, what" in capsys.readouterr().out
+    assert "says itself" not in capsys.readouterr().out  # it is the same model
     first, *others = report.models
     for other in others:
         same_numbers(first, other)
@@ -250,6 +252,17 @@ def test_two_processes_and_other_batches_give_the_same(images, trained, tmp_path
     assert second.about["command"].startswith("torchrun --nproc_per_node 2 -m redundancy ")
 
 
+def test_a_failure_of_one_process_is_that_of_all(trained, tmp_path):
+    """None of them waits for the one that cannot read an image; one line says which."""
+    broken = make_images(tmp_path / "images", per_class=40) / "val" / "class0" / "0.png"
+    broken.write_bytes(b"no image")
+    argv = [str(trained / "checkpoint.pth"), "--data-path", str(tmp_path / "images"), "--num_workers", "0", *QUICK]
+    ended = command(*argv, "--output", str(tmp_path / "out"), "--device", "cpu", processes=2)
+    assert ended.returncode != 0 and not (tmp_path / "out").exists()
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("redundancy: error: ")]
+    assert len(errors) == 1 and str(broken) in errors[0], ended.stderr
+
+
 def test_more_processes_than_groups(images, trained, tmp_path):
     argv = [
         str(trained / "checkpoint.pth"),
@@ -361,6 +374,64 @@ def test_bad_input(images, trained, tmp_path, capsys):
     assert not output.exists()
 
 
+def test_what_would_mislead_is_refused(images, trained, tmp_path, capsys):
+    file, output = str(trained / "checkpoint.pth"), tmp_path / "out"
+    say = lambda *argv: refused(capsys, images, output, *argv)  # noqa: E731
+    assert say("vit_tiny_patch16_224", "--input-size", "0") == "--input-size must be at least 1, not 0"
+    assert "unknown model" in say("x" * 300) and "no such file" in say("y" * 300 + "=" + "z" * 300 + ".pth")
+    (tmp_path / "again.pth").symlink_to(file)
+    assert "is given twice as a" in say(f"a={file}", f"a={tmp_path / 'again.pth'}")
+    broken = saved(trained)
+    broken["model"]["cls_token"].fill_(float("nan"))
+    torch.save(broken, tmp_path / "broken.pth")
+    line = say(f"a={tmp_path / 'broken.pth'}", "--weights", "raw")
+    assert line.endswith("has diverged: its weights are not finite, e.g. cls_token")
+    assert "there is no patch 2 0 in 2 rows and 2 columns" in say(file, "--patch", "2", "0", *QUICK)
+    assert "must be at least 1" in say(file, "--num-classes", "0")
+
+
+def test_examples_come_from_as_many_batches_as_they_need(images, trained, tmp_path, monkeypatch):
+    """Also where attention is not measured."""
+    argv = [str(trained / "checkpoint.pth"), "--batch-size", "2", "--metrics", "output.top1", "--images", "12"]
+    for count in (0, 2, 7, 12, 20):
+        model = found(images, tmp_path, monkeypatch, *argv, "--examples", str(count)).models[0]
+        assert len(model.examples) == min(count, 12)
+        assert all(each.heads is not None and each.cosine is not None for each in model.examples)
+
+
+def test_a_checkpoint_that_says_its_model_but_not_its_arguments(images, trained, tmp_path, monkeypatch):
+    """As DeiT's: what it does not say is filled in."""
+    state = read_trained(str(trained / "checkpoint.pth"), "raw").backbone.state_dict()
+    said = argparse.Namespace(model="deit_tiny_patch16_224", input_size=8, data_set="IMNET")
+    torch.save({"model": state, "args": said}, tmp_path / "deit.pth")
+    kwargs = ["--model-kwargs", "patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"]
+    one = found(images, tmp_path, monkeypatch, str(tmp_path / "deit.pth"), *kwargs, *QUICK).models[0]
+    two = found(images, tmp_path, monkeypatch, str(trained / "checkpoint.pth"), "--weights", "raw", *QUICK).models[
+        0
+    ]
+    same_numbers(one, two)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_the_report_is_written_leaves_nothing(images, trained, tmp_path, number, code):
+    program = f"""
+import os, program
+program.begin("redundancy")
+from redundancy import command
+from redundancy.presentation import figures
+figures.save = lambda *_: os.kill(os.getpid(), {int(number)})
+program.leave(command.main())
+"""
+    argv = [str(trained / "checkpoint.pth"), "--data-path", str(images), "--output", str(tmp_path / "out"), *QUICK]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *argv, "--num_workers", "0", "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_of_another_architecture(images, trained, tmp_path, capsys):
     state = read_trained(str(trained / "checkpoint.pth")).backbone.state_dict()
     torch.save({"model": {**state, "odd.weight": torch.zeros(2)}}, tmp_path / "odd.pth")
@@ -446,6 +517,25 @@ def test_monitor_resumes_exactly(images, tmp_path):
     assert train(images, tmp_path / "again", *MONITORED, "--sched", "constant", "--resume", "auto") == 0
     parts, again = (records(tmp_path / name) for name in ("parts", "again"))
     assert watched(parts[2]) == watched(again[2]) and watched(parts[1]) == watched(again[1])
+
+
+def test_monitor_of_layers_without_a_number(images, tmp_path):
+    """A block with one head has no pairs of heads; the mean is that of the others."""
+    flags = ["--model", "pvt_v2_b0", "--input-size", "32", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]
+    flags += [
+        "--num_workers",
+        "0",
+        "--monitor-redundancy",
+        "1",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--no-repeated-aug",
+    ]
+    assert main.main([*flags, "--data-path", str(images), "--output_dir", str(tmp_path / "run")]) == 0
+    numbers = watched(records(tmp_path / "run")[0])
+    assert numbers["redundancy_attn.cosine_abs@mean"] > 0
 
 
 def test_monitor_names_what_a_model_does_not_show(images, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,8 @@ def test_batches_that_cannot_be_measured() -> None:
     for wrong in (labels[:3], labels[:, None], labels.double(), labels.tolist(), "labels", torch.eye(4).long()):
         assert "a tensor [B] of integers" in refusal(vit(), [(images, wrong)])
     assert "from 0" in refusal(vit(), [(images, labels - 5)])
+    assert assess(vit(), [(images, labels.byte())], metrics=["output"]).models[0].findings
+    assert assess(vit(), [images], metrics="patch.cosine").models[0].findings.keys() == {"patch.cosine"}
     assert refusal(vit(), [(images, labels + 5)]).startswith(
         f"label {int(labels.max()) + 5} is none of the model's 5"
     )
@@ -291,10 +294,83 @@ def test_models_inside_of_others() -> None:
         compiled(images)
     for model in (around, nn.DataParallel(around), torch.compile(around, backend="eager"), compiled):
         (same,) = assess(model, [(images, labels)]).models
-        assert not same.gaps
-        for name, finding in plain.findings.items():
-            np.testing.assert_array_equal(same.findings[name].mean, finding.mean, err_msg=name)
+        assert same.gaps.keys() == (set() if model is compiled else {"output.patch_accuracy"})
+        for name, finding in same.findings.items():
+            finding, expected = plain.findings[name], finding
+            np.testing.assert_array_equal(expected.mean, finding.mean, err_msg=name)
     assert compiled._compiled_call_impl is not None
+
+
+def test_a_head_around_a_model_is_the_one_that_is_measured() -> None:
+    """With what else is around it; a bare model without a classifier has no accuracy."""
+    images, labels = random_batch(12)
+    inner = vit(num_classes=0).eval()
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = inner, nn.Linear(24, 5)
+
+        def forward(self, images: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.head(self.inner((images - 5) / 0.1)))  # as transformers return them
+
+    model = Around().eval()
+    (around,) = assess(model, [(images, labels)]).models
+    (bare,) = assess(inner, [((images - 5) / 0.1, labels)]).models
+    with torch.no_grad():
+        hits = model(images).logits.argmax(dim=1) == labels
+    assert around.findings["output.top1"].summary == pytest.approx(100 * float(hits.float().mean()))
+    assert around.findings["patch.cosine"].summary == pytest.approx(bare.findings["patch.cosine"].summary, rel=1e-6)
+    assert bare.gaps.keys() == {"output.top1", "output.top5", "output.calibration", "output.patch_accuracy"}
+
+
+def test_rectangular_windows() -> None:
+    """By hand: uniform attention in windows of 2 x 8 positions, 4 pixels apart."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "patch_size": 4}
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=(16, 64), window_size=(2, 8), num_classes=5, **sizes
+    )
+    with torch.no_grad():
+        for block in model.layers[0].blocks:
+            block.attn.qkv.weight.zero_()
+            block.attn.qkv.bias.zero_()
+            block.attn.relative_position_bias_table.zero_()
+    (found,) = assess(model, [torch.randn(3, 3, 16, 64)], metrics=["attn.distance"]).models
+    places = [(4 * row, 4 * column) for row in range(2) for column in range(8)]
+    expected = np.mean([math.dist(one, other) for one in places for other in places])
+    assert found.findings["attn.distance"].mean[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sizes_that_are_no_multiple_of_the_patch() -> None:
+    """30 pixels hold 3 patches of 8, which are 8 apart."""
+    model = vit(img_size=30)
+    (found,) = assess(model, [random_batch(3, pixels=30)]).models
+    farthest = math.dist((0, 0), (16, 16))
+    assert 0 < found.findings["attn.distance"].summary < farthest * 8 / 9
+    assert found.examples[0].image.shape == (24, 24, 3) and found.examples[0].grid == (3, 3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e18, 1e30])
+def test_lengths_out_of_the_range_of_squares(scale: float) -> None:
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    for name in (
+        "patch.cosine_abs",
+        "patch.cosine",
+        "patch.mean_energy",
+        "patch.norm_ratio",
+        "patch.norm_outliers",
+    ):
+        function = METRICS[name].function
+        torch.testing.assert_close(function(scale * x), function(x), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_around_it() -> None:
+    batch = random_batch(6)
+    (plain,) = assess(vit(), [batch]).models
+    with torch.autocast("cpu", torch.bfloat16):
+        (mixed,) = assess(vit(), [batch]).models
+    assert mixed.findings.keys() == plain.findings.keys() and not mixed.gaps and mixed.examples
 
 
 def test_models_that_return_no_logits() -> None:

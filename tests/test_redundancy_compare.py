@@ -81,11 +81,11 @@ def test_weights_of_one_model_have_no_error():
     assert found.value == 2 and math.isnan(found.error)
 
 
-def test_a_seed_without_a_number_is_left_out():
+def test_a_seed_without_a_number_leaves_none_of_its_label():
     found = compare.estimate([*seeds([1.0, 2.0]), *seeds([NAN])])
-    assert found == pytest.approx((1.5, 0.5, 2, "seeds"))
-    alone = compare.estimate([*seeds([1.0]), *seeds([NAN])])
-    assert alone == (1.0, 0.5, 9, "images")
+    assert math.isnan(found.value) and math.isnan(found.error) and found.basis == ""
+    assert math.isnan(compare.estimate([*seeds([1.0]), *seeds([NAN])]).value)
+    assert math.isnan(compare.difference(seeds([1.0, NAN]), seeds([1.0])).value)
     assert math.isnan(compare.estimate(seeds([NAN])).value)
     assert math.isnan(compare.estimate([]).value)
     assert math.isnan(compare.difference(seeds([1.0]), []).value)
@@ -103,3 +103,23 @@ def test_a_curve_of_one_model_has_its_error_over_images():
     finding = Finding((LAYERS,), np.arange(3.0), np.array([0.1, NAN, 0.2]))
     np.testing.assert_array_equal(compare.curve([finding]).spread, finding.error)
     assert np.isnan(compare.curve([replace(finding, error=None)]).spread).all()
+
+
+def test_images_are_paired_only_if_they_are_the_same():
+    def single(images, seed):
+        values = np.random.default_rng(seed).random(9)
+        error = values.std(ddof=1) / 3
+        return Finding((), np.array(values.mean()), np.array(error), 9, values.mean(), error, values, images)
+
+    one, other, unknown = np.arange(9), np.arange(9)[::-1], None
+    for images, basis in ((one, "images"), (other, "unpaired"), (unknown, "images")):
+        assert compare.difference([single(images, 1)], [single(one, 2)]).basis == basis
+
+
+def test_rounding_is_no_difference():
+    assert (
+        compare.difference(
+            [Finding((), np.array(0.3), summary=0.1 + 0.2)], [Finding((), np.array(0.3), summary=0.3)]
+        )[0]
+        == 0
+    )

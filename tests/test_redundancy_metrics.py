@@ -190,7 +190,7 @@ def some_layers(shown: Shown, image: int) -> Shown:
 
 
 def cka(*layers: Tensor) -> np.ndarray:
-    return ratio_of_means([hsic(layers)], len(layers))[0]
+    return ratio_of_means([hsic(layers)], [len(layers[0])], len(layers))[0]
 
 
 def test_hsic_is_the_mean_over_all_choices_of_four_images() -> None:

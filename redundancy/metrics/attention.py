@@ -68,7 +68,7 @@ def _between_blocks(heads: Tensor) -> Tensor:
     """Mean |cos| between the heads of every two of l blocks; heads [W, l, H, d].  -> [l, l]"""
     windows, blocks, count, _ = heads.shape
     u = unit(heads.flatten(1, 2))  # [W, l * H, d]
-    cosines = (u @ u.mT).abs().view(windows, blocks, count, blocks, count)
+    cosines = (u @ u.mT).abs().clamp(max=1).view(windows, blocks, count, blocks, count)
     sums = cosines.sum(dim=(2, 4)).mean(dim=0)  # [l, l]
     selves = torch.diagonal(cosines.mean(dim=0).reshape(blocks * count, -1)).view(blocks, count)
     pairs = torch.full_like(sums, count * count).fill_diagonal_(count * (count - 1))
@@ -94,7 +94,7 @@ def entropy(a: Tensor) -> Tensor:
     Where: the softmax map of a block, before dropout; all queries and keys, prefix tokens included.
     Normalised: a query's row sums to 1 by itself.
     Range: [0, log m]; log m where attention is uniform.
-    Undefined: maps with negative entries (differential attention).
+    Undefined: maps with negative entries.
     Source: Shannon 1948; for heads of vision transformers, Zhai et al. 2023 (arXiv 2303.06296).
     """
     values = torch.special.entr(a).sum(dim=-1).flatten(1).mean(dim=1)
@@ -151,7 +151,8 @@ def distance(a: Tensor, place: Place) -> Tensor:
     Where: the softmax map of a block, before dropout, from patches to patches; prefix tokens left out.
     Normalised: the attention of a patch to the patches sums to 1.
     Range: [0, diagonal of the image).
-    Undefined: maps that are not between patches on a grid (cross-covariance attention), or with negative entries.
+    Undefined: maps that are not between patches on a grid (cross-covariance attention), or with negative entries;
+        patches that look at prefix tokens alone are left out.
     Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), figure 7.
     """
     distances = _distances(a.shape[1], a.shape[-2], a.shape[-1], place)
@@ -161,7 +162,8 @@ def distance(a: Tensor, place: Place) -> Tensor:
     between = a[..., a.shape[-2] - n :, a.shape[-1] - m :]  # patches to patches
     weights = between.sum(dim=-1)  # [B, W, H, n]
     along = (between * distances.to(a)).sum(dim=-1) / weights.clamp_min(torch.finfo(a.dtype).tiny)
-    return undefined_where((a < 0).flatten(1).any(dim=1), along.flatten(1).mean(dim=1))
+    along = along.masked_fill(weights == 0, torch.nan)
+    return undefined_where((a < 0).flatten(1).any(dim=1), along.flatten(1).nanmean(dim=1))
 
 
 def _distances(windows: int, queries: int, keys: int, place: Place) -> Tensor | None:
@@ -172,7 +174,8 @@ def _distances(windows: int, queries: int, keys: int, place: Place) -> Tensor | 
     rows, columns = place.grid
     pitch = height / rows, width / columns
     if windows > 1:
-        side = grid_of(queries, (1, 1))
+        said = place.window is not None and place.window[0] * place.window[1] == queries
+        side = place.window if said else grid_of(queries, (1, 1))
         if side is None or keys != queries:
             return None
         return torch.cdist(middles(side, pitch), middles(side, pitch))

@@ -25,6 +25,16 @@ OUTLIER = 3.0  # times the median norm
 ROUNDING = 4.0  # times the precision: images whose patches differ by less are the same
 
 
+def in_range(x: Tensor) -> Tensor:
+    """Images [B, ...], each times the power of two that brings its largest entry near 1.
+
+    No digit changes, and no square of a huge or tiny entry leaves the range of float32.
+    """
+    largest = x.abs().flatten(1).amax(dim=1)
+    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0)).exponent.clamp(-126, 126)
+    return torch.ldexp(x, -exponent.view(-1, *[1] * (x.ndim - 1)))
+
+
 def undefined_where(undefined: Tensor, values: Tensor) -> Tensor:
     """Values [B] with gaps."""
     return values.masked_fill(undefined, torch.nan)
@@ -59,7 +69,7 @@ def cosine_abs(x: Tensor) -> Tensor:
     Undefined: a single patch, or patches that are all zero.
     Source: Chen et al. 2022 (arXiv 2203.06345) and Gong et al. 2021 (arXiv 2104.12753).
     """
-    return undefined_where(no_pairs(x), pairwise_cosines(x))
+    return undefined_where(no_pairs(x), pairwise_cosines(in_range(x)))
 
 
 @metric(
@@ -87,7 +97,7 @@ def cosine(x: Tensor) -> Tensor:
     Undefined: a single patch, or patches that are all zero.
     Source: the signed form of Chen et al. 2022 (arXiv 2203.06345), on the pairs of the papers' form.
     """
-    u = unit(x)  # [B, P, D]
+    u = unit(in_range(x))  # [B, P, D]
     count = x.shape[1]
     others = u.sum(dim=1).square().sum(dim=1) - u.square().sum(dim=(1, 2))  # [B]
     return undefined_where(no_pairs(x), others / max(count * (count - 1), 1))
@@ -118,6 +128,7 @@ def mean_energy(x: Tensor) -> Tensor:
     Source: Dong et al. 2021 (arXiv 2103.03404), the residual; Wang et al. 2022 (arXiv 2203.05962), the share of the
         direct current.
     """
+    x = in_range(x)
     energy = x.square().sum(dim=(1, 2))  # [B]
     share = x.shape[1] * x.mean(dim=1).square().sum(dim=1) / energy.clamp_min(torch.finfo(x.dtype).tiny)
     return undefined_where(energy == 0, share)
@@ -207,7 +218,7 @@ def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN where a length is not finite.
     """
-    lengths = torch.linalg.vector_norm(x, dim=-1)
+    lengths = torch.linalg.vector_norm(in_range(x), dim=-1)
     middle = lengths.sort(dim=1).values[:, [(x.shape[1] - 1) // 2, x.shape[1] // 2]]
     return lengths, undefined_where(~lengths.isfinite().all(dim=1), middle.mean(dim=1))
 
@@ -222,14 +233,14 @@ def to_input(x: Tensor, first: Tensor) -> Tensor:
     Returns: [B].
     Where: the output of a block, before the final norm, against the input of block 0 after position embedding.
     Normalised: each patch to length 1; nothing is centred.
-    Range: [-1, 1]; 1 at the input itself.
+    Range: [-1, 1]; 1 at the input itself, if no patch is zero.
     Undefined: layers of another shape than the input, or patches that are all zero.
     Source: Gong et al. 2021 (arXiv 2104.12753), the similarity that its contrastive term keeps up.
     """
     if x.shape != first.shape:
         return x.new_full(x.shape[:1], torch.nan)
     empty = (x == 0).flatten(1).all(dim=1) | (first == 0).flatten(1).all(dim=1)
-    return undefined_where(empty, (unit(x) * unit(first)).sum(dim=-1).mean(dim=1))
+    return undefined_where(empty, (unit(in_range(x)) * unit(in_range(first))).sum(dim=-1).mean(dim=1))
 
 
 @metric(
@@ -244,13 +255,13 @@ def by_patch(layers: Sequence[Tensor]) -> Tensor:
     Returns: [B, L, L].
     Where: the outputs of two blocks, before the final norm; prefix tokens left out.
     Normalised: each patch to length 1; nothing is centred.
-    Range: [-1, 1]; 1 on the diagonal.
+    Range: [-1, 1]; 1 on the diagonal, if no patch is zero.
     Undefined: layers of different shapes, or patches that are all zero.
     Source: Gong et al. 2021 (arXiv 2104.12753), similarity across layers.
     """
     found = layers[0].new_full((len(layers[0]), len(layers), len(layers)), torch.nan)
     for same in by_shape(layers):
-        u = torch.stack([unit(layers[place]) for place in same], dim=1)  # [B, l, P, D]
+        u = torch.stack([unit(in_range(layers[place])) for place in same], dim=1)  # [B, l, P, D]
         flat = u.flatten(2)  # <u_i, v_i> summed over patches is one product
         values = flat @ flat.mT / u.shape[2]  # [B, l, l]
         empty = (flat == 0).all(dim=2)  # [B, l]
@@ -324,13 +335,13 @@ class RankMe(Accumulator):
 class CKA(Groups):
     """Debiased minibatch linear CKA between two layers: do they tell images apart in the same way?
 
-        M_lm = h_lm / sqrt(h_ll h_mm),   h_lm = mean over groups of HSIC_1(K_l, K_m)
+        M_lm = h_lm / sqrt(h_ll h_mm),   h_lm = sum_g n_g (n_g - 3) HSIC_1(K_l, K_m) / sum_g n_g (n_g - 3)
         HSIC_1(K, L) = 1/(n (n - 3)) [ tr(K' L') + (1^T K' 1)(1^T L' 1) / ((n - 1)(n - 2)) - 2/(n - 2) 1^T K' L' 1 ]
 
     K = X X^T is linear, K' is K with a zero diagonal, and a row of X is all patches of an image, one after the
     other. HSIC_1 is an unbiased estimate: unlike that of the plain CKA, its expectation is 0 for independent
-    representations, also with few images. Groups are 32 images in the order in which they were drawn, the last
-    one 4 to 35, whatever the batches are. The standard error is that of a ratio (delta method) over groups.
+    representations, also with few images. Groups g are n_g = 32 images in the order in which they were drawn, the
+    last one 4 to 35, whatever the batches are. The standard error is that of a ratio (delta method) over groups.
 
     Where: the outputs of two blocks, before the final norm; prefix tokens left out.
     Normalised: X is centred within its group, which HSIC_1 does not notice, but rounding does.
@@ -348,7 +359,7 @@ class CKA(Groups):
 
     def finding(self) -> Finding:
         labels = axis_of("layer", map(layer_label, self.layers))
-        mean, error = ratio_of_means(self.values, len(self.layers))
+        mean, error = ratio_of_means(self.values, self.sizes, len(self.layers))
         note = f"{len(self.values)} group(s) of images"
         return Finding((labels, labels), mean, error, self.count, note=note)
 
@@ -372,23 +383,25 @@ def hsic(layers: Sequence[Tensor]) -> np.ndarray:
     return (found / (n * (n - 3))).cpu().numpy()
 
 
-def ratio_of_means(groups: Sequence[np.ndarray], layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """CKA and its standard error from the HSIC_1 of every group, [L, L] each; see `CKA`."""
+def ratio_of_means(
+    groups: Sequence[np.ndarray], sizes: Sequence[int], layers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """CKA and its standard error from the HSIC_1 of every group, [L, L] each, and their images; see `CKA`."""
     gaps = np.full((layers, layers), np.nan)
     if not groups:
         return gaps, gaps
     values = np.stack(groups)  # [G, L, L]
-    h = values.mean(axis=0)
+    weights = np.array([n * (n - 3) for n in sizes], dtype=float)
+    weights /= weights.sum()
+    h = np.tensordot(weights, values, axes=1)  # [L, L]
     own = np.diagonal(h)
     defined = (own[:, None] > 0) & (own[None] > 0)
     scale = np.sqrt(np.where(defined, own[:, None] * own[None], 1))
     mean = np.where(defined, h / scale, np.nan)
     if len(groups) == 1:
         return mean, gaps
-    selves = np.diagonal(values, axis1=1, axis2=2)  # [G, L]
-    safe = np.where(own > 0, own, 1)
-    # the first-order change of the ratio with the HSIC_1 of one group
-    change = values / scale - np.where(defined, mean, 0) * (selves / safe)[:, :, None] / 2
-    change -= np.where(defined, mean, 0) * (selves / safe)[:, None, :] / 2
-    error = change.std(axis=0, ddof=1) / np.sqrt(len(groups))
-    return mean, np.where(defined, error, np.nan)
+    selves = np.diagonal(values, axis1=1, axis2=2) / np.where(own > 0, own, 1)  # [G, L]
+    # the first-order change of the ratio with the HSIC_1 of one group; their weighted mean is 0
+    change = values / scale - np.where(defined, mean, 0) * (selves[:, :, None] + selves[:, None, :]) / 2
+    variance = np.tensordot(weights**2, change**2, axes=1) * len(groups) / (len(groups) - 1)
+    return mean, np.where(defined, np.sqrt(variance), np.nan)

@@ -18,11 +18,13 @@ class Place(NamedTuple):
         prefix: tokens before the patches.
         size: height and width of the image in pixels.
         grid: rows and columns of the patches in the whole image; None if they are none.
+        window: rows and columns of a window, if the model says; else windows are squares.
     """
 
     prefix: int
     size: tuple[int, int]
     grid: tuple[int, int] | None
+    window: tuple[int, int] | None = None
 
 
 def grid_of(count: int, size: tuple[float, float]) -> tuple[int, int] | None:

@@ -127,7 +127,7 @@ class ImageMeans(Accumulator):
             self.axes,
             self.moments.means(),
             self.moments.errors(),
-            sum(map(len, self.images)),
+            int(self.moments.count.max(initial=0)),
             float(self.summaries.means()),
             float(self.summaries.errors()),
             np.concatenate(self.images),
@@ -168,6 +168,7 @@ class Groups(Accumulator):
     def __init__(self) -> None:
         self.layers: list[int] = []
         self.values: list[np.ndarray] = []  # of each group, [L, L]
+        self.sizes: list[int] = []  # of each group
         self.count = 0
         self._waiting: list[list[Tensor]] = []  # of each batch, each layer's [b, P * D]
         self._images = 0  # that wait
@@ -188,6 +189,7 @@ class Groups(Accumulator):
         """Make a group of the first images that wait."""
         layers = [torch.cat([batch[place] for batch in self._waiting]) for place in range(len(self.layers))]
         self.values.append(self.of_group([x[:size] for x in layers]))
+        self.sizes.append(size)
         self._waiting = [[x[size:] for x in layers]]
         self._images -= size
 
@@ -200,6 +202,7 @@ class Groups(Accumulator):
     def merge(self, other: Groups) -> None:
         self.layers = self.layers or other.layers
         self.values += other.values
+        self.sizes += other.sizes
         self.count += other.count
 
 

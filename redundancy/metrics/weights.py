@@ -70,8 +70,8 @@ def condition(weight: Weight) -> float:
     Where: the matrix as it is stored, fused projections taken apart.
     Normalised: nothing; it does not depend on the scale.
     Range: [1, inf).
-    Undefined: s_min at the level of rounding, max(n, d) times the precision of the numbers as they are stored
-        (float32: 1.2e-7) times s_max, or below: the matrix does not have full rank.
+    Undefined: s_min at the level of rounding, max(n, d) times the precision of float32 (1.2e-7) times s_max, or
+        below: the matrix does not have full rank.
     Source: Chen et al. 2022 (arXiv 2203.06345), which penalises (s_max^2 - s_min^2)^2 (`weight.cno`).
     """
     largest, smallest = weight.singular[0], weight.singular[-1]

@@ -16,6 +16,7 @@ from redundancy.finding import Axis, Finding
 
 Basis = Literal["images", "seeds", "unpaired", ""]
 NAN = float("nan")
+ROUNDING = 1e-12  # relative to the numbers: a smaller difference is none
 
 
 class Estimate(NamedTuple):
@@ -49,15 +50,14 @@ class Curve(NamedTuple):
 
 
 def estimate(findings: Sequence[Finding]) -> Estimate:
-    """The summary of one label: of its only model, or the mean of those seeds that have a number."""
-    known = [finding for finding in findings if math.isfinite(finding.summary)]
-    if not known:
+    """The summary of one label: of its only model, or the mean of its seeds, if all of them have a number."""
+    if not findings or not all(math.isfinite(finding.summary) for finding in findings):
         return Estimate(NAN, NAN, 0, "")
-    if len(known) == 1:
-        (one,) = known
+    if len(findings) == 1:
+        (one,) = findings
         has_error = math.isfinite(one.summary_error)
         return Estimate(one.summary, one.summary_error, one.count, "images" if has_error else "")
-    values = np.array([finding.summary for finding in known])  # [S]
+    values = np.array([finding.summary for finding in findings])  # [S]
     return Estimate(float(values.mean()), _standard_error(values), len(values), "seeds")
 
 
@@ -70,11 +70,13 @@ def difference(of: Sequence[Finding], to: Sequence[Finding]) -> Estimate:
     """
     left, right = estimate(of), estimate(to)
     value = left.value - right.value
+    if abs(value) <= ROUNDING * max(abs(left.value), abs(right.value)):
+        value = 0.0
     if {left.basis, right.basis} == {"seeds"}:
         return Estimate(value, math.hypot(left.error, right.error), left.size + right.size, "seeds")
     if "seeds" in (left.basis, right.basis) or not math.isfinite(value):
         return Estimate(value, NAN, 0, "")
-    paired = _paired(_only(of), _only(to))
+    paired = _paired(of[0], to[0])
     if len(paired) > 1:
         return Estimate(float(paired.mean()), _standard_error(paired), len(paired), "images")
     if left.basis and right.basis:
@@ -97,15 +99,11 @@ def curve(findings: Sequence[Finding]) -> Curve:
     return Curve(first.axes, mean, spread, len(findings))
 
 
-def _only(findings: Sequence[Finding]) -> Finding:
-    """The one that has a number."""
-    (one,) = (finding for finding in findings if math.isfinite(finding.summary))
-    return one
-
-
 def _paired(a: Finding, b: Finding) -> np.ndarray:
     """Differences of the images that have a number in both; none if the images are not the same ones.  -> [n]"""
     if a.per_image is None or b.per_image is None or len(a.per_image) != len(b.per_image):
+        return np.empty(0)
+    if a.images is not None and b.images is not None and not np.array_equal(a.images, b.images):
         return np.empty(0)
     differences = np.asarray(a.per_image, dtype=np.float64) - np.asarray(b.per_image, dtype=np.float64)
     return differences[np.isfinite(differences)]

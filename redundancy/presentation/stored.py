@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, reason
 from redundancy.finding import Assessed, Axis, Finding
 
 FORMAT = 1  # raised when an older file can no longer be read
@@ -26,7 +26,10 @@ def unpack(data: Any) -> tuple[list[Assessed], dict[str, str]]:
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"this is no report.json of format {FORMAT}; measure again")
-    return [_unpack_model(model) for model in data["models"]], data["about"]
+    try:
+        return [_unpack_model(model) for model in data["models"]], data["about"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"this is no whole report.json: {reason(error)}; measure again") from error
 
 
 def _pack_about(about: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,12 @@ def findings(models: Iterable[Assessed], name: str) -> list[Finding]:
     return [model.findings[name] for model in models if name in model.findings]
 
 
+def measured(models: list[Assessed], name: str) -> list[Finding]:
+    """Those of one metric, of all seeds; none if one of them lacks it, so that no seed is left out of a mean."""
+    found = findings(models, name)
+    return found if len(found) == len(models) else []
+
+
 def gap(models: Iterable[Assessed], name: str) -> str:
     """Why some models of a label have nothing to show for a metric."""
     return "; ".join(dict.fromkeys(model.gaps[name] for model in models if name in model.gaps))
@@ -52,9 +58,9 @@ def summary(groups: Groups) -> list[Row]:
     first = next(iter(groups.values()), [])
     for name in wording.names(model for models in groups.values() for model in models):
         cells = {}
-        base = findings(first, name)
+        base = measured(first, name)
         for label, models in groups.items():
-            found = findings(models, name)
+            found = measured(models, name)
             difference = None if models is first else compare.difference(found, base)
             cells[label] = Cell(compare.estimate(found), difference, gap(models, name))
         rows.append(Row(name, cells))
