@@ -238,6 +238,16 @@ class DiverseViT(nn.Module):
         prefix_tokens = {index: self.layout.prefix_tokens(index) for index in tokens}
         return Captured(*_split(outputs), patch_logits, tokens, attention, prefix_tokens)
 
+    def around(self, call: Callable[[Tensor], Any], images: Tensor, needs: Needs) -> Captured:
+        """What the backbone shows while something around it is called, e.g. a model with a head of its own.
+
+        Args:
+            call: makes logits of images; it calls the backbone.
+            needs: what to capture; patch logits are not among it.
+        """
+        with self._watching(needs):
+            return self._captured(call(images), None, needs)
+
     def watch(self) -> None:
         """Let the hooks store what training needs while others call the backbone, until `take`."""
         self._wanted = self.needs

@@ -80,7 +80,7 @@ def read_trained(
         path: a file or an https address.
         weights: 'raw', 'ema', or 'auto', which takes the EMA if there is one, unless the run found it worse than
             the trained weights.
-        only_if_silent: what is given here is for a checkpoint that does not say its model.
+        only_if_silent: of what is given here, what the checkpoint says itself does not count.
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
@@ -94,17 +94,17 @@ def read_trained(
     use_ema = _uses_ema(state, weights, evaluated, path)
     tensors = _plain_names(model_weights(state, path, ema=use_ema))
     flags = flags_of(state)
-    if only_if_silent and flags.get("model"):
-        model = model_kwargs = input_size = None
-    name = model or flags.get("model")
+    given = {"model": model, "input_size": input_size, "model_kwargs": dict(model_kwargs or {})}
+    flags = _filled(flags, given, only_if_silent)
+    name = flags.get("model")
     if not name:
         raise UserError(
             f"{path} does not say which model it holds: give --model NAME, and --model-kwargs and --input-size if "
             "they were not the model's own"
         )
     check_name(name)
-    options = {**(flags.get("model_kwargs") or {}), **(model_kwargs or {})}
-    size = input_size or flags.get("input_size") or _stock_input_size(name)
+    options = dict(flags.get("model_kwargs") or {})
+    size = flags.get("input_size") or _stock_input_size(name)
     channels = options.get("in_chans") or flags.get("in_chans") or 3
     if channels != 3:
         options["in_chans"] = channels
@@ -121,8 +121,17 @@ def read_trained(
     names = _class_names(flags, backbone.num_classes, path)
     images = preprocessing_of(state, path, name, shape)
     kind = "ema" if use_ema else "raw"
-    says_model = bool(flags.get("model"))
+    says_model = bool(flags_of(state).get("model"))
     return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names, says_model)
+
+
+def _filled(flags: Mapping[str, Any], given: Mapping[str, Any], only_if_silent: bool) -> dict[str, Any]:
+    """A checkpoint's flags, with what else is given; that wins, or with `only_if_silent` it does not."""
+    said = {name: flags[name] for name in given if flags.get(name)}
+    wanted = {name: value for name, value in given.items() if value}
+    first, second = (wanted, said) if only_if_silent else (said, wanted)
+    kwargs = {**first.get("model_kwargs", {}), **second.get("model_kwargs", {})}
+    return {**flags, **first, **second, "model_kwargs": kwargs}
 
 
 def evaluation_of(state: Any) -> Evaluated:
