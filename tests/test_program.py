@@ -200,14 +200,14 @@ def test_a_full_disk_behind_stdout_ends_nothing():
 
 
 def test_a_stopped_worker_ends_the_run(images, tmp_path):
-    with Run(images, tmp_path, *LONG, "--num_workers", "1", "--dist-timeout", "4") as run:
+    with Run(images, tmp_path, *LONG, "--num_workers", "1", "--dist-timeout", "15") as run:
         wait_for(run, "Epoch 2/1000")
         workers = workers_of(run)
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
         _, error = run.communicate()
     assert run.returncode == 1
-    assert "main.py: error: reading a batch of images takes longer than --dist-timeout, 4 seconds: a data " in error
+    assert "main.py: error: reading a batch of images takes longer than --dist-timeout, 15 seconds: a data " in error
     assert workers and not any(map(is_alive, workers))
 
 
@@ -232,11 +232,11 @@ def test_a_file_system_that_hangs_ends_the_run(images, tmp_path, workers):
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
     later = {"LATER": str(tmp_path / "log.txt")}
-    flags = [*LONG, "--dist-timeout", "3", "--num_workers", workers]
+    flags = [*LONG, "--dist-timeout", "12", "--num_workers", workers]
     with Run(images, tmp_path, *flags, script=script, **later) as run:
         _, error = run.communicate()
     assert run.returncode == 1
-    assert "reading a batch of images takes longer than --dist-timeout, 3 seconds" in error
+    assert "reading a batch of images takes longer than --dist-timeout, 12 seconds" in error
     assert "Traceback" not in error and saved(tmp_path)["epoch"] >= 0
 
 
