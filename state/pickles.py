@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pickletools
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import IO, Any
@@ -66,8 +67,13 @@ def survey(file: IO[bytes], pickles: int = 1) -> int:
         ValueError: it is damaged.
     """
     start = file.tell()
-    for _ in range(pickles):
-        _survey_one(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a text with an escape that is none
+        try:
+            for _ in range(pickles):
+                _survey_one(file)
+        except DeprecationWarning as error:
+            raise ValueError(f"damaged text: {error}") from error
     return file.tell() - start
 
 

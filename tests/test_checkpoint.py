@@ -201,6 +201,14 @@ def test_any_bytes_are_read_or_refused(content):
             checkpoint.load(str(path))
 
 
+def test_a_damaged_text_is_refused(tmp_path):
+    """Also where Python only warns of its escapes."""
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"P\\\n.")
+    with pytest.raises(UserError, match=r"x\.pth is not a checkpoint, or a damaged one"):
+        checkpoint.load(str(path))
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_flipped_bytes_are_read_or_refused(data):
