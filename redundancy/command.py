@@ -169,7 +169,8 @@ def check_used(options: Options, subjects: Sequence[Subject]) -> None:
     """
     files = any(subject.is_file for subject in subjects)
     names = not all(subject.is_file for subject in subjects)
-    of_files = {"--model": options.model, "--weights": options.args.weights != "auto"}
+    chosen = options.args.weights != "auto"
+    of_files = {"--model": options.model, "--num-classes": options.num_classes, "--weights": chosen}
     for flag in (flag for flag, value in of_files.items() if value and not files):
         raise UserError(f"{flag} is for checkpoints, and all models are given by name: drop it")
     if not options.pretrained and not names:

@@ -55,13 +55,11 @@ def shown_by(
 
 
 def covered(layout: Layout | None, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width in pixels of what whole patches cover of images of this size."""
-    if layout is None:
-        return size
-    try:
-        patch = layout.patch_size
-    except UserError:  # the model does not say
-        return size
+    """Height and width in pixels of what whole patches cover of images of this size, as they are first embedded."""
+    embedding = layout.part("patch_embed") if layout is not None else None
+    patch = getattr(embedding, "patch_size", None)
+    if not isinstance(patch, (tuple, list)) or getattr(embedding, "dynamic_img_pad", False):
+        return size  # the model does not say, or fills the rest up
     height, width = (side // step * step for side, step in zip(size, patch, strict=True))
     return height or size[0], width or size[1]
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train a small vision transformer on scikit-learn's digits twice, plain and with all five diversity terms, compare
-# the two, and measure their redundancy head to toe. A few minutes on two CPU cores once the requirements are installed; no download of data.
+# the two, and measure their redundancy head to toe. A few minutes on two CPU cores once the requirements are
+# installed; no download of data.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source script/env.sh requirements-quickstart.txt

@@ -68,7 +68,7 @@ def survey(file: IO[bytes], pickles: int = 1) -> int:
     """
     start = file.tell()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of a text with an escape that is none
+        warnings.simplefilter("error", DeprecationWarning)  # of a text with an escape that is none
         try:
             for _ in range(pickles):
                 _survey_one(file)

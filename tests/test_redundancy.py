@@ -368,6 +368,7 @@ def test_bad_input(images, trained, tmp_path, capsys):
     assert say(file, "--images", "0") == "--images must be at least 1, not 0"
     assert "--weights is for checkpoints, and all models" in say("vit_tiny_patch16_224", "--weights", "ema")
     assert "--model is for checkpoints, and all models" in say("vit_tiny_patch16_224", "--model", "x")
+    assert "--num-classes is for checkpoints, and all" in say("vit_tiny_patch16_224", "--num-classes", "5")
     assert "--no-pretrained is for models by name, and all" in say(file, "--no-pretrained")
     assert "rows and columns count from 0" in say(file, "--patch", "-1", "0")
     assert "holds no EMA" in say(save_as_timm(tmp_path / "x", ema=False)[0].as_posix(), "--weights", "ema")
