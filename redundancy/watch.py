@@ -57,10 +57,12 @@ def shown_by(
 def covered(layout: Layout | None, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels of what whole patches cover of images of this size, as they are first embedded."""
     embedding = layout.part("patch_embed") if layout is not None else None
-    patch = getattr(embedding, "patch_size", None)
-    if not isinstance(patch, (tuple, list)) or getattr(embedding, "dynamic_img_pad", False):
-        return size  # the model does not say, or fills the rest up
-    height, width = (side // step * step for side, step in zip(size, patch, strict=True))
+    convolution = getattr(embedding, "proj", None)
+    if not isinstance(convolution, nn.Conv2d) or convolution.stride != convolution.kernel_size:
+        return size  # patches overlap, or the model does not say
+    if getattr(embedding, "dynamic_img_pad", False):
+        return size  # it fills the rest up
+    height, width = (side // step * step for side, step in zip(size, convolution.stride, strict=True))
     return height or size[0], width or size[1]
 
 

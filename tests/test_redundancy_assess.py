@@ -351,6 +351,13 @@ def test_sizes_that_are_no_multiple_of_the_patch() -> None:
     assert found.examples[0].image.shape == (24, 24, 3) and found.examples[0].grid == (3, 3)
 
 
+def test_patches_that_overlap_cover_the_whole_image() -> None:
+    """PVT's first ones are 7 pixels wide and 4 apart, with padding around."""
+    model = timm.create_model("pvt_v2_b0", num_classes=5).eval()
+    (found,) = assess(model, [torch.randn(3, 3, 48, 48)], metrics=["attn.distance"]).models
+    assert found.examples[0].image.shape == (48, 48, 3) and found.examples[0].grid == (2, 2)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e18, 1e30])
 def test_lengths_out_of_the_range_of_squares(scale: float) -> None:
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
