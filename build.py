@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from mixing import Mixing
 from mixing.mixup import Mixup
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead
+from models.remedies import install_remedies
 from models.weights import load_for_finetuning, load_timms, load_weights, model_weights
 from options.config import Resolved
 from options.flags import Args, shape_of, sides
@@ -48,13 +50,31 @@ def build_backbone(args: Args, num_classes: int) -> Any:
         adapted = broadcast_object(lambda: load_timms(backbone, args.model))
         print_main("; ".join(filter(None, [f"starting from the weights of {args.model} in timm", str(adapted)])))
     if args.finetune:
-        state = checkpoint.load(args.finetune)
-        check_description(state, args.finetune, ("input_size",))
-        weights = model_weights(state, args.finetune, ema=args.weights == "ema")
-        size = flags_of(state).get("input_size")
-        adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=sides(size) if size else ())
-        source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
-        print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
+        return start_from(args, backbone)
+    install_remedies(backbone, args.remedy)
+    return backbone
+
+
+def start_from(args: Args, backbone: nn.Module) -> nn.Module:
+    """The backbone with --finetune's weights, which may be a stock model's or one's with remedies, and --remedy."""
+    state = checkpoint.load(args.finetune)
+    check_description(state, args.finetune, ("input_size",))
+    weights = model_weights(state, args.finetune, ema=args.weights == "ema")
+    size = flags_of(state).get("input_size")
+    trained_size = sides(size) if size else ()
+    remedied = copy.deepcopy(backbone) if args.remedy else backbone
+    install_remedies(remedied, args.remedy)
+    of_remedies = remedied.state_dict().keys() - backbone.state_dict().keys()
+    if of_remedies & weights.keys():
+        backbone = remedied
+        adapted = load_for_finetuning(
+            backbone, weights, args.finetune, trained_size=trained_size, optional=of_remedies
+        )
+    else:
+        adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=trained_size)
+        install_remedies(backbone, args.remedy)
+    source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
+    print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
     return backbone
 
 
@@ -142,6 +162,7 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
             args.teacher_model,
             **{"num_classes": num_classes, "img_size": size, **_channels(args)} | args.teacher_model_kwargs,
         )
+        install_remedies(teacher, [str(text) for text in flags_of(state).get("remedy") or ()])
         weights = model_weights(state, args.teacher_path, ema=args.teacher_weights == "ema")
         load_weights(
             teacher, weights, args.teacher_path, f"Check {flags}; it must know the data's {num_classes} classes"

@@ -326,8 +326,9 @@ def _map_tap(attention: nn.Module) -> MapTap | None:
     """Where the softmax map [..., H, n, m] of an attention module can be seen."""
     mixed, dropped = getattr(attention, "proj_w", None), getattr(attention, "attn_drop", None)
     for remedy in remedies_of(attention):
-        if hasattr(remedy, "used"):  # re-attention changes the map after dropout
-            return MapTap(attention, remedy.used)
+        used = getattr(remedy, "used", None)
+        if isinstance(used, nn.Module):  # re-attention changes the map after dropout
+            return MapTap(attention, used)
     if isinstance(mixed, nn.Linear) and hasattr(attention, "proj_l"):  # talking heads mix the softmax maps
         return MapTap(attention, mixed, (0, 3, 1, 2))  # [B, n, m, H]
     if not isinstance(dropped, nn.Module):

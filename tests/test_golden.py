@@ -1,4 +1,4 @@
-"""Every measure, two whole steps and a twelve-step trajectory against numbers computed by the reference.
+"""Every measure, two whole steps, a twelve-step trajectory and every remedy against numbers computed by the originals.
 
 The files lie in tests/golden, or in the folder that the environment variable GOLDEN_DIR names; shapes, seeds and
 coefficients are read from them. All in float64 at rtol 1e-9.
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import golden_peers as peers
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from engine import Precision, Updater, train_one_epoch
 from losses import Objective
 from mixing.mixup import Mix, Mixup
 from models import DiverseViT, Needs
+from models.remedies import install_remedies
 from regularizers import Diversity, measures, parse_spec
 from regularizers.levels import LEVELS
 
@@ -319,3 +321,68 @@ def test_trajectory_in_one_epoch_drawing_its_own_mixes() -> None:
         means = run.train(run.batches, run.updater, Mixup(patch_size=run.patch_size, smoothing=0.1, seed=seed))
         np.testing.assert_allclose(means["loss"], golden["losses"].mean(), rtol=RTOL)
         run.check_end(golden)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Remedies, with the fused kernel and with the explicit map
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("method", ["attnscale", "gfsa"])
+def test_peer_in_the_map(method: str, fused: bool) -> None:
+    for case in peers.cases(method):
+        backbone = peers.stock(case)
+        install_remedies(backbone, [method])
+        attention = backbone.blocks[0].attn
+        attention.fused_attn = fused
+        peers.check(method, case, attention, attention)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_peer_featscale(fused: bool) -> None:
+    for case in peers.cases("featscale"):
+        backbone = peers.stock(case)
+        install_remedies(backbone, ["featscale"])
+        block = backbone.blocks[0]
+        block.attn.fused_attn, block.norm1.eps, block.norm2.eps = fused, 1e-5, 1e-5
+        peers.check("featscale", case, block, block)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_peer_neutreno(fused: bool) -> None:
+    for case in peers.cases("neutreno"):
+        backbone = peers.stock(case, blocks=2)
+        install_remedies(backbone, ["neutreno"])
+        attentions = torch.nn.ModuleList([block.attn for block in backbone.blocks])
+        for attention in attentions:
+            attention.fused_attn = fused
+        first, second = attentions
+        peers.check("neutreno", case, attentions, lambda x, first=first, second=second: second(x + first(x)))
+
+
+def test_peer_reattention() -> None:
+    """It has no form without the map. Its batch norm keeps statistics, which evaluation takes."""
+    for case in peers.cases("reattention"):
+        backbone = peers.stock(case)
+        install_remedies(backbone, ["reattention"])
+        attention = backbone.blocks[0].attn.train()
+        assert not attention.fused_attn
+        peers.check("reattention", case, attention, attention)
+        norm = attention.remedies.reattention.var_norm
+        peers.assert_close(norm.running_mean, case.values["running_mean"], "running mean")
+        peers.assert_close(norm.running_var, case.values["running_var"], "running variance")
+        peers.assert_close(attention.eval()(torch.tensor(case.values["x"])), case.values["y_eval"], "evaluation")
+
+
+def test_peer_contranorm() -> None:
+    for case in peers.cases("contranorm"):
+        words = [word for word in ("dual", "learnable", "positive", "identity") if case.option(word)]
+        numbers = [f"scale={case.option('scale')!r}", f"tau={case.option('temperature')!r}"]
+        backbone = peers.stock(case)
+        install_remedies(backbone, [f"contranorm:{','.join([*numbers, *words])}"])
+        norm = backbone.blocks[0].norm1
+        peers.check("contranorm", case, norm, norm)
+
+
+def test_every_peer_is_tested() -> None:
+    assert {path.stem for path in GOLDEN.glob("peer_*.npz")} == {f"peer_{method}" for method in peers.OWN}

@@ -2,9 +2,9 @@
 
     attnscale    featscale:paper    gfsa:order=3@6-11    contranorm:scale=0.2,learnable    layerscale:init=0.1
 
-Each is one file with one class, and one line in `REMEDIES`. It changes a stock timm model that is built already, in
-place: nothing of it is rebuilt, its parameters keep their names, and those of the remedy are added beside them, below
-`remedies` (or, for what timm has itself, under timm's names). So it works with any family that has the place.
+Each is one file with one class, and one line in `KINDS`. It changes a stock timm model that is built already, in
+place: nothing of it is rebuilt, its parameters keep their names, and those of the remedy are added beside them,
+below `remedies` (or, for what timm has itself, under timm's names). So it works with any family that has the place.
 
 Whatever is put into the backbone moves with it: hooks are bound to modules of the backbone, and nothing here knows
 losses, the loop or the wrapper that shows maps. That one sees the map that is used.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from errors import UserError, did_you_mean
 from layers import canonical, is_selector, resolve_layers
-from models.adapters import Layout, find_layout
+from models.adapters import Layout, find_layout, remedies_of
 from models.remedies.attending import MapRemedy
 from models.remedies.attnscale import AttnScale
 from models.remedies.contranorm import ContraNorm
@@ -76,6 +76,11 @@ class Chosen(NamedTuple):
             + (":" + ",".join(words) if words else "")
             + ("" if self.layers == "all" else f"@{self.layers}")
         )
+
+    @property
+    def not_recomputed(self) -> str:
+        """Why a block with it cannot be recomputed in the backward pass; '' if it can."""
+        return getattr(REMEDIES[self.name], "not_recomputed", "")
 
     def install(self, backbone: nn.Module) -> None:
         """Put it into a model, with initial values of its own.
@@ -166,7 +171,7 @@ def _option(word: str, name: str, defaults: Mapping[str, Any], spec: str) -> tup
 # Several remedies in a model
 
 
-def check_remedies(texts: Sequence[str]) -> list[Chosen]:
+def parse_remedies(texts: Sequence[str]) -> list[Chosen]:
     """Parse the remedies of a run.
 
     Raises:
@@ -187,14 +192,14 @@ def install_remedies(backbone: nn.Module, texts: Sequence[str]) -> None:
         UserError: one of them is not defined for this model.
     """
     with torch.random.fork_rng(devices=[]):
-        for chosen in check_remedies(texts):
+        for chosen in parse_remedies(texts):
             chosen.install(backbone)
 
 
-def needs_map(module: nn.Module) -> bool:
-    """Whether a remedy of an attention module has no form without the map."""
-    remedies = [remedy for remedy in getattr(module, "remedies", {}).values() if isinstance(remedy, MapRemedy)]
-    return any(remedy.needs_map for remedy in remedies) or (bool(remedies) and module.attn_drop.p > 0)  # type: ignore[union-attr,operator]
+def needs_map(attention: Any) -> bool:
+    """Whether what is built into an attention module has no form without the map."""
+    remedies = [remedy for remedy in remedies_of(attention) if isinstance(remedy, MapRemedy)]
+    return any(remedy.needs_map for remedy in remedies) or bool(remedies and attention.attn_drop.p > 0)
 
 
 class Timms(NamedTuple):
@@ -218,7 +223,7 @@ def fold_away(backbone: nn.Module, texts: Sequence[str]) -> Timms:
     layout = find_layout(backbone) if texts else None
     told: dict[str, Any] = {}
     beyond = []
-    for chosen in check_remedies(texts):
+    for chosen in parse_remedies(texts):
         assert layout is not None
         if chosen.name == LayerScaling.name:
             fold_layer_scale(layout, resolve_layers(chosen.layers, layout.depth, 0, str(chosen)))

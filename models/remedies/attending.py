@@ -3,8 +3,8 @@
 An attention module computes o = A v, A = softmax(scores), either with the map A in hand or in one fused kernel that
 never forms it. A remedy changes A, or adds to o. So it says both: what becomes of the map (`on_map`, ...), and what
 the changed map makes of any values, told what the map before it makes of them (`attend`). The second form keeps the
-fused kernel. Neither form knows the module's class: the map is changed where `models.adapters` sees it, and calls of
-`scaled_dot_product_attention`, of softmax and of the product with the values are seen as they are made.
+fused kernel. Neither form knows the module's class: the map is changed where `models.adapters` sees it, and calls
+of `scaled_dot_product_attention`, of softmax and of the product with the values are seen as they are made.
 
 Legend: B images (and windows), H heads, n queries, m keys, d width of a head.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,16 @@ class MapRemedy(nn.Module):
         name: what `--remedy` calls it.
         needs_map: whether it has no form without the map, so that the module leaves the fused kernel.
         keeps_rows: whether the rows of the changed map still sum to 1.
+
+    Args:
+        heads: H.
     """
 
     name: ClassVar[str]
     needs_map: ClassVar[bool] = False
     keeps_rows: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
         self._order: tuple[int, ...] = ()
 
@@ -57,19 +60,19 @@ class MapRemedy(nn.Module):
             for tap in taps_of(layout, block, cls.name):
                 cls(heads_of(tap.attention), **options).attach(tap)
 
-    def attach(self, tap: MapTap) -> Self:
+    def attach(self, tap: MapTap) -> None:
         """Take a place in the attention module that the tap is of."""
         attention, self._order = tap.attention, tap.order
         settle(attention, self.name, self)
         if not isinstance(attention, Attends):
-            attention.__class__ = _attends(type(attention))
+            kind: Any = type(attention)
+            attention.__class__ = _attends(kind)
         if type(self).on_map is not MapRemedy.on_map:
             tap.hooked.register_forward_pre_hook(self._before_dropout)
         if type(self).on_dropped is not MapRemedy.on_dropped:
             attention.attn_drop.register_forward_hook(self._after_dropout)
         if self.needs_map or attention.attn_drop.p > 0:  # dropped entries of the map have no form without it
             attention.fused_attn = False
-        return self
 
     def on_scores(self, scores: Tensor) -> Tensor:
         """What the softmax is taken of.  [..., H, n, m] -> the same; for those that need the map."""
@@ -154,8 +157,8 @@ class Attending(TorchFunctionMode):
 class SeesMap(MapRemedy):
     """A remedy that adds to the output, and so has to know which product is that of the map and the values."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, heads: int) -> None:
+        super().__init__(heads)
         self.seen: Tensor | None = None
 
     def on_dropped(self, attention: Tensor) -> Tensor:
@@ -200,6 +203,8 @@ def taps_of(layout: Layout, block: int, name: str) -> list[MapTap]:
     kind = type(attention).__name__
     if hasattr(attention, "lambda_init"):
         refuse(layout, block, name, f"{kind} has two maps, whose difference it takes")
+    if hasattr(attention, "unfold"):
+        refuse(layout, block, name, f"{kind} makes its map without queries and keys")
     try:
         taps = layout.map_taps(block)
     except UserError:

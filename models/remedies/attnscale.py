@@ -24,7 +24,7 @@ class AttnScale(MapRemedy):
     name = "attnscale"
 
     def __init__(self, heads: int) -> None:
-        super().__init__()
+        super().__init__(heads)
         self.lamb = nn.Parameter(torch.zeros(heads))
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.adapters import Layout
 from models.remedies.attending import refuse, settle
 
@@ -54,7 +55,16 @@ class FeatScale(nn.Module):
                 attention.register_forward_hook(remedy.after_attention)
 
     def after_attention(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """y' of y [B, N, D] or [B, h, w, D]."""
+        """y' of y [B, N, D] or [B, h, w, D].
+
+        Raises:
+            UserError: the attention returns something else besides.
+        """
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"--remedy featscale: {type(module).__name__} returns more than its tokens, which this remedy "
+                "cannot scale: choose another --model"
+            )
         tokens = tuple(range(1, output.ndim - 1))
         mean = output.mean(dim=tokens, keepdim=True)  # [B, 1, D]
         return output + self.factor * (self.lamb1 * mean + self.lamb2 * (output - mean))

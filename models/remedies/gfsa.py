@@ -30,7 +30,7 @@ class GFSA(MapRemedy):
     keeps_rows = False
 
     def __init__(self, heads: int, *, order: int = 4) -> None:
-        super().__init__()
+        super().__init__(heads)
         if order < 2:
             raise UserError(f"--remedy gfsa:order={order}: the power of the map must be at least 2")
         self.order = order

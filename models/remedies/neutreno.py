@@ -38,9 +38,10 @@ class NeuTRENO(SeesMap):
     """
 
     name = "neutreno"
+    not_recomputed = "hands values from block to block, which a block that runs later would miss"
 
     def __init__(self, heads: int, *, weight: float = 0.6) -> None:
-        super().__init__()
+        super().__init__(heads)
         self.weight = weight
         self.first = First()
         self.is_first = self.is_last = False

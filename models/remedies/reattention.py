@@ -23,9 +23,10 @@ class ReAttention(MapRemedy):
     name = "reattention"
     needs_map = True
     keeps_rows = False
+    not_recomputed = "would count its batch norm's statistics twice"
 
     def __init__(self, heads: int) -> None:
-        super().__init__()
+        super().__init__(heads)
         self.reatten_matrix = nn.Conv2d(heads, heads, 1)
         self.var_norm = nn.BatchNorm2d(heads)
         self.used = nn.Identity()  # where the map that is used can be seen

@@ -31,7 +31,7 @@ class TalkingHeads(MapRemedy):
     keeps_rows = False
 
     def __init__(self, heads: int, *, random: bool = False) -> None:
-        super().__init__()
+        super().__init__(heads)
         self.proj_pre = nn.Linear(heads, heads, bias=False)
         self.proj_post = nn.Linear(heads, heads, bias=False)
         for layer in (self.proj_pre, self.proj_post):
@@ -52,8 +52,8 @@ class TalkingHeads(MapRemedy):
                 kind = type(attention).__name__
                 if hasattr(attention, "proj_l"):
                     refuse(layout, block, cls.name, f"the heads of {kind} talk already")
-                if hasattr(attention, "gating_param") or hasattr(attention, "unfold"):
-                    refuse(layout, block, cls.name, f"the map of {kind} is no softmax of queries and keys")
+                if hasattr(attention, "gating_param"):
+                    refuse(layout, block, cls.name, f"the map of {kind} is made of two softmaxes")
         super().install(layout, blocks, **options)
 
     def on_scores(self, scores: Tensor) -> Tensor:

@@ -171,8 +171,8 @@ class QKNorm:
 
     The norms are of the block's own kind. Their parameters have no weight decay.
 
-    Source: Henry et al., Query-Key Normalization for Transformers, 2020 (arXiv 2010.04245); as layer norms: Dehghani
-        et al., Scaling Vision Transformers to 22 Billion Parameters, 2023 (arXiv 2302.05442).
+    Source: Henry et al., Query-Key Normalization for Transformers, 2020 (arXiv 2010.04245); as layer norms:
+        Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters, 2023 (arXiv 2302.05442).
     """
 
     name = "qk_norm"
@@ -215,4 +215,5 @@ def arguments(name: str, options: Mapping[str, Any], backbone: nn.Module) -> dic
     """What timm's constructor is told to build a model with this remedy; {} if it cannot be told."""
     if name == Registers.name:
         return {"num_reg_tokens" if isinstance(backbone, Eva) else "reg_tokens": options.get("count", 4)}
-    return {Differential.name: {"attn_layer": "diff"}, QKNorm.name: {"qk_norm": True}}.get(name, {})
+    told: dict[str, dict[str, Any]] = {Differential.name: {"attn_layer": "diff"}, QKNorm.name: {"qk_norm": True}}
+    return told.get(name, {})
