@@ -1,4 +1,4 @@
-"""Every measure, two whole steps, a twelve-step trajectory and every remedy against numbers computed by the originals.
+"""Every measure, two whole steps, a trajectory and every remedy against numbers computed by the originals.
 
 The files lie in tests/golden, or in the folder that the environment variable GOLDEN_DIR names; shapes, seeds and
 coefficients are read from them. All in float64 at rtol 1e-9.
