@@ -104,7 +104,8 @@ class ContraNorm(nn.Module):
         """n of x [B, N, D]."""
         u = F.normalize(x, dim=-1)  # [B, N, D]
         if not self.dual:
-            return F.scaled_dot_product_attention(u, u, x, scale=1 / self.tau)
+            heads = (each[:, None] for each in (u, u, x))  # [B, 1, N, D]
+            return F.scaled_dot_product_attention(*heads, scale=1 / self.tau)[:, 0]
         weight = (u @ u.mT / self.tau).softmax(dim=-1)  # [B, N, N], of a symmetric matrix
         return (weight + weight.mT) @ x
 
