@@ -130,6 +130,8 @@ def build_student(
     Raises:
         UserError: a term cannot be computed from what this model shows.
     """
+    if diversity.differentiates_twice:
+        unfuse_after_blocks(backbone)
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
     model = DiverseViT(backbone, needs, measured, find_scheme(diversity).head).to(device)
     tried = model.check(shape_of(args), num_classes, needs | measured)
@@ -137,6 +139,15 @@ def build_student(
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     return model
+
+
+def unfuse_after_blocks(backbone: nn.Module) -> None:
+    """Let what attends after the blocks leave the fused kernel, which has no second derivative."""
+    within = {module for block in find_layout(backbone).blocks for module in block.modules()}
+    after: list[Any] = [module for module in backbone.modules() if module not in within]
+    for module in after:
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def training_mode(args: Args) -> bool:

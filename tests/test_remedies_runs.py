@@ -40,6 +40,7 @@ SETS = {"together": TOGETHER, "with the map": WITH_MAP, "differential": ["differ
 COMPILED = ["attnscale", "contranorm", "neutreno"]
 TERMS = ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--attn_cos_within_coef", "1e-2"]
 TERMS += ["--weight_mha_cond_orth_coef", "5e-4"]
+KWARGS = ["patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"]
 SIZES: dict[str, Any] = {
     "img_size": 8,
     "patch_size": 4,
@@ -82,7 +83,7 @@ def model(*remedies: str, seed: int = 0, **sizes: Any) -> nn.Module:
         ("together", 2, []),
         ("with the map", 2, ["--drop", "0.1"]),
         ("differential", 1, []),
-        ("compiled", 1, ["--torchcompile", "aot_eager"]),
+        ("compiled", 2, ["--torchcompile", "aot_eager"]),
     ],
 )
 def test_killed_and_resumed(images: Path, tmp_path: Path, which: str, processes: int, more: list[str]) -> None:
@@ -161,6 +162,30 @@ def test_not_recomputed(images: Path, capsys: pytest.CaptureFixture[str], method
     assert train(images, None, "--remedy", method, "--grad-checkpointing") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--grad-checkpointing runs each block twice, and {method} {why}" in line
+
+
+@pytest.mark.parametrize("more", [["--remedy", "contranorm"], ["--model-kwargs", *KWARGS, "global_pool=map"]])
+def test_second_derivatives(images: Path, more: list[str]) -> None:
+    """What attends after the blocks leaves the fused kernel, which has none."""
+    terms = ["--reg", "patch.gradient_diversity=0.1", "--mixing_coef", "1"]
+    assert train(images, None, "--epochs", "1", *terms, *more) == 0
+
+
+@pytest.mark.parametrize("which", SETS)
+def test_bfloat16(images: Path, which: str) -> None:
+    terms = ["--reg", "attn.cosine@all=0.1"] if which != "differential" else []
+    assert train(images, None, "--epochs", "1", "--amp-dtype", "bfloat16", *terms, *given(SETS[which])) == 0
+
+
+def test_the_map_stays_in_autocasts_precision() -> None:
+    """So that a remedy does not double its memory."""
+    student = DiverseViT(model("attnscale", "gfsa"), Needs(attention=frozenset({0, 1})))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = student(torch.randn(2, *SHAPE))
+    plain = DiverseViT(model(), Needs(attention=frozenset({0, 1})))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(torch.randn(2, *SHAPE))
+    assert [a.dtype for a in captured.attention.values()] == [a.dtype for a in expected.attention.values()]
 
 
 def test_nothing_is_kept_after_a_forward_pass() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, use_fused_attn
 from torch import Tensor, nn
 
 from errors import UserError
@@ -57,6 +57,7 @@ class ContraNorm(nn.Module):
             raise UserError("--remedy contranorm: positive is for a learnable scale: add learnable")
         self.scale, self.tau = scale, tau
         self.dual, self.identity, self.positive = dual, identity, positive
+        self.fused_attn = use_fused_attn()  # timm's name and switch
         start = math.log(scale) if positive else scale
         self.scale_param = nn.Parameter(torch.full((width,), start)) if learnable else None
 
@@ -103,11 +104,11 @@ class ContraNorm(nn.Module):
     def _mean(self, x: Tensor) -> Tensor:
         """n of x [B, N, D]."""
         u = F.normalize(x, dim=-1)  # [B, N, D]
-        if not self.dual:
-            heads = (each[:, None] for each in (u, u, x))  # [B, 1, N, D]
-            return F.scaled_dot_product_attention(*heads, scale=1 / self.tau)[:, 0]
+        if self.fused_attn and not self.dual:
+            one = u[:, None]  # [B, 1, N, D]
+            return F.scaled_dot_product_attention(one, one, x[:, None], scale=1 / self.tau)[:, 0]
         weight = (u @ u.mT / self.tau).softmax(dim=-1)  # [B, N, N], of a symmetric matrix
-        return (weight + weight.mT) @ x
+        return (weight + weight.mT if self.dual else weight) @ x
 
 
 def _width(norm: nn.Module) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.remedies.attending import Attend, MapRemedy
+from models.remedies.attending import Attend, MapRemedy, per_head
 
 
 class GFSA(MapRemedy):
@@ -37,7 +37,7 @@ class GFSA(MapRemedy):
         self.lamb = nn.Parameter(torch.zeros(heads))
 
     def _filtered(self, once: Tensor, twice: Tensor) -> Tensor:
-        return once + self.lamb[:, None, None] * ((self.order - 1) * (twice - once) + once)
+        return once + per_head(self.lamb, once) * ((self.order - 1) * (twice - once) + once)
 
     def on_map(self, attention: Tensor) -> Tensor:
         """A' of A [..., H, n, n].
