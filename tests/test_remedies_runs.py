@@ -89,7 +89,16 @@ def model(*remedies: str, seed: int = 0, **sizes: Any) -> nn.Module:
 def test_killed_and_resumed(images: Path, tmp_path: Path, which: str, processes: int, more: list[str]) -> None:
     """In the middle of an epoch, with an EMA and terms on the map: the same checkpoints, bit for bit."""
     steps, remedies = 32 // 4 // processes, SETS.get(which, COMPILED)
-    words = [*FLAGS, *TERMS, *given(remedies), *more, "--data-path", str(images), "--epochs", "2"]
+    words = [
+        *FLAGS,
+        *(TERMS if which in SETS else []),
+        *given(remedies),
+        *more,
+        "--data-path",
+        str(images),
+        "--epochs",
+        "2",
+    ]
     words += ["--save-interval-steps", "2", "--print-freq", "1", "--resume", "auto", "--output_dir"]
     done = forks.run(processes, "main.py", *words, str(tmp_path / "whole"), env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -171,6 +180,7 @@ def test_second_derivatives(images: Path, more: list[str]) -> None:
     assert train(images, None, "--epochs", "1", *terms, *more) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # timm's RmsNorm, told by torch
 @pytest.mark.parametrize("which", SETS)
 def test_bfloat16(images: Path, which: str) -> None:
     terms = ["--reg", "attn.cosine@all=0.1"] if which != "differential" else []
