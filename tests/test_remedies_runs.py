@@ -27,7 +27,8 @@ from export import to_onnx, to_timm, to_torch
 from models import DiverseViT, Needs, build_model
 from models.remedies import REMEDIES, install_remedies
 from redundancy.command import main as redundancy
-from regularizers import Diversity, parse_spec, total
+from regularizers import MEASURES, Diversity, parse_spec, total
+from regularizers.specs import all_names
 from state.trained import read_trained
 
 ENV = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
@@ -171,6 +172,19 @@ def test_not_recomputed(images: Path, capsys: pytest.CaptureFixture[str], method
     assert train(images, None, "--remedy", method, "--grad-checkpointing") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--grad-checkpointing runs each block twice, and {method} {why}" in line
+
+
+@pytest.mark.parametrize("which", SETS)
+def test_every_regularizer(which: str) -> None:
+    """All of one layer or two, at once, on a model with remedies: finite, and every parameter gets its gradient."""
+    takes = {name: MEASURES[name.partition(".")[2]].takes for name in all_names()}
+    specs = [parse_spec(f"{name}=1e-3") for name, kind in takes.items() if kind in ("set", "pair")]
+    diversity = Diversity(specs, depth=2)
+    student = DiverseViT(model(*SETS[which]), Needs(**diversity.needs))
+    images, _ = random_batch(4, pixels=8)
+    for gradient in gradients(student, diversity, images):
+        assert gradient.isfinite().all()
+    assert all(parameter.grad is not None for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("more", [["--remedy", "contranorm"], ["--model-kwargs", *KWARGS, "global_pool=map"]])
