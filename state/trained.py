@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from errors import UserError
 from images.transforms import Preprocessing
 from models import VARIANTS, build_model, check_name, pretrained_config
-from models.weights import StateDict, has_average, load_weights, model_weights
+from models.weights import StateDict, has_average, load_weights, model_weights, without_patch_head
 from options.flags import sides
 from state import checkpoint
 from state.contents import check_description
@@ -71,7 +71,7 @@ def read_trained(
     num_classes: int | None = None,
     only_if_silent: bool = False,
 ) -> Trained:
-    """Build the model that a checkpoint describes, and load its weights.
+    """Build the model that a checkpoint describes, and load its weights, without those of a head for patches.
 
     The name, its arguments and the image size are those of the checkpoint's saved flags, and the number of classes
     is that of its head, unless given here.
@@ -115,7 +115,7 @@ def read_trained(
         options["num_classes"] = num_classes
     backbone: Any = build_model(name, **{"img_size": size, **options})
     advice = "Check --model, --model-kwargs, --input-size and --num-classes"
-    load_weights(backbone, tensors, path, advice)
+    load_weights(backbone, without_patch_head(backbone, tensors), path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     names = _class_names(flags, backbone.num_classes, path)
