@@ -135,8 +135,8 @@ class RegionHead:
         width, classes = getattr(backbone, "num_features", 0), getattr(backbone, "num_classes", 0)
         if not (width and classes):
             raise UserError(
-                f"patch.region_mixing needs a classifier of its own, but {type(backbone).__name__} does not say how "
-                "wide its features are, or has no classes; drop patch.region_mixing"
+                f"patch.region_mixing needs a classifier of its own, but {type(backbone).__name__} does not say "
+                "how wide its features are, or has no classes; drop patch.region_mixing"
             )
         layer = nn.Linear(width, classes)
         nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -202,7 +202,7 @@ def context(x: Tensor, y: Tensor, *, grid: tuple[int, int] | None = None) -> Ten
     Range: [0, 18.5], from -log(1 + 1e-8) to -log(1e-8); about log 3 where the three products are alike.
     Rewards: patches whose product with their own embedding is above that of the others' mean and of their
         neighbours'; longer ones too, once it is.
-    Cost: O(n d), 14 additions a number for the window; again in the backward pass. Keeps nothing but the inputs.
+    Cost: O(n d); the window takes 14 additions a number. Again in the backward pass; keeps nothing but the inputs.
     Source: [G21], the context term of its code (its paper has `contrastive`'s form).
     Use: the released recipe of [G21], with its embeddings and final features (embed:norm), beside `region_mixing`.
     """
@@ -441,7 +441,7 @@ def region_mixing(patch_logits: Tensor, labels: GridLabels) -> Tensor:
     Returns: scalar.
     Range: [-1e-8 K, inf); 0 where q is the label.
     Rewards: patches of a region whose mean says what the region shows.
-    Cost: O(K), and of the head O(P D + D K); keeps the probabilities of two regions an image.
+    Cost: O(K); and O(P D + D K) of the head. Keeps the probabilities of two regions an image.
     Source: [G21], the mixing term of its code (its paper has `mixing`'s form).
     Use: the released recipe of [G21], beside `context`. It brings its own mix of patches, and a head `patch_head`.
     """
