@@ -144,7 +144,7 @@ NOTES = {  # what a measure is, where that is not left blank
     "pairwise_cosine": "different items, to report",
     "cosine_cross": "similarity across layers",
     "contrastive": "own first-layer item vs. rest",
-    "context": "own embedding vs. neighbours",
+    "context": "own embedding vs. others",
     "mhs": "hyperspherical separation",
     "mgd": "Gram determinant",
     "so": "soft orthogonality",

@@ -416,6 +416,7 @@ class Args:
     resume_opt: bool = switch(
         True,
         FREE,
+        on="a resumed run goes on with its optimizer and schedule (the default)",
         off="with --resume FILE: go on with its weights, their average, epoch and log, but with a fresh optimizer "
         "and the flags' own schedule, entered at that epoch",
     )

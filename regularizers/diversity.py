@@ -12,7 +12,7 @@ from torch import Tensor
 from errors import UserError
 from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES
-from regularizers.specs import Spec, resolve_layers, resolve_pairs
+from regularizers.specs import EMBED, Spec, resolve_layers, resolve_pairs
 
 if TYPE_CHECKING:
     from mixing import Labels
@@ -48,6 +48,7 @@ class BoundTerm:
     def __init__(self, spec: Spec, depth: int, grid: tuple[int, int] | None = None) -> None:
         measure = MEASURES[spec.measure]
         self.spec = spec
+        self.depth = depth
         self.level = LEVELS[spec.level]
         self.takes = measure.takes
         self.averaged = measure.averaged
@@ -83,14 +84,18 @@ class BoundTerm:
             first, second = self.items(captured, a), self.items(captured, b)
             if first.shape[1:] != second.shape[1:]:
                 raise UserError(
-                    f"{self.spec.name}: layers {a} and {b} cannot be compared, their {self.level.shape} differ: "
+                    f"{self.spec.name}: layers {self._name(a)} and {self._name(b)} cannot be compared, their "
+                    f"{self.level.shape} differ: "
                     f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
                 )
             if self.grid and self.grid[0] * self.grid[1] != first.shape[1]:
                 raise UserError(
-                    f"{self.spec.name} takes patches of the last block's grid, {_times(self.grid)}, but layer {a} "
-                    f"has {first.shape[1]}; choose other layers"
+                    f"{self.spec.name} takes patches of the last block's grid, {_times(self.grid)}, but layer "
+                    f"{self._name(a)} has {first.shape[1]}; choose other layers"
                 )
+
+    def _name(self, layer: int) -> str:
+        return {EMBED: "embed", self.depth: "norm"}.get(layer, str(layer))
 
     def source(self, captured: Captured, layer: int) -> Tensor:
         """What the items of a layer are taken from."""
