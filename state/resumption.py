@@ -82,7 +82,8 @@ def find(args: Args) -> Earlier | None:
     """Read the checkpoint that `--resume` names; None for a fresh run. All processes must ask together.
 
     Raises:
-        UserError: it cannot be read, or does not hold what a continuation needs.
+        UserError: it cannot be read, does not hold what a continuation needs, or is of the middle of an epoch where
+            --no-resume-opt begins one.
     """
     if not args.resume:
         return None
@@ -103,6 +104,11 @@ def find(args: Args) -> Earlier | None:
             "--eval --resume evaluates them"
         )
     check_contents(state, path)
+    if state.get("step") and not args.resume_opt:
+        raise UserError(
+            f"{path} was written in the middle of an epoch, and --no-resume-opt begins one with a fresh optimizer: "
+            "take a checkpoint of a whole epoch"
+        )
     return Earlier(path, state)
 
 
@@ -122,11 +128,6 @@ def in_force(args: Resolved, earlier: Earlier) -> Resolved:
     saved = flags_of(state)
     if isinstance(state.get("args"), argparse.Namespace) and saved.get("lr") == scaled_lr(args):
         del saved["lr"]  # DeiT and the reference save it scaled
-    if step and not args.resume_opt:
-        raise UserError(
-            f"{path} was written in the middle of an epoch, and --no-resume-opt begins one with a fresh optimizer: "
-            "take a checkpoint of a whole epoch"
-        )
     found = differences(saved, args)
     if not args.resume_opt:
         found = [

@@ -138,9 +138,15 @@ def test_average_pooled_patches_pass_the_models_own_head():
 class RegionHead:
     """A patch head with a layer of its own, which mixes the patches as the labels say."""
 
+    joint = False
+
     def __init__(self, layout):
         self.layout = layout
-        layout.backbone.patch_head = torch.nn.Linear(24, 7)
+        self.attach(layout.backbone)
+
+    @staticmethod
+    def attach(backbone):
+        backbone.patch_head = torch.nn.Linear(24, 7)
 
     def __call__(self, features, labels=None):
         patches = features[:, self.layout.final_prefix_tokens :]

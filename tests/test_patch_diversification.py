@@ -98,6 +98,22 @@ def test_context_alone_goes_with_mixup(images: Path, tmp_path: Path, capsys: pyt
     assert 0 <= record["test_patch.cosine@norm"] <= 1 and record["train_patch.context@embed:norm"] > 0
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cosub", "--drop-path", "0.2"],
+        ["--bce-loss", "--smoothing", "0"],
+        ["--monitor-redundancy", "1", "--grad-accum-steps", "3"],
+        ["--grad-checkpointing", "--mixup", "0.8", "--mixup-mode", "elem", "--amp-dtype", "bfloat16"],
+        ["--model", "deit_tiny_distilled_patch16_224"],
+        ["--mixup-prob", "0", "--batch-size", "3", "--reg", "patch.cosine@embed,norm=0.1"],
+    ],
+    ids=" ".join,
+)
+def test_it_goes_with_other_flags(images: Path, flags: list[str]) -> None:
+    assert train(images, None, *RECIPE, "--epochs", "1", *flags) == 0
+
+
 def test_terms_of_two_schemes_are_refused(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(images, None, *RECIPE, "--reg", "patch.mixing=1", "--epochs", "1") == 2
     assert "mix images in different ways: drop one of them" in capsys.readouterr().err
