@@ -64,7 +64,8 @@ class Recipe:
         backbone = build.build_backbone(args, CLASSES)
         diversity, _ = build.build_diversity(args, backbone)
         self.objective = build.build_objective(args, diversity, CLASSES, device)
-        self.model = DiverseViT(backbone, self.objective.needs).to(device)
+        head = build.find_scheme(diversity.labelled).head
+        self.model = DiverseViT(backbone, self.objective.needs, head=head).to(device)
         self.precision = Precision(device, args.amp_dtype)
         self.mixing = build.build_mixing(args, backbone, diversity)
         run_state = build_run(args, self.model, self.precision, self.mixing)

@@ -6,7 +6,8 @@
 A spec names a measure, a level (what the items are) and layers. The value of a term is the sum over its layers
 (for weights: over all matrices of its layers), each the mean over the images. Layers are 'first', 'last', 'all',
 a block's number, a range 'a-b', or several of these with commas; measures across layers take two of them with a
-colon. For patches 'first' is the input of block 0. Options are words or numbers ('tau=0.1'), with commas; the
+colon. For patches 'first' is the input of block 0, 'embed' the patch embeddings before their positions are added,
+and 'norm' the final features, final norm included. Options are words or numbers ('tau=0.1'), with commas; the
 coefficient stands after the last '='.
 """
 
@@ -34,6 +35,8 @@ REFERENCE_FLAGS: Mapping[str, str] = {
     "attn_cos_within_coef": "attn.cosine@0",
     "weight_mha_cond_orth_coef": "weight.cno@all",
 }
+
+EMBED = -2  # the index of the layer 'embed'; that of 'norm' is the model's depth
 
 _TERM = r"(?P<term>[^:@=]+)(?::(?P<options>[^@]*))?(?:@(?P<layers>[^=]*))?"
 
@@ -91,8 +94,8 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
         _check_labelled(term, measure, words, match["layers"], text)
     matrices = tuple(matrix for matrix in level.matrices if matrix in words)
     options = _canonical_options(level, name, [word for word in words if word not in matrices], text)
-    layers = match["layers"] if match["layers"] is not None else level.default_layers[measure.takes]
-    _check_layers(layers, measure.takes, text)
+    layers = match["layers"] if match["layers"] is not None else level.layers_without_choice(name, measure.takes)
+    _check_layers(layers, level, measure.takes, text)
     layers = re.sub(r"\d+", lambda number: str(int(number[0])), layers)  # 03 is 3
     return Spec(level_name, name, options, layers, coef, () if matrices == level.default_matrices else matrices)
 
@@ -173,11 +176,15 @@ def _coefficient(text: str, spec: str) -> float:
     return value
 
 
-_ONE_LAYER = re.compile(r"first|last|all|\d+|\d+-\d+")
+_ENDS = ("embed", "norm")
+_ONE_LAYER = re.compile(r"first|last|all|embed|norm|\d+|\d+-\d+")
 
 
-def _check_layers(layers: str, takes: str, spec: str) -> None:
+def _check_layers(layers: str, level: Level, takes: str, spec: str) -> None:
     sides = layers.split(":")
+    ends = [part for side in sides for part in side.split(",") if part in _ENDS]
+    if ends and not level.ends:
+        raise UserError(f"{spec!r}: the layer {ends[0]} has patches alone, no {level.name} terms: choose blocks")
     if not all(_ONE_LAYER.fullmatch(part) for side in sides for part in side.split(",")):
         raise UserError(
             f"malformed layers {layers!r} in {spec!r}: write first, last, all, a block's number, a range a-b, "
@@ -191,15 +198,18 @@ def _check_layers(layers: str, takes: str, spec: str) -> None:
 
 
 def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int]:
-    """Block indices that a selector names in a model of `depth` blocks; 'first' is `first` (-1 for patches).
+    """Indices that a selector names in a model of `depth` blocks; 'first' is `first` (-1 for patches).
+
+    Blocks are counted from 0; 'embed' is -2, and 'norm' is `depth`.
 
     Raises:
         UserError: a block that the model does not have, or an empty range.
     """
     layers: list[int] = []
     for part in selector.split(","):
-        if part in ("first", "last"):
-            layers.append(first if part == "first" else depth - 1)
+        named = {"first": first, "last": depth - 1, "embed": EMBED, "norm": depth}
+        if part in named:
+            layers.append(named[part])
         elif part == "all":
             layers += range(depth)
         else:
