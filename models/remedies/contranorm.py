@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from errors import UserError
 from models.adapters import Layout
 from models.remedies.attending import refuse, settle
+
+EPS = 1e-12
 
 
 class ContraNorm(nn.Module):
@@ -96,17 +97,46 @@ class ContraNorm(nn.Module):
             return x
         mean = self._mean(x)
         if self.scale_param is None:
-            return (1 + self.scale) * x - self.scale * mean if self.identity else x - self.scale * mean
+            own = (1 + self.scale) * x if self.identity else x
+            return torch.sub(own, mean, alpha=self.scale)
         scale = self.scale_param.exp() if self.positive else self.scale_param  # [D]
-        return scale * x - scale * mean if self.identity else x - scale * mean
+        return scale * (x - mean) if self.identity else x - scale * mean
 
     def _mean(self, x: Tensor) -> Tensor:
         """n of x [B, N, D]."""
-        u = F.normalize(x, dim=-1)  # [B, N, D]
-        if not self.dual:
-            return F.scaled_dot_product_attention(u, u, x, scale=1 / self.tau)
-        weight = (u @ u.mT / self.tau).softmax(dim=-1)  # [B, N, N], of a symmetric matrix
-        return (weight + weight.mT) @ x
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # products in half precision, as those of any attention
+            x = x.to(torch.get_autocast_dtype(kind))
+        cosines: Tensor = _Cosines.apply(x)  # [B, N, N]
+        weight = (cosines / self.tau).softmax(dim=-1).to(x.dtype)
+        return (weight + weight.mT) @ x if self.dual else weight @ x  # the matrix of cosines is symmetric
+
+
+class _Cosines(torch.autograd.Function):
+    """u u^T of x [B, N, D], which keeps x alone.
+
+    Its gradient takes one product; autograd would not see that both factors are u, and neither does fused attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        u = x / _lengths(x)
+        return u @ u.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        lengths = _lengths(x)
+        u = x / lengths
+        of_u = (gradient + gradient.mT) @ u
+        along = (of_u * u).sum(dim=-1, keepdim=True) * (lengths > EPS)
+        return torch.addcmul(of_u, along, u, value=-1) / lengths
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """max(|x_i|, 1e-12).  [B, N, D] -> [B, N, 1]"""
+    return x.norm(dim=-1, keepdim=True).clamp_min(EPS)
 
 
 def _width(norm: nn.Module) -> int:

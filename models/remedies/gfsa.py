@@ -37,7 +37,8 @@ class GFSA(MapRemedy):
         self.lamb = nn.Parameter(torch.zeros(heads))
 
     def _filtered(self, once: Tensor, twice: Tensor) -> Tensor:
-        return once + self.lamb[:, None, None] * ((self.order - 1) * (twice - once) + once)
+        weight = self.lamb[:, None, None]  # [H, 1, 1]
+        return (1 - (self.order - 2) * weight) * once + (self.order - 1) * weight * twice
 
     def on_map(self, attention: Tensor) -> Tensor:
         """A' of A [..., H, n, n].
