@@ -4,9 +4,9 @@
     python benchmarks/remedies.py --device cpu --rounds 24 --only gfsa contranorm:dual
     python benchmarks/remedies.py --quick                          # a small model: for the machinery
 
-The step is that of configs/deit_small.yaml at 224 pixels (Mixup, CutMix, EMA, AdamW), on random images. Each variant
-takes turns with a plain recipe, round by round, so that drift and a busy machine cancel. Both are gone before the
-next pair is built. Variants are:
+The step is that of configs/deit_small.yaml at 224 pixels (Mixup, CutMix, EMA, AdamW), on random images. Each
+variant takes turns with a plain recipe, round by round, so that drift and a busy machine cancel. Both are gone when
+the next pair is built. Variants are:
 
     explicit_map            plain, with attention that forms its map instead of the fused kernel
     NAME                    each remedy with its defaults, in all blocks
@@ -77,7 +77,7 @@ def flags_of(name: str) -> list[str]:
 
 def build(name: str, flags: argparse.Namespace, device: torch.device) -> Recipe:
     """A variant, ready to train."""
-    argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype, *flags_of(name)]
+    argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype, "--unscale-lr", *flags_of(name)]
     if flags.torchcompile:
         argv.append("--torchcompile")
     if flags.model:
@@ -104,9 +104,12 @@ def cost(name: str, flags: argparse.Namespace, device: torch.device) -> Cost:
     once = Batches(flags.batch_size, 1, 224, device)
     peaks = [peak_of(build(each, flags, device), once, device) for each in names]
     return Cost(
-        *(statistics.median(times[each]) for each in names),
-        *(ratio(times, name, PLAIN), spread(times, name, PLAIN).strip(" ()")),
-        *(peaks[1] / peaks[0], counts[1] - counts[0]),
+        plain=statistics.median(times[PLAIN]),
+        seconds=statistics.median(times[name]),
+        time=ratio(times, name, PLAIN),
+        quartiles=spread(times, name, PLAIN).strip(" ()").removeprefix("quartiles "),
+        memory=peaks[1] / peaks[0],
+        parameters=counts[1] - counts[0],
     )
 
 
