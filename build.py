@@ -16,7 +16,7 @@ from mixing import Mixing
 from mixing.mixup import Mixup
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead
-from models.remedies import install_remedies
+from models.remedies import install_remedies, parse_remedies
 from models.weights import load_for_finetuning, load_timms, load_weights, model_weights
 from options.config import Resolved
 from options.flags import Args, shape_of, sides
@@ -60,8 +60,14 @@ def start_from(args: Args, backbone: nn.Module) -> nn.Module:
     state = checkpoint.load(args.finetune)
     check_description(state, args.finetune, ("input_size",))
     weights = model_weights(state, args.finetune, ema=args.weights == "ema")
-    size = flags_of(state).get("input_size")
-    trained_size = sides(size) if size else ()
+    flags = flags_of(state)
+    trained_size = sides(flags["input_size"]) if flags.get("input_size") else ()
+    own = {remedy.name for remedy in parse_remedies(args.remedy)}
+    lacking = [remedy for remedy in parse_remedies(flags.get("remedy") or ()) if remedy.name not in own]
+    if lacking:
+        raise UserError(
+            f"{args.finetune} is of a model with --remedy {lacking[0]}, and this one has none: give it too"
+        )
     remedied = copy.deepcopy(backbone) if args.remedy else backbone
     install_remedies(remedied, args.remedy)
     of_remedies = remedied.state_dict().keys() - backbone.state_dict().keys()
@@ -124,6 +130,8 @@ def build_student(
     Raises:
         UserError: a term cannot be computed from what this model shows.
     """
+    if diversity.differentiates_twice:
+        unfuse_after_blocks(backbone)
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
     model = DiverseViT(backbone, needs, measured, find_scheme(diversity).head).to(device)
     tried = model.check(shape_of(args), num_classes, needs | measured)
@@ -131,6 +139,15 @@ def build_student(
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     return model
+
+
+def unfuse_after_blocks(backbone: nn.Module) -> None:
+    """Let what attends after the blocks leave the fused kernel, which has no second derivative."""
+    within = {module for block in find_layout(backbone).blocks for module in block.modules()}
+    after: list[Any] = [module for module in backbone.modules() if module not in within]
+    for module in after:
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def training_mode(args: Args) -> bool:

@@ -90,9 +90,12 @@ class Chosen(NamedTuple):
         """
         layout = find_layout(backbone)
         like = next(backbone.parameters())
-        before = {id(tensor) for tensor in _tensors(backbone)}
+        before = {id(part) for part in (*backbone.modules(), *_tensors(backbone))}
         blocks = resolve_layers(self.layers, layout.depth, 0, f"--remedy {self}")
         REMEDIES[self.name].install(layout, blocks, **dict(self.options))
+        for module in backbone.modules():
+            if id(module) not in before:
+                module.training = backbone.training
         for tensor in _tensors(backbone):
             if id(tensor) not in before:
                 tensor.data = tensor.data.to(

@@ -219,6 +219,11 @@ def heads_of(attention: Any) -> int:
     return int(attention.num_heads if hasattr(attention, "num_heads") else attention.heads)
 
 
+def per_head(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter [H] beside x [..., H, n, d], in x's precision, so that autocast's stays.  [H, 1, 1]"""
+    return parameter.to(x.dtype)[:, None, None]
+
+
 def refuse(layout: Layout, block: int, name: str, why: str) -> Any:
     """Raise a UserError: a remedy is not defined at a block.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.remedies.attending import Attend, MapRemedy
+from models.remedies.attending import Attend, MapRemedy, per_head
 
 
 class AttnScale(MapRemedy):
@@ -27,15 +27,11 @@ class AttnScale(MapRemedy):
         super().__init__(heads)
         self.lamb = nn.Parameter(torch.zeros(heads))
 
-    @property
-    def _weight(self) -> Tensor:
-        return self.lamb[:, None, None]  # [H, 1, 1]
-
     def on_map(self, attention: Tensor) -> Tensor:
         """A' of A [..., H, n, m]."""
-        return attention + self._weight * (attention - 1 / attention.shape[-1])
+        return attention + per_head(self.lamb, attention) * (attention - 1 / attention.shape[-1])
 
     def attend(self, before: Attend, v: Tensor) -> Tensor:
         """o' of v [..., H, m, d]."""
         output = before(v)  # [..., H, n, d]
-        return output + self._weight * (output - v.mean(dim=-2, keepdim=True))
+        return output + per_head(self.lamb, output) * (output - v.mean(dim=-2, keepdim=True))

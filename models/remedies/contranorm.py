@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, use_fused_attn
 from torch import Tensor, nn
 
 from errors import UserError
@@ -58,6 +59,7 @@ class ContraNorm(nn.Module):
             raise UserError("--remedy contranorm: positive is for a learnable scale: add learnable")
         self.scale, self.tau = scale, tau
         self.dual, self.identity, self.positive = dual, identity, positive
+        self.fused_attn = use_fused_attn()  # timm's name and switch
         start = math.log(scale) if positive else scale
         self.scale_param = nn.Parameter(torch.full((width,), start)) if learnable else None
 
@@ -104,18 +106,19 @@ class ContraNorm(nn.Module):
 
     def _mean(self, x: Tensor) -> Tensor:
         """n of x [B, N, D]."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # products in half precision, as those of any attention
-            x = x.to(torch.get_autocast_dtype(kind))
+        if self.fused_attn and not self.dual and x.shape[-2] > x.shape[-1]:  # P would be larger than x
+            u = F.normalize(x, dim=-1, eps=EPS)[:, None]  # [B, 1, N, D]
+            return F.scaled_dot_product_attention(u, u, x[:, None], scale=1 / self.tau)[:, 0]
         cosines: Tensor = _Cosines.apply(x)  # [B, N, N]
-        weight = (cosines / self.tau).softmax(dim=-1).to(x.dtype)
-        return (weight + weight.mT) @ x if self.dual else weight @ x  # the matrix of cosines is symmetric
+        weight = (cosines / self.tau).softmax(dim=-1)  # P, of a symmetric matrix
+        return (weight + weight.mT if self.dual else weight) @ x
 
 
 class _Cosines(torch.autograd.Function):
-    """u u^T of x [B, N, D], which keeps x alone.
+    """u u^T of x [B, N, D].
 
-    Its gradient takes one product; autograd would not see that both factors are u, and neither does fused attention.
+    It keeps x alone, and its gradient takes one product: autograd does not see that both factors are u, nor do the
+    kernels of fused attention.
     """
 
     @staticmethod
@@ -129,9 +132,9 @@ class _Cosines(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         lengths = _lengths(x)
         u = x / lengths
-        of_u = (gradient + gradient.mT) @ u
-        along = (of_u * u).sum(dim=-1, keepdim=True) * (lengths > EPS)
-        return torch.addcmul(of_u, along, u, value=-1) / lengths
+        at_u = ((gradient + gradient.mT) @ u.to(gradient.dtype)).to(u.dtype)
+        along = (at_u * u).sum(dim=-1, keepdim=True) * (lengths > EPS)
+        return torch.addcmul(at_u, along, u, value=-1) / lengths
 
 
 def _lengths(x: Tensor) -> Tensor:

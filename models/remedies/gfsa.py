@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.remedies.attending import Attend, MapRemedy
+from models.remedies.attending import Attend, MapRemedy, per_head
 
 
 class GFSA(MapRemedy):
@@ -37,8 +37,8 @@ class GFSA(MapRemedy):
         self.lamb = nn.Parameter(torch.zeros(heads))
 
     def _filtered(self, once: Tensor, twice: Tensor) -> Tensor:
-        weight = self.lamb[:, None, None]  # [H, 1, 1]
-        return (1 - (self.order - 2) * weight) * once + (self.order - 1) * weight * twice
+        added = torch.sub((self.order - 1) * twice, once, alpha=self.order - 2)
+        return torch.addcmul(once, per_head(self.lamb, once), added)
 
     def on_map(self, attention: Tensor) -> Tensor:
         """A' of A [..., H, n, n].

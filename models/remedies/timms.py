@@ -112,7 +112,8 @@ class Registers:
                 f"--remedy registers: timm's {layout.name} has no place for them: choose another --model"
             )
         if backbone.reg_token is not None:
-            raise UserError(f"--remedy registers: this {layout.name} has {backbone.reg_token.shape[1]} already")
+            there = backbone.reg_token.shape[1]
+            raise UserError(f"--remedy registers: this {layout.name} has {there} already, choose another --model")
         token = torch.empty(1, count, backbone.embed_dim)
         backbone.reg_token = nn.Parameter(nn.init.trunc_normal_(token, std=0.02))
         before = backbone.num_prefix_tokens
@@ -151,8 +152,8 @@ class Differential:
             for owner, attention in _plain_attentions(layout, block, cls.name):
                 if attention.head_dim % 2:
                     refuse(layout, block, cls.name, f"heads of width {attention.head_dim} cannot be split in two")
-                if remedies_of(attention) or type(attention.q_norm) is not nn.Identity:
-                    refuse(layout, block, cls.name, "its attention is changed already")
+                if type(attention.q_norm) is not nn.Identity:
+                    refuse(layout, block, cls.name, "its queries and keys are normalised already")
                 new = DiffAttention(
                     attention.attn_dim,
                     num_heads=attention.num_heads,
@@ -205,6 +206,8 @@ def _plain_attentions(layout: Layout, block: int, name: str) -> list[tuple[Any, 
     owners = list(getattr(module, "attns", ())) or [module]
     for owner in owners:
         attention = getattr(owner, "attn", None)
+        if attention is not None and remedies_of(attention):
+            refuse(layout, block, name, "its attention is changed by another remedy already")
         if type(attention) is not Attention or attention.gate is not None:
             kind = type(attention or module).__name__
             refuse(layout, block, name, f"it takes the place of timm's Attention, and here is {kind}")
