@@ -20,12 +20,15 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from common import ROOT, Batches, Recipe, get_args_parser, machine, main, ratio, spread, take_turns, timed, write
 from memory import peak_of
 
+from errors import UserError
 from models import find_layout
 from models.remedies import REMEDIES
 from options import config
@@ -92,13 +95,27 @@ def build(name: str, flags: argparse.Namespace, device: torch.device) -> Recipe:
     return recipe
 
 
+def processor_time(
+    train: Callable[[Batches], object], batches: Batches, device: torch.device
+) -> Callable[[], float]:
+    """As `timed`, but the seconds that this process was given: other work on the machine does not count."""
+
+    def spent() -> float:
+        start = time.process_time()
+        train(batches)
+        return (time.process_time() - start) / len(batches)
+
+    return spent
+
+
 def cost(name: str, flags: argparse.Namespace, device: torch.device) -> Cost:
     """What one variant costs beside the plain step. All that is built for it is gone when this returns."""
     names = (PLAIN, name)
     batches = Batches(flags.batch_size, flags.steps, 224, device)
     recipes = {each: build(each, flags, device) for each in names}
     counts = [sum(parameter.numel() for parameter in recipe.model.parameters()) for recipe in recipes.values()]
-    rounds = {each: timed(recipe.train, batches, device) for each, recipe in recipes.items()}
+    clock = processor_time if flags.processor_time else timed
+    rounds = {each: clock(recipe.train, batches, device) for each, recipe in recipes.items()}
     times = take_turns(rounds, flags.rounds)
     del recipes, rounds
     once = Batches(flags.batch_size, 1, 224, device)
@@ -119,6 +136,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images per step; 8, or 4 with --quick")
     parser.add_argument("--steps", type=int, default=1, help="steps in a round; 1")
     parser.add_argument("--rounds", type=int, help="rounds of each variant, after one to warm up; 12, or 1")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="for a CPU that has other work, with one thread"
+    )
     parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--torchcompile", action="store_true", help="compile all variants")
     names = f"of {', '.join(VARIANTS)} (all by default), or specs of --remedy"
@@ -132,10 +152,13 @@ def parse() -> argparse.Namespace:
 def run() -> None:
     flags = parse()
     device = pick_device(flags.device)
+    if flags.processor_time and device.type != "cpu":
+        raise UserError("--processor-time is for the CPU: drop it, or give --device cpu")
     for name in flags.only:  # a mistake is found before anything is measured
         config.resolve(["--config", str(ROOT / "configs" / "deit_small.yaml"), *flags_of(name)])
     what = "a small ViT" if flags.quick else flags.model or "DeiT-S"
-    print(f"{what} at 224, batch {flags.batch_size}, {machine(device)}, {torch.get_num_threads()} thread(s)\n")
+    print(f"{what} at 224, batch {flags.batch_size}, {machine(device)}, {torch.get_num_threads()} thread(s)")
+    print("processor time\n" if flags.processor_time else "")
     print("| variant | step time / plain | peak memory / plain | parameters added | ms a step, plain beside it |")
     print("|---|---|---|---|---|")
     costs: dict[str, Cost] = {}
@@ -152,6 +175,7 @@ def run() -> None:
     for name, each in costs.items():
         found["ratios"] |= {f"{name}_over_plain": each.time, f"{name}_over_plain_memory": each.memory}
     found |= {"batch_size": flags.batch_size, "rounds": flags.rounds, "steps": flags.steps}
+    found |= {"processor_time": flags.processor_time}
     found |= {"compiled": flags.torchcompile, "costs": {name: each._asdict() for name, each in costs.items()}}
     write(flags.json, device, found)
 
