@@ -24,7 +24,6 @@ import build
 from engine import Precision, Updater, train_one_epoch
 from errors import UserError
 from loggers.progress import Progress
-from models import DiverseViT
 from options import config
 from runs import build_run
 from utils import seed_everything
@@ -62,10 +61,9 @@ class Recipe:
         self.args = args = config.resolve(["--config", str(ROOT / "configs" / name), *flags])
         seed_everything(args.seed)
         backbone = build.build_backbone(args, CLASSES)
-        diversity, _ = build.build_diversity(args, backbone)
+        diversity, measured = build.build_diversity(args, backbone)
         self.objective = build.build_objective(args, diversity, CLASSES, device)
-        head = build.find_scheme(diversity.labelled).head
-        self.model = DiverseViT(backbone, self.objective.needs, head=head).to(device)
+        self.model = build.build_student(args, backbone, diversity, measured, CLASSES, device)
         self.precision = Precision(device, args.amp_dtype)
         self.mixing = build.build_mixing(args, backbone, diversity)
         run_state = build_run(args, self.model, self.precision, self.mixing)

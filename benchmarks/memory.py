@@ -28,6 +28,17 @@ from utils import pick_device
 MIB = 2**20
 
 
+def peak_of(recipe: Recipe, batches: Batches, device: torch.device) -> int:
+    """Bytes at the peak of a step, after one that makes the optimizer's state."""
+    recipe.train(batches)
+    gc.collect()
+    if device.type != "cuda":
+        return peak_on_cpu(recipe, batches)
+    torch.cuda.reset_peak_memory_stats(device)
+    recipe.train(batches)
+    return torch.cuda.max_memory_allocated(device)
+
+
 def peak_on_cpu(recipe: Recipe, batches: Batches) -> int:
     """Bytes at the peak of a step: what the profiler saw allocated, and what is there all the time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -64,14 +75,7 @@ def peak(name: str, flags: argparse.Namespace, device: torch.device) -> int:
     )
     if name == "textbook":
         textbook(recipe)
-    batches = Batches(flags.batch_size, 1, 224, device)
-    recipe.train(batches)  # makes the optimizer's state
-    gc.collect()
-    if device.type != "cuda":
-        return peak_on_cpu(recipe, batches)
-    torch.cuda.reset_peak_memory_stats(device)
-    recipe.train(batches)
-    return torch.cuda.max_memory_allocated(device)
+    return peak_of(recipe, Batches(flags.batch_size, 1, 224, device), device)
 
 
 def parse() -> argparse.Namespace:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from layers import EMBED, layer_name
 
 INPUT = -1  # index of the tokens entering block 0
-EMBED = -2  # of the patch embeddings before positions are added; L, the depth, is that of the final features
 MATRICES = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
@@ -121,8 +121,8 @@ class Layout:
         return self.final_prefix_tokens if max(layer, 0) >= min(self.first_with_prefix, self.depth) else 0
 
     def layer_name(self, layer: int) -> str:
-        """What a layer of tokens is called: 'embed', '-1' (the input of block 0), '0', ..., 'norm'."""
-        return {EMBED: "embed", self.depth: "norm"}.get(layer, str(layer))
+        """What a layer of this model's tokens is called, see `layers.layer_name`."""
+        return layer_name(layer, self.depth)
 
     @property
     def final_prefix_tokens(self) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from errors import BAD_ARGUMENT, UserError, reason
-from models.adapters import EMBED, INPUT, Layout, MapTap, find_layout
+from layers import EMBED
+from models.adapters import INPUT, Layout, MapTap, find_layout
 from models.heads import OwnHead, PatchHead
 
 Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from layers import layer_name, resolve_layers
 from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES
-from regularizers.specs import EMBED, Spec, resolve_layers, resolve_pairs
+from regularizers.specs import Spec, resolve_pairs
 
 if TYPE_CHECKING:
     from mixing import Labels
@@ -84,18 +85,15 @@ class BoundTerm:
             first, second = self.items(captured, a), self.items(captured, b)
             if first.shape[1:] != second.shape[1:]:
                 raise UserError(
-                    f"{self.spec.name}: layers {self._name(a)} and {self._name(b)} cannot be compared, their "
-                    f"{self.level.shape} differ: "
+                    f"{self.spec.name}: layers {layer_name(a, self.depth)} and {layer_name(b, self.depth)} cannot "
+                    f"be compared, their {self.level.shape} differ: "
                     f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
                 )
             if self.grid and self.grid[0] * self.grid[1] != first.shape[1]:
                 raise UserError(
                     f"{self.spec.name} takes patches of the last block's grid, {_times(self.grid)}, but layer "
-                    f"{self._name(a)} has {first.shape[1]}; choose other layers"
+                    f"{layer_name(a, self.depth)} has {first.shape[1]}; choose other layers"
                 )
-
-    def _name(self, layer: int) -> str:
-        return {EMBED: "embed", self.depth: "norm"}.get(layer, str(layer))
 
     def source(self, captured: Captured, layer: int) -> Tensor:
         """What the items of a layer are taken from."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from errors import UserError, did_you_mean
+from layers import ENDS, canonical, is_selector, resolve_layers
 from regularizers.level import Level
 from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES, OPTIONS
@@ -36,7 +37,6 @@ REFERENCE_FLAGS: Mapping[str, str] = {
     "weight_mha_cond_orth_coef": "weight.cno@all",
 }
 
-EMBED = -2  # the index of the layer 'embed'; that of 'norm' is the model's depth
 
 _TERM = r"(?P<term>[^:@=]+)(?::(?P<options>[^@]*))?(?:@(?P<layers>[^=]*))?"
 
@@ -96,7 +96,7 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
     options = _canonical_options(level, name, [word for word in words if word not in matrices], text)
     layers = match["layers"] if match["layers"] is not None else level.layers_without_choice(name, measure.takes)
     _check_layers(layers, level, measure.takes, text)
-    layers = re.sub(r"\d+", lambda number: str(int(number[0])), layers)  # 03 is 3
+    layers = canonical(layers)
     return Spec(level_name, name, options, layers, coef, () if matrices == level.default_matrices else matrices)
 
 
@@ -176,16 +176,12 @@ def _coefficient(text: str, spec: str) -> float:
     return value
 
 
-_ENDS = ("embed", "norm")
-_ONE_LAYER = re.compile(r"first|last|all|embed|norm|\d+|\d+-\d+")
-
-
 def _check_layers(layers: str, level: Level, takes: str, spec: str) -> None:
     sides = layers.split(":")
-    ends = [part for side in sides for part in side.split(",") if part in _ENDS]
+    ends = [part for side in sides for part in side.split(",") if part in ENDS]
     if ends and not level.ends:
         raise UserError(f"{spec!r}: the layer {ends[0]} has patches alone, no {level.name} terms: choose blocks")
-    if not all(_ONE_LAYER.fullmatch(part) for side in sides for part in side.split(",")):
+    if not all(map(is_selector, sides)):
         raise UserError(
             f"malformed layers {layers!r} in {spec!r}: write first, last, all, a block's number, a range a-b, "
             "or several with commas"
@@ -195,33 +191,6 @@ def _check_layers(layers: str, level: Level, takes: str, spec: str) -> None:
         raise UserError(f"{spec!r}: this measure takes {want}")
     if takes == "gradient" and layers != "last":
         raise UserError(f"{spec!r}: the gradient of the label loss is taken at the last block only (@last)")
-
-
-def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int]:
-    """Indices that a selector names in a model of `depth` blocks; 'first' is `first` (-1 for patches).
-
-    Blocks are counted from 0; 'embed' is -2, and 'norm' is `depth`.
-
-    Raises:
-        UserError: a block that the model does not have, or an empty range.
-    """
-    layers: list[int] = []
-    for part in selector.split(","):
-        named = {"first": first, "last": depth - 1, "embed": EMBED, "norm": depth}
-        if part in named:
-            layers.append(named[part])
-        elif part == "all":
-            layers += range(depth)
-        else:
-            low, _, high = part.partition("-")
-            start, end = int(low), int(high or low)
-            if end < start:
-                raise UserError(f"{spec!r}: the range {part} is empty")
-            if end >= depth:
-                outside = max(start, depth)
-                raise UserError(f"{spec!r}: layer {outside} is out of range, the model has blocks 0 to {depth - 1}")
-            layers += range(start, end + 1)
-    return list(dict.fromkeys(layers))
 
 
 def resolve_pairs(selector: str, depth: int, first: int, spec: str) -> list[tuple[int, int]]:

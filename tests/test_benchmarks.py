@@ -18,6 +18,7 @@ def benchmark(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]
+REMEDIES = ["--only", "explicit_map", "layerscale", "gfsa:order=3"]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,7 @@ STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "text
         ("measures.py", ["--rounds", "1", "--only", "_contrastive"], {"naive_over_ours_time_patch_contrastive"}),
         ("loader.py", ["--rounds", "1"], {"default_loader_over_reference", "fast_resize_over_reference"}),
         ("report.py", [], {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"}),
+        ("remedies.py", REMEDIES, {"gfsa:order=3_over_plain", "explicit_map_over_plain_memory"}),
         ("scaling.py", ["--rounds", "1", "--steps", "1"], {"weak_efficiency_five_terms_2"}),
     ],
 )
@@ -45,3 +47,10 @@ def test_a_mistake_is_one_line():
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("step.py: error: unknown regularizer 'patch.mixin'. Did you mean patch.mixing")
+
+
+def test_a_remedy_that_is_not_there_is_said_before_anything_is_measured():
+    done = benchmark("remedies.py", "--only", "attnscale", "featscle")
+    assert done.returncode == 2 and "attnscale" not in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("remedies.py: error: unknown remedy 'featscle'. Did you mean featscale")

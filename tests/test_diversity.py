@@ -12,16 +12,16 @@ from torch import Tensor
 
 from build import PLAIN, SCHEMES
 from errors import UserError
+from layers import EMBED, resolve_layers
 from losses import Objective
 from mixing.mixup import Mixup
 from models import Captured, DiverseViT, Needs
-from models.adapters import EMBED, MATRICES
+from models.adapters import MATRICES
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
 from regularizers.levels import LEVELS
 from regularizers.measures import OPTIONS
 from regularizers.registry import Option
-from regularizers.specs import EMBED as EMBED_IN_SPECS
-from regularizers.specs import all_names, resolve_layers
+from regularizers.specs import all_names
 
 BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass
 SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v in even and in odd blocks
@@ -663,7 +663,7 @@ def test_layers_of_different_width_or_grid_are_refused(text: str, message: str) 
 
 def test_embed_and_norm_are_the_layers_before_and_after_all_blocks() -> None:
     """Without prefix tokens the one, with the final ones the other; regularizers/ and models/ count alike."""
-    assert EMBED == EMBED_IN_SPECS and resolve_layers("embed,first,last,norm", 5, -1, "") == [EMBED, -1, 4, 5]
+    assert resolve_layers("embed,first,last,norm", 5, -1, "") == [EMBED, -1, 4, 5]
     captured = forward_pass()
     terms = diversity("patch.so@embed=1", "patch.so@norm=1", "patch.cosine_cross@embed:norm=1")
     assert terms.needs == {"tokens": frozenset({EMBED, DEPTH})}

@@ -15,6 +15,8 @@ from errors import UserError
 from models.adapters import Layout
 from models.remedies.attending import refuse, settle
 
+EPS = 1e-12
+
 
 class ContraNorm(nn.Module):
     r"""Take a weighted mean of the tokens away from each of them, before a layer norm.
@@ -93,22 +95,80 @@ class ContraNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x' of x [B, N, D]."""
-        if self.scale == 0 and self.scale_param is None:
-            return x
-        mean = self._mean(x)
         if self.scale_param is None:
-            return (1 + self.scale) * x - self.scale * mean if self.identity else x - self.scale * mean
+            if self.scale == 0:
+                return x
+            return self._sum(x, 1 + self.scale if self.identity else 1.0, -self.scale)
+        mean = self._sum(x, 0.0, 1.0)
         scale = self.scale_param.exp() if self.positive else self.scale_param  # [D]
-        return scale * x - scale * mean if self.identity else x - scale * mean
+        return scale * (x - mean) if self.identity else x - scale * mean
 
-    def _mean(self, x: Tensor) -> Tensor:
-        """n of x [B, N, D]."""
-        u = F.normalize(x, dim=-1)  # [B, N, D]
-        if self.fused_attn and not self.dual:
-            one = u[:, None]  # [B, 1, N, D]
-            return F.scaled_dot_product_attention(one, one, x[:, None], scale=1 / self.tau)[:, 0]
-        weight = (u @ u.mT / self.tau).softmax(dim=-1)  # [B, N, N], of a symmetric matrix
-        return (weight + weight.mT if self.dual else weight) @ x
+    def _sum(self, x: Tensor, own: float, share: float) -> Tensor:
+        """own x + share n, of x [B, N, D]."""
+        if self.fused_attn and not self.dual and x.shape[-2] > x.shape[-1]:  # u u^T would be larger than x
+            u = F.normalize(x, dim=-1, eps=EPS)[:, None]  # [B, 1, N, D]
+            return own * x + share * F.scaled_dot_product_attention(u, u, x[:, None], scale=1 / self.tau)[:, 0]
+        summed: Tensor = _Sum.apply(x, own, share, self.tau, self.dual)
+        return summed
+
+
+class _Sum(torch.autograd.Function):
+    r"""own x + share n of x [B, N, D], with five products where autograd takes six and fused attention seven.
+
+    u u^T = C is symmetric, so one product is enough for its gradient. With n = M x and g the gradient at the sum,
+
+        dx = own g + share M^T g + (G - diag(c)) u / |x|,   G = dC + dC^T,   c_i = sum_j G_ij C_ij
+
+    It keeps x and C. Products are in C's precision, which is half under autocast.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: float, share: float, tau: float, dual: bool) -> Tensor:
+        u = x / _lengths(x)
+        cosines = u @ u.mT
+        ctx.save_for_backward(x, cosines)
+        ctx.options = own, share, tau, dual
+        softmax = _softmax(cosines, tau, x.dtype)
+        mixed = softmax + softmax.mT if dual else softmax
+        return _add_product(x.clone(), mixed, x, cosines.dtype, own, share)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, cosines = ctx.saved_tensors
+        own, share, tau, dual = ctx.options
+        low = cosines.dtype
+        lengths = _lengths(x)
+        u = x / lengths
+        if torch.is_grad_enabled():  # this pass is differentiated itself, and x is not seen through what was saved
+            cosines = u.to(low) @ u.to(low).mT
+        softmax = _softmax(cosines, tau, x.dtype)
+        mixed = softmax + softmax.mT if dual else softmax
+        at_mixed = (gradient.to(low) @ x.to(low).mT).to(x.dtype)
+        at_softmax = at_mixed + at_mixed.mT if dual else at_mixed
+        at_cosines = torch.ops.aten._softmax_backward_data(at_softmax, softmax, -1, x.dtype)
+        both = at_cosines + at_cosines.mT  # G, but for share / tau
+        along = (both * cosines).sum(dim=-1) * (lengths[..., 0] > EPS)
+        across = torch.diagonal_scatter(both, torch.diagonal(both, dim1=-2, dim2=-1) - along, dim1=-2, dim2=-1)
+        at_x = _add_product(gradient.clone(), mixed.mT, gradient, low, own, share)
+        at_x = _add_product(at_x, across * (share / tau / lengths), u, low)
+        return at_x, None, None, None, None
+
+
+def _softmax(cosines: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
+    """P of C."""
+    return (cosines if tau == 1 else cosines / tau).softmax(dim=-1, dtype=dtype)
+
+
+def _add_product(x: Tensor, a: Tensor, b: Tensor, low: torch.dtype, own: float = 1.0, share: float = 1.0) -> Tensor:
+    """own x + share a b in the place of x; x, b [B, N, D], a [B, N, N], the product in precision `low`."""
+    if low == x.dtype == a.dtype == b.dtype:
+        return x.baddbmm_(a, b, beta=own, alpha=share)
+    return x.mul_(own).add_(a.to(low) @ b.to(low), alpha=share)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """max(|x_i|, 1e-12).  [B, N, D] -> [B, N, 1]"""
+    return x.norm(dim=-1, keepdim=True).clamp_min(EPS)
 
 
 def _width(norm: nn.Module) -> int:

@@ -37,7 +37,8 @@ class GFSA(MapRemedy):
         self.lamb = nn.Parameter(torch.zeros(heads))
 
     def _filtered(self, once: Tensor, twice: Tensor) -> Tensor:
-        return once + per_head(self.lamb, once) * ((self.order - 1) * (twice - once) + once)
+        added = torch.sub((self.order - 1) * twice, once, alpha=self.order - 2)
+        return torch.addcmul(once, per_head(self.lamb, once), added)
 
     def on_map(self, attention: Tensor) -> Tensor:
         """A' of A [..., H, n, n].

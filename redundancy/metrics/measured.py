@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from layers import EMBED
 from models import Layout
-from models.adapters import EMBED, MATRICES
+from models.adapters import MATRICES
 from redundancy.finding import Axis, Finding
 from redundancy.metrics.registry import Metric, Needs, Takes, Text
 from redundancy.metrics.shown import Shown, layer_label
