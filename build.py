@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mixing.mixup import Mixup
 from mixing.patch_grid import PatchGrid
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead, RegionHead
+from models.remedies import install_remedies, parse_remedies
 from models.weights import load_for_finetuning, load_timms, load_weights, model_weights, without_patch_head
 from options.config import Resolved
 from options.flags import Args, shape_of, sides
@@ -54,13 +56,37 @@ def build_backbone(args: Resolved, num_classes: int) -> Any:
         adapted = broadcast_object(lambda: load_timms(backbone, args.model))
         print_main("; ".join(filter(None, [f"starting from the weights of {args.model} in timm", str(adapted)])))
     if args.finetune:
-        state = checkpoint.load(args.finetune)
-        check_description(state, args.finetune, ("input_size",))
-        weights = model_weights(state, args.finetune, ema=args.weights == "ema")
-        size = flags_of(state).get("input_size")
-        adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=sides(size) if size else ())
-        source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
-        print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
+        return start_from(args, backbone)
+    install_remedies(backbone, args.remedy)
+    return backbone
+
+
+def start_from(args: Args, backbone: nn.Module) -> nn.Module:
+    """The backbone with --finetune's weights, which may be a stock model's or one's with remedies, and --remedy."""
+    state = checkpoint.load(args.finetune)
+    check_description(state, args.finetune, ("input_size",))
+    weights = model_weights(state, args.finetune, ema=args.weights == "ema")
+    flags = flags_of(state)
+    trained_size = sides(flags["input_size"]) if flags.get("input_size") else ()
+    own = {remedy.name for remedy in parse_remedies(args.remedy)}
+    lacking = [remedy for remedy in parse_remedies(flags.get("remedy") or ()) if remedy.name not in own]
+    if lacking:
+        raise UserError(
+            f"{args.finetune} is of a model with --remedy {lacking[0]}, and this one has none: give it too"
+        )
+    remedied = copy.deepcopy(backbone) if args.remedy else backbone
+    install_remedies(remedied, args.remedy)
+    of_remedies = remedied.state_dict().keys() - backbone.state_dict().keys()
+    if of_remedies & weights.keys():
+        backbone = remedied
+        adapted = load_for_finetuning(
+            backbone, weights, args.finetune, trained_size=trained_size, optional=of_remedies
+        )
+    else:
+        adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=trained_size)
+        install_remedies(backbone, args.remedy)
+    source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
+    print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
     return backbone
 
 
@@ -113,6 +139,8 @@ def build_student(
     Raises:
         UserError: a term cannot be computed from what this model shows.
     """
+    if diversity.differentiates_twice:
+        unfuse_after_blocks(backbone)
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
     model = DiverseViT(backbone, needs, measured, find_scheme(diversity.labelled).head).to(device)
     tried = model.check(shape_of(args), num_classes, needs | measured)
@@ -120,6 +148,15 @@ def build_student(
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     return model
+
+
+def unfuse_after_blocks(backbone: nn.Module) -> None:
+    """Let what attends after the blocks leave the fused kernel, which has no second derivative."""
+    within = {module for block in find_layout(backbone).blocks for module in block.modules()}
+    after: list[Any] = [module for module in backbone.modules() if module not in within]
+    for module in after:
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def training_mode(args: Args) -> bool:
@@ -151,6 +188,7 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
             args.teacher_model,
             **{"num_classes": num_classes, "img_size": size, **_channels(args)} | args.teacher_model_kwargs,
         )
+        install_remedies(teacher, [str(text) for text in flags_of(state).get("remedy") or ()])
         weights = model_weights(state, args.teacher_path, ema=args.teacher_weights == "ema")
         weights = without_patch_head(teacher, weights)
         load_weights(

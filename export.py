@@ -31,6 +31,7 @@ from images.transforms import Preprocessing
 from images.transforms import preprocessing as preprocessing_of
 from models import DiverseViT
 from models.heads import PATCH_HEAD
+from models.remedies import fold_away, needs_map
 from options.flags import FORMATS, Args
 from state.trained import Trained
 from utils import put_in_place
@@ -64,9 +65,9 @@ SAME, ROUNDING = 0.0, 1e-3
 
 
 def plain_backbone(model: nn.Module) -> Any:
-    """A copy of a timm model, or of the one in a DiverseViT, as timm would build it: for the CPU, in evaluation
-    mode, without forward and backward hooks or a head for patches, and with fused attention where a hook had it
-    switched off.
+    """A copy of a timm model, or of the one in a DiverseViT, as it is by itself: for the CPU, in evaluation mode,
+    without forward and backward hooks but those of its remedies and without a head for patches, and with fused
+    attention where a hook had it off.
 
     The model itself is left as it is.
     """
@@ -75,11 +76,14 @@ def plain_backbone(model: nn.Module) -> Any:
         delattr(backbone, PATCH_HEAD)
     for module in backbone.modules():
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-        if hooked and getattr(module, "fused_attn", True) is False:
+        if hooked and getattr(module, "fused_attn", True) is False and not needs_map(module):
             module.fused_attn = use_fused_attn(experimental=type(module).__module__ in EXPERIMENTAL)
-    for module in backbone.modules():
+    own = set(backbone.modules())
+    for module in own:
         for hooks in HOOKS:
-            getattr(module, hooks).clear()
+            found = getattr(module, hooks)
+            for key in [key for key, hook in found.items() if getattr(hook, "__self__", None) not in own]:
+                del found[key]
     return backbone.cpu().eval()
 
 
@@ -115,6 +119,7 @@ def to_timm(
     model_args: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
     images: Preprocessing | None = None,
+    remedies: Sequence[str] = (),
 ) -> Exported:
     """Write model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -127,10 +132,20 @@ def to_timm(
         model_args: what the constructor was given (current versions of timm remember that by themselves).
         class_names: in the order of the logits, for the configuration's `label_names`; none leaves it out.
         images: what they are to go through, by default DeiT's preprocessing.
+        remedies: what is built into the model: it is folded into the weights, or timm is told of it.
     Raises:
-        UserError: the folder cannot be written to, or timm does not rebuild the same model from it.
+        UserError: the folder cannot be written to, timm does not rebuild the same model from it, or a remedy that
+            timm does not have.
     """
     backbone = plain_backbone(model)
+    with_remedies = copy.deepcopy(backbone)
+    told, beyond = fold_away(backbone, remedies)
+    if beyond:
+        raise UserError(
+            f"timm has no {beyond[0]}, and its parameters cannot be folded into the weights: export this model "
+            "with --formats torch or onnx"
+        )
+    model_args = {**(model_args or {}), **told}
     stock = backbone.pretrained_cfg
     kept = ("architecture", "first_conv", "classifier", "fixed_input_size", "min_input_size")
     backbone.pretrained_cfg = {
@@ -144,11 +159,12 @@ def to_timm(
     backbone.default_cfg = backbone.pretrained_cfg
     with _staged(folder) as staging, _explained(backbone, "timm", (SafetensorError,)):
         config = {LABELS: list(class_names)} if class_names else {}
-        arguments = dict(model_args or {})
-        save_for_hf(backbone, str(staging), config, model_args=arguments, safe_serialization=True)
+        save_for_hf(backbone, str(staging), config, model_args=model_args, safe_serialization=True)
         _keep_one_count(staging / "config.json")
         again = timm.create_model(f"local-dir:{staging}", pretrained=True).eval()
         difference = _compare(again, backbone, image_shape, SAME, "timm's model")
+        if remedies:
+            difference = _compare(again, with_remedies, image_shape, ROUNDING, "the model without its remedies")
     load = f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
     return Exported((folder / "model.safetensors", folder / "config.json"), difference, load)
 
@@ -240,6 +256,7 @@ def export(trained: Trained, folder: Path, form: str, opset: int | None = None) 
             trained.model_args,
             trained.class_names,
             trained.preprocessing,
+            trained.remedies,
         )
     if form == "torch":
         return to_torch(trained.backbone, folder, trained.image_shape, trained.class_names)

@@ -1,7 +1,8 @@
-"""torch.hub entry points: the reference's model names, and diversity terms for training loops of others.
+"""torch.hub entry points: the reference's model names; diversity terms and remedies for training loops of others.
 
     torch.hub.load("path/to/this/folder", "deit_small_patch16_224_diverse", source="local", num_classes=100)
     torch.hub.load("path/to/this/folder", "diversity", model, "patch.cosine@last=0.5", source="local")
+    torch.hub.load("path/to/this/folder", "remedy", model, "attnscale", source="local")
 
 A program that uses torch.hub may have a utils.py or a package models of its own. So the modules of this project are
 loaded under private names here, and import each other by these; the program's modules and its sys.path stay as
@@ -90,7 +91,7 @@ def _import(
 # Entry points
 
 _errors, _models, _backbones = _load("errors"), _load("models"), _load("models.backbones")
-_elsewhere = _load("elsewhere")
+_elsewhere, _remedies = _load("elsewhere"), _load("models.remedies")
 
 
 def diversity(model: _nn.Module, *terms: str, img_size: int | _Sequence[int] | None = None) -> _nn.Module:
@@ -112,6 +113,22 @@ def diversity(model: _nn.Module, *terms: str, img_size: int | _Sequence[int] | N
     """
     attached: _nn.Module = _elsewhere.attach(model, terms, img_size)
     return attached
+
+
+def remedy(model: _nn.Module, *remedies: str) -> _nn.Module:
+    """Build remedies for redundancy into a timm model, for a training loop of your own.
+
+        model = torch.hub.load(REPOSITORY, "remedy", model, "attnscale", "contranorm:scale=0.2")
+
+    The model is changed in place. Its own parameters keep their names and values, so load stock weights before; the
+    remedies' parameters are new.
+
+    Args:
+        model: any timm model that has the place. Give it before DDP, torch.compile or an optimizer takes it.
+        remedies: as for --remedy, "NAME[:OPTIONS][@LAYERS]" (docs/methods.md).
+    """
+    _remedies.install_remedies(model, remedies)
+    return model
 
 
 def _entry_point(name: str) -> _Callable[..., _nn.Module]:

@@ -389,6 +389,7 @@ def print_plan(args: Resolved, model: DiverseViT, precision: Precision, samples:
         f"global batch {global_batch(args)}, peak learning rate {scaled_lr(args):.4g}{noise}, "
         f"epochs {run_state.epoch + 2} to {args.epochs}\n"
         f"diversity: {'  '.join(args.reg) or 'none (plain DeiT)'}"
+        + (f"\nremedies: {'  '.join(args.remedy)}" if args.remedy else "")
     )
     for flag in without_effect(args):
         print_main(f"note: --sched {args.sched} does not use {flag}")

@@ -32,14 +32,38 @@ class MapTap(NamedTuple):
     Attributes:
         attention: the module that computes the map; its flag `fused_attn`, if any, must be off.
         hooked: the module whose input is the map.
-        heads_first: brings that input into the form [..., H, n, m].
+        order: of that input's dimensions in the form [..., H, n, m]; () if it has this form.
         between: 'tokens', or 'channels' for XCiT's cross-covariance maps [B, H, D / H, D / H].
     """
 
     attention: Any
     hooked: nn.Module
-    heads_first: Callable[[Tensor], Tensor]
+    order: tuple[int, ...] = ()
     between: Literal["tokens", "channels"] = "tokens"
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """The hooked module's input in the form [..., H, n, m]."""
+        return permuted(x, self.order)
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the rows of the map that is used sum to 1: remedies may change that."""
+        return all(getattr(remedy, "keeps_rows", True) for remedy in remedies_of(self.attention))
+
+
+def permuted(x: Tensor, order: Sequence[int]) -> Tensor:
+    """A tensor with its dimensions in this order; () leaves them."""
+    return x.permute(*order) if order else x
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The order that puts dimensions back."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def remedies_of(module: nn.Module) -> list[nn.Module]:
+    """What models/remedies has put into a module."""
+    return list(getattr(module, "remedies", {}).values())
 
 
 class Source(NamedTuple):
@@ -72,11 +96,13 @@ class Layout:
         backbone: the timm model.
         blocks: the transformer blocks, first to last.
         first_with_prefix: the first block whose tokens include the prefix tokens; L if none does.
+        owner: the module that holds the blocks: the backbone, or an encoder in it.
     """
 
     backbone: Any
     blocks: tuple[nn.Module, ...]
     first_with_prefix: int
+    owner: Any
 
     @property
     def name(self) -> str:
@@ -203,8 +229,38 @@ class Layout:
         """Whether final features that are a grid are [B, D, h, w], not [B, h, w, D]."""
         return self.part("output_fmt") in (None, "NCHW")
 
+    def channels_first(self, block: int) -> bool:
+        """Whether a block takes its tokens as a grid [B, D, h, w]."""
+        return _made_of_convolutions(_attentions(self.blocks[block])[0])
+
+    # ------------------------------------------------------------------------------------------------------
+    # Norms
+
+    def norms(self, block: int) -> list[Any]:
+        """The norms of a block's tokens, in the order of their attributes; not those inside attention and MLP."""
+        module = self.blocks[block]
+        branches = [*getattr(module, "attns", ()), *getattr(module, "ffns", ())]
+        found = [getattr(module, name, None) for name in _NORMS] + [branch.norm for branch in branches]
+        return [norm for norm in found if norm is not None and type(norm) is not nn.Identity]
+
+    @property
+    def final_norms(self) -> list[Any]:
+        """The norm after the last block, if it is one of tokens."""
+        stages = getattr(self.owner, "stages", None)
+        owners = (
+            self.owner,
+            self.backbone,
+            stages[-1] if isinstance(stages, (nn.ModuleList, nn.Sequential)) else None,
+        )
+        found = (getattr(owner, "norm", None) for owner in owners)
+        return [norm for norm in found if norm is not None and type(norm) is not nn.Identity][:1]
+
     # ------------------------------------------------------------------------------------------------------
     # Attention maps
+
+    def attentions(self, block: int) -> list[Any]:
+        """A block's attention modules: one, several side by side, or the block itself if it is one."""
+        return _attentions(self.blocks[block])
 
     def map_taps(self, block: int) -> list[MapTap]:
         """Where a block's softmax map can be seen; several places where attentions run side by side.
@@ -274,7 +330,7 @@ def find_layout(backbone: nn.Module) -> Layout:
         for name in ("blocks", "layers", "stages", "network"):
             blocks = tuple(_find_blocks(getattr(owner, name, None)))
             if blocks:
-                return Layout(backbone, blocks, _first_with_prefix(owner, len(blocks)))
+                return Layout(backbone, blocks, _first_with_prefix(owner, len(blocks)), owner)
     raise UserError(
         f"{type(backbone).__name__} is not a vision transformer that diversity terms know: looked for blocks with "
         "attention (attn, attn_out, attns or in_proj) in its blocks, layers, stages and network; train it without "
@@ -322,29 +378,24 @@ def _first_with_prefix(owner: nn.Module, depth: int) -> int:
 def _map_tap(attention: nn.Module) -> MapTap | None:
     """Where the softmax map [..., H, n, m] of an attention module can be seen."""
     mixed, dropped = getattr(attention, "proj_w", None), getattr(attention, "attn_drop", None)
+    for remedy in remedies_of(attention):
+        used = getattr(remedy, "used", None)
+        if isinstance(used, nn.Module):  # re-attention changes the map after dropout
+            return MapTap(attention, used)
     if isinstance(mixed, nn.Linear) and hasattr(attention, "proj_l"):  # talking heads mix the softmax maps
-        return MapTap(attention, mixed, _from_heads_last)
+        return MapTap(attention, mixed, (0, 3, 1, 2))  # [B, n, m, H]
     if not isinstance(dropped, nn.Module):
         return None
     if isinstance(getattr(attention, "attn", None), nn.Linear) and hasattr(
         attention, "unfold"
     ):  # outlook attention
-        return MapTap(attention, dropped, _from_heads_before_windows)
+        return MapTap(attention, dropped, (0, 2, 1, 3, 4))  # [B, H, windows, n, m]
     crossed = isinstance(getattr(attention, "temperature", None), nn.Parameter)  # cross-covariance attention
-    return MapTap(attention, dropped, _as_it_is, "channels" if crossed else "tokens")
+    return MapTap(attention, dropped, between="channels" if crossed else "tokens")
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-def _from_heads_last(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)  # [B, n, m, H] -> [B, H, n, m]
-
-
-def _from_heads_before_windows(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)  # [B, H, windows, n, m] -> [B, windows, H, n, m]
-
+# What the norms of a block's tokens are called; TNT's are norm_out and norm_mlp.
+_NORMS = ("norm1", "norm2", "norm3", "in_norm", "norm_out", "norm_mlp")
 
 # Attribute of an attention module -> the parts that its rows are, in order.
 _PROJECTIONS = {
@@ -448,5 +499,10 @@ def _channels_first(block: nn.Module, grid: Tensor) -> bool:
     widths = [source.parameter.shape[1] for source, _ in _projections(attention).get("v", ())]
     if (grid.shape[1] in widths) != (grid.shape[3] in widths):
         return grid.shape[1] in widths
+    return _made_of_convolutions(attention)
+
+
+def _made_of_convolutions(attention: Any) -> bool:
+    """Whether an attention's projections are 1 x 1 convolutions, of grids [B, D, h, w]."""
     fused = getattr(attention, "qkv", None)
     return isinstance(getattr(fused, "linear", fused), nn.Conv2d)

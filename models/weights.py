@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -86,6 +86,12 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
             problems.append(f"{len(missing)} parameters are missing, first {missing[0]}")
         if unknown:
             problems.append(f"{len(unknown)} are unknown to the model, first {unknown[0]}")
+        for names, has in (
+            (unknown, "--remedy {}, and the model is not"),
+            (missing, "no --remedy {}, and the model is"),
+        ):
+            remedies = dict.fromkeys(name.partition(".remedies.")[2].partition(".")[0] for name in names)
+            problems += [f"they are of a model with {has.format(name)}" for name in remedies if name]
         raise UserError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. {advice}")
     model.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
 
@@ -121,7 +127,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def load_for_finetuning(
-    model: nn.Module, weights: StateDict, path: str, antialias: bool = False, trained_size: Sequence[int] = ()
+    model: nn.Module,
+    weights: StateDict,
+    path: str,
+    antialias: bool = False,
+    trained_size: Sequence[int] = (),
+    optional: Collection[str] = (),
 ) -> Adapted:
     """Load weights of the same architecture, with another number of classes or image size, or without distillation.
 
@@ -134,6 +145,7 @@ def load_for_finetuning(
         weights: a state dict, which is left as it is.
         antialias: for position embeddings, where the grid becomes smaller: timm does so, DeiT does not.
         trained_size: height and width of the images they were trained on, if that is known.
+        optional: parameters of the model that the weights may lack.
     Raises:
         UserError: the weights are not this architecture's.
     """
@@ -144,7 +156,7 @@ def load_for_finetuning(
         if weight is not None and weight.shape[1] == 3 != own[f"{name}.weight"].shape[1]:
             there[f"{name}.weight"] = adapt_input_conv(own[f"{name}.weight"].shape[1], weight)
     heads = {f"{head}.{part}" for head in (*classifiers(model), PATCH_HEAD) for part in ("weight", "bias")}
-    optional = tuple(f"{name}." for name in second_heads(model))
+    second = tuple(f"{name}." for name in second_heads(model))
     for name in [name for name in own if name in there and there[name].shape != own[name].shape]:
         if name in heads:
             del there[name]
@@ -152,7 +164,7 @@ def load_for_finetuning(
             there[name] = resample(name, there[name], own[name], antialias)
 
     def may_differ(name: str) -> bool:
-        return name in heads or name == "dist_token" or name.startswith(optional)
+        return name in heads or name == "dist_token" or name.startswith(second) or name in optional
 
     new = [name for name in own if name not in there and may_differ(name)]
     unread = "attn_pool."  # of SigLIP's weights, where the model pools otherwise

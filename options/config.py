@@ -19,6 +19,7 @@ from timm.optim import list_optimizers
 
 from errors import UserError, did_you_mean, shown
 from loggers.backends import check_packages
+from models.remedies import parse_remedies
 from options.flags import LARGEST, Args, get_args_parser
 from options.parser import dashed, declared
 from options.paths import usable
@@ -70,6 +71,7 @@ def resolve(argv: Sequence[str] | None = None) -> Resolved:
     for flag, term in REFERENCE_FLAGS.items():
         values[flag] = next((spec.coef for spec in terms if spec.name == term), 0)
     measures = [parse_spec(text, with_coef=False) for text in values.get("measure", [])]
+    values["remedy"] = [str(remedy) for remedy in parse_remedies(values.get("remedy", []))]
     args = Resolved(**values, terms=terms, measures=measures)
     check(args)
     return args
@@ -200,6 +202,7 @@ def check_combinations(args: Args) -> None:
             f"--teacher-weights {args.teacher_weights} is for the weights of --teacher-path FILE: give it"
         )
     check_losses(args)
+    check_remedies(args)
     if args.clip_mode != "norm" and args.clip_grad is None:
         raise UserError(f"--clip-mode {args.clip_mode} needs a limit: give --clip-grad X")
     if args.in_chans not in (1, 3):
@@ -227,6 +230,20 @@ def check_losses(args: Args) -> None:
         raise UserError("--src is the crop of --three-augment: give both")
     if args.three_augment and args.aa not in (Args().aa, "none"):
         raise UserError(f"--three-augment takes the place of --aa {args.aa}: drop one of the two")
+
+
+def check_remedies(args: Args) -> None:
+    """Refuse remedies that cannot be combined with how the model is run.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    for remedy in parse_remedies(args.remedy):
+        why = remedy.not_recomputed
+        if why and args.grad_checkpointing:
+            raise UserError(
+                f"--grad-checkpointing runs each block twice, and {remedy.name} {why}: drop one of the two"
+            )
 
 
 def check_fsdp(args: Resolved) -> None:

@@ -29,6 +29,11 @@ class Names(tuple[str, ...]):
 DATA_SETS = Names(["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS", "tar", "wds/FOLDER", "hfds/NAME", "torch/NAME"])
 AMP_DTYPES = ("float32", "bfloat16", "float16")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+# Of models/remedies, which imports torch.
+REMEDIES = (
+    *("attnscale", "featscale", "gfsa", "contranorm", "neutreno", "reattention", "talking_heads"),
+    *("layerscale", "registers", "differential", "qk_norm"),
+)
 CLIP_MODES = ("norm", "value", "agc")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant")
 # Which of a checkpoint's weights are taken: those that were trained, or their moving average.
@@ -99,6 +104,13 @@ class Args:
         nargs="*",
         action=KeyValues,
         metavar="KEY=VALUE",
+    )
+    remedy: list[str] = flag(
+        [],
+        STAYS,
+        f"build a remedy for redundancy into the model (repeatable), see docs/methods.md: {', '.join(REMEDIES)}",
+        action="append",
+        metavar="NAME[:OPTIONS][@LAYERS]",
     )
     input_size: int | list[int] = flag(
         224,

@@ -170,6 +170,8 @@ def _load_file(path: str, args: Args, model: str | None, size: Any, num_classes:
         only_if_silent=True,
     )
     about = {"model": trained.name, "weights": f"{path} ({trained.weights})"}
+    if trained.remedies:
+        about["remedies"] = ", ".join(trained.remedies)
     if not path.startswith("https://"):
         about["sha256"] = checksum(path)
     shape, images, names = trained.image_shape, trained.preprocessing, trained.class_names

@@ -68,9 +68,10 @@ def describe(trained: Trained, source: str) -> str:
     took += accuracy(trained.evaluated, trained.weights)
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     shape = f"[B, {', '.join(map(str, trained.image_shape))}]"
+    remedies = f" with {', '.join(trained.remedies)}" if trained.remedies else ""
     names = f" ({few(trained.class_names)})" if trained.class_names else ""
     return (
-        f"{trained.name} from {source}: {took}\n"
+        f"{trained.name}{remedies} from {source}: {took}\n"
         f"{parameters:,} parameters, {trained.backbone.num_classes} classes{names}, images {shape}\n"
         f"preprocessing: {trained.preprocessing}"
     )

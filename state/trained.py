@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from errors import UserError
 from images.transforms import Preprocessing
 from models import VARIANTS, build_model, check_name, pretrained_config
+from models.remedies import install_remedies
 from models.weights import StateDict, has_average, load_weights, model_weights, without_patch_head
 from options.flags import sides
 from state import checkpoint
@@ -48,6 +49,7 @@ class Trained:
         evaluated: what the run's last evaluation gave.
         class_names: in the order of the logits; none if the classes have no names.
         says_model: whether the checkpoint itself says which model it holds.
+        remedies: what is built into the model, as --remedy has it.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Trained:
     evaluated: Evaluated
     class_names: Sequence[str] = ()
     says_model: bool = True
+    remedies: Sequence[str] = ()
 
 
 def read_trained(
@@ -114,6 +117,8 @@ def read_trained(
     if num_classes is not None:
         options["num_classes"] = num_classes
     backbone: Any = build_model(name, **{"img_size": size, **options})
+    remedies = [str(text) for text in flags.get("remedy") or ()]
+    install_remedies(backbone, remedies)
     advice = "Check --model, --model-kwargs, --input-size and --num-classes"
     load_weights(backbone, without_patch_head(backbone, tensors), path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
@@ -122,7 +127,7 @@ def read_trained(
     images = preprocessing_of(state, path, name, shape)
     kind = "ema" if use_ema else "raw"
     says_model = bool(flags_of(state).get("model"))
-    return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names, says_model)
+    return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names, says_model, remedies)
 
 
 def _filled(flags: Mapping[str, Any], given: Mapping[str, Any], only_if_silent: bool) -> dict[str, Any]:

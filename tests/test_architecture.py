@@ -16,6 +16,7 @@ PACKAGES = (
     "loggers",
     "mixing",
     "models",
+    "models/remedies",
     "redundancy",
     "redundancy/metrics",
     "redundancy/presentation",
@@ -25,7 +26,7 @@ PACKAGES = (
 # From the ground up. A module may import what stands on lower floors, and its neighbours on its own.
 FLOORS = (
     ("errors",),
-    ("program", "utils", "options.parser", "options.paths", "options.yaml_file", "options"),
+    ("program", "utils", "layers", "options.parser", "options.paths", "options.yaml_file", "options"),
     ("regularizers", "loggers", "mixing"),
     ("options.flags",),
     ("images", "models", "samplers", "workers", "exchange"),
@@ -51,11 +52,12 @@ KNOWS = {
     ),
     "program": ("errors",),
     "utils": ("errors",),
+    "layers": ("errors",),
     "regularizers": ("errors", "utils", "regularizers"),  # tensors, not models
     "images": ("errors", "utils", "options.flags", "images"),  # no batches
     "loggers": ("errors", "utils", "loggers"),
     "mixing": ("errors", "mixing"),
-    "models": ("errors", "utils", "models"),  # timm, not losses
+    "models": ("errors", "utils", "layers", "models"),  # timm, not losses
     "elsewhere": ("errors", "models", "regularizers"),  # a model and its terms, no loop
 }
 # For a type alone, regularizers name what a model shows and how labels are mixed; without an import at run time.

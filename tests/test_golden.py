@@ -1,4 +1,4 @@
-"""Every measure, whole steps and a twelve-step trajectory against numbers computed by the reference.
+"""Every measure, whole steps, a trajectory and every remedy against numbers computed by the originals.
 
 The files lie in tests/golden, or in the folder that the environment variable GOLDEN_DIR names; shapes, seeds and
 coefficients are read from them. All in float64 at rtol 1e-9.
@@ -7,18 +7,20 @@ coefficients are read from them. All in float64 at rtol 1e-9.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import golden_peers as peers
 import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import Precision, Updater, evaluate, joint_prediction, train_one_epoch
 from losses import Objective
@@ -27,6 +29,7 @@ from mixing.patch_grid import Labels as GridLabels
 from mixing.patch_grid import PatchGrid, Rectangle
 from models import DiverseViT, Needs
 from models.heads import RegionHead
+from models.remedies import install_remedies
 from regularizers import Diversity, measures, parse_spec
 from regularizers.levels import LEVELS
 
@@ -334,20 +337,10 @@ DIVERSIFICATION = {  # name -> key in the file
 }
 
 
-class TalkingHeads(nn.Module):
-    """Attention with [H, H] maps before and after the softmax, as the recorded model has it."""
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.qkv, self.proj, self.heads = attention.qkv, attention.proj, attention.num_heads
-        self.proj_pre = nn.Linear(self.heads, self.heads, bias=False)
-        self.proj_post = nn.Linear(self.heads, self.heads, bias=False)
-
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
-        scores = torch.einsum("bhnd,bhmd,gh->bgnm", q, k, self.proj_pre.weight) * q.shape[-1] ** -0.5
-        maps = torch.einsum("gh,bhnm->bgnm", self.proj_post.weight, scores.softmax(dim=-1))
-        return self.proj((maps @ v).transpose(1, 2).flatten(2))
+def recorded_by_name(golden: Any, prefix: str) -> dict[str, np.ndarray]:
+    """The recorded model's numbers under our names: the talking heads are a remedy of the attention."""
+    found = starting_with(golden, prefix)
+    return {re.sub(r"attn\.(proj_p)", r"attn.remedies.talking_heads.\1", name): found[name] for name in found}
 
 
 class RecordedGrid(PatchGrid):
@@ -370,13 +363,12 @@ class Diversified:
         width, depth, heads, self.classes, side = (int(number) for number in golden["cfg"])
         sizes = {"img_size": 16 * side, "patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": heads}
         self.backbone: Any = VisionTransformer(**sizes, num_classes=self.classes)
-        for block in self.backbone.blocks:
-            block.attn = TalkingHeads(block.attn)
+        install_remedies(self.backbone, ["talking_heads:random"])
         specs = [parse_spec("patch.region_mixing=1"), parse_spec("patch.context=1")]
         self.diversity = Diversity(specs, depth, grid=(side, side))
         self.model = DiverseViT(self.backbone, Needs(**self.diversity.needs), head=RegionHead)
         self.backbone.load_state_dict(
-            {name: torch.tensor(value) for name, value in starting_with(golden, "param/").items()}, strict=True
+            {name: torch.tensor(value) for name, value in recorded_by_name(golden, "param/").items()}, strict=True
         )
         self.mixing = RecordedGrid(golden)
         images = golden["images_u8"].repeat(16, axis=2).repeat(16, axis=3)
@@ -394,7 +386,7 @@ def test_golden_patch_diversification_step() -> None:
         assert set(means) == {"loss", "lr", "dropped", *DIVERSIFICATION}
         for term, key in {"loss": "total", **DIVERSIFICATION}.items():
             assert_close(torch.tensor(means[term]), golden[key], term)
-        grads, parameters = starting_with(golden, "grad/"), dict(run.backbone.named_parameters())
+        grads, parameters = recorded_by_name(golden, "grad/"), dict(run.backbone.named_parameters())
         assert set(grads) == set(parameters)
         for parameter, grad in grads.items():
             assert_close(parameters[parameter].grad, grad, f"gradient of {parameter}")
@@ -429,3 +421,68 @@ def test_golden_patch_diversification_evaluation() -> None:
         found = evaluate(run.model, [(images, targets)], Precision(torch.device("cpu")))
         for key, scores in (("acc1", "eval_log_probs"), ("joint_acc1", "eval_joint")):
             assert found[key] == 100 * (golden[scores].argmax(axis=1) == targets.numpy()).mean(), key
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Remedies, with the fused kernel and with the explicit map
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("method", ["attnscale", "gfsa"])
+def test_peer_in_the_map(method: str, fused: bool) -> None:
+    for case in peers.cases(method):
+        backbone = peers.stock(case)
+        install_remedies(backbone, [method])
+        attention = backbone.blocks[0].attn
+        attention.fused_attn = fused
+        peers.check(method, case, attention, attention)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_peer_featscale(fused: bool) -> None:
+    for case in peers.cases("featscale"):
+        backbone = peers.stock(case)
+        install_remedies(backbone, ["featscale"])
+        block = backbone.blocks[0]
+        block.attn.fused_attn, block.norm1.eps, block.norm2.eps = fused, 1e-5, 1e-5
+        peers.check("featscale", case, block, block)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_peer_neutreno(fused: bool) -> None:
+    for case in peers.cases("neutreno"):
+        backbone = peers.stock(case, blocks=2)
+        install_remedies(backbone, ["neutreno"])
+        attentions = torch.nn.ModuleList([block.attn for block in backbone.blocks])
+        for attention in attentions:
+            attention.fused_attn = fused
+        first, second = attentions
+        peers.check("neutreno", case, attentions, lambda x, first=first, second=second: second(x + first(x)))
+
+
+def test_peer_reattention() -> None:
+    """It has no form without the map. Its batch norm keeps statistics, which evaluation takes."""
+    for case in peers.cases("reattention"):
+        backbone = peers.stock(case)
+        install_remedies(backbone, ["reattention"])
+        attention = backbone.blocks[0].attn.train()
+        assert not attention.fused_attn
+        peers.check("reattention", case, attention, attention)
+        norm = attention.remedies.reattention.var_norm
+        peers.assert_close(norm.running_mean, case.values["running_mean"], "running mean")
+        peers.assert_close(norm.running_var, case.values["running_var"], "running variance")
+        peers.assert_close(attention.eval()(torch.tensor(case.values["x"])), case.values["y_eval"], "evaluation")
+
+
+def test_peer_contranorm() -> None:
+    for case in peers.cases("contranorm"):
+        words = [word for word in ("dual", "learnable", "positive", "identity") if case.option(word)]
+        numbers = [f"scale={case.option('scale')!r}", f"tau={case.option('temperature')!r}"]
+        backbone = peers.stock(case)
+        install_remedies(backbone, [f"contranorm:{','.join([*numbers, *words])}"])
+        norm = backbone.blocks[0].norm1
+        peers.check("contranorm", case, norm, norm)
+
+
+def test_every_peer_is_tested() -> None:
+    assert {path.stem for path in GOLDEN.glob("peer_*.npz")} == {f"peer_{method}" for method in peers.OWN}

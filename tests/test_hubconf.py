@@ -41,6 +41,8 @@ name = "deit_small_layer24_patch16_224_diverse"
 model = torch.hub.load(root, name, source="local", num_classes=7, embed_dim=48)
 diverse = torch.hub.load(root, "diversity", tiny, "patch.cosine@last=0.5", "weight.cno@all=1e-3", source="local")
 assert diverse is tiny
+remedied = torch.hub.load(root, "remedy", tiny, "attnscale", "contranorm:scale=0.2@last", source="local")
+assert remedied is tiny and "blocks.0.attn.remedies.attnscale.lamb" in tiny.state_dict()
 output, diversity, terms = tiny(torch.ones(2, 3, 32, 32))
 try:
     torch.hub.load(root, "diversity", model, "patch.cosin@last=0.5", source="local")
@@ -134,10 +136,10 @@ def test_a_module_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
         del sys.modules[name]
 
 
-def test_entry_points_are_the_reference_names_and_diversity() -> None:
+def test_entry_points_are_the_reference_names_diversity_and_remedy() -> None:
     """torch.hub lists every public callable, so there must be no other; each has its own name and docstring."""
     public = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert public == REFERENCE_NAMES | {"diversity"}
+    assert public == REFERENCE_NAMES | {"diversity", "remedy"}
     for name in REFERENCE_NAMES:
         entry = getattr(hubconf, name)
         assert entry.__name__ == name

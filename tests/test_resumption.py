@@ -28,7 +28,8 @@ from state.resumption import Earlier, differences, in_force
 
 # What each flag does in a resumed run, written down a second time. A new flag is missing here until its rule has
 # been thought about.
-STAYS = "model model_kwargs input_size in_chans mean std class_names inat_category opt opt_kwargs layer_decay sched"
+STAYS = """model model_kwargs remedy input_size in_chans mean std class_names inat_category opt opt_kwargs
+    layer_decay sched"""
 SAVED = "start_epoch finetune pretrained weights"
 EPOCH = """reg mixing_coef emb_cos_within_coef emb_contrast_cross_coef attn_cos_within_coef
     weight_mha_cond_orth_coef data_set image_key target_key batch_size repeated_aug group_repeats fast_resize

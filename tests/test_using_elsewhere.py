@@ -30,7 +30,7 @@ from state import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "using-elsewhere.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.partition("\n## Remedies")[0], flags=re.M | re.S)
 LOOPS = dict(zip(("timm", "lightning", "transformers"), BLOCKS, strict=True))
 SPECS = ("patch.cosine@last=0.5", "weight.cno@all=5e-4")
 CPU = Precision(torch.device("cpu"))
