@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from images.transforms import preprocessing
 from losses import LabelLoss, Objective, Teacher
 from mixing import Mixing
 from mixing.mixup import Mixup
+from mixing.patch_grid import PatchGrid
 from models import DiverseViT, Layout, Needs, build_model, find_layout
-from models.heads import OwnHead, PatchHead
+from models.heads import OwnHead, PatchHead, RegionHead
 from models.remedies import install_remedies, parse_remedies
-from models.weights import load_for_finetuning, load_timms, load_weights, model_weights
+from models.weights import load_for_finetuning, load_timms, load_weights, model_weights, without_patch_head
 from options.config import Resolved
 from options.flags import Args, shape_of, sides
-from regularizers import Diversity
+from regularizers import MEASURES, Diversity
 from state import checkpoint
 from state.contents import check_description
 from state.preprocessing import preprocessing_of
@@ -28,8 +29,11 @@ from state.saved_flags import flags_of
 from utils import broadcast_from_main, broadcast_object, print_main, rank
 
 
-def build_backbone(args: Args, num_classes: int) -> Any:
-    """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs."""
+def build_backbone(args: Resolved, num_classes: int) -> Any:
+    """The student: a timm model with the flags' dropout, drop path, image size and --model-kwargs.
+
+    If a term brings a head with a layer of its own, the model has this layer, which may start from a checkpoint's.
+    """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": args.input_size, **_channels(args)}
     if args.drop_path > 0:
         options |= {"drop_path_rate": args.drop_path}
@@ -45,6 +49,8 @@ def build_backbone(args: Args, num_classes: int) -> Any:
         backbone.set_distilled_training(True)
     if args.grad_checkpointing:
         use_grad_checkpointing(backbone)
+    labelled = [spec.name for spec in args.terms if MEASURES[spec.measure].takes == "labels"]
+    find_scheme(labelled).head.attach(backbone)
     if args.pretrained:
         # the others take the main process's weights, see build_student
         adapted = broadcast_object(lambda: load_timms(backbone, args.model))
@@ -108,6 +114,9 @@ def build_diversity(args: Resolved, backbone: nn.Module) -> tuple[Diversity, Div
     layout: Layout = find_layout(backbone)
     depth, reached = layout.depth, layout.patches_reach_label
     diversity, measure = Diversity(args.terms, depth, reached), Diversity(args.measures, depth, reached)
+    if diversity.looks_at_neighbours or measure.looks_at_neighbours:
+        grid = layout.grid(sides(args.input_size))
+        diversity, measure = (Diversity(specs, depth, reached, grid) for specs in (args.terms, args.measures))
     blocks = Needs(**diversity.needs).attention | Needs(**measure.needs).attention
     if any(tap.between == "channels" for block in blocks for tap in layout.map_taps(block)):
         print_main(f"note: the attention maps of {layout.name} are between the channels of a head, not its tokens")
@@ -133,7 +142,7 @@ def build_student(
     if diversity.differentiates_twice:
         unfuse_after_blocks(backbone)
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
-    model = DiverseViT(backbone, needs, measured, find_scheme(diversity).head).to(device)
+    model = DiverseViT(backbone, needs, measured, find_scheme(diversity.labelled).head).to(device)
     tried = model.check(shape_of(args), num_classes, needs | measured)
     diversity.check(tried)
     measure.check(tried)
@@ -181,6 +190,7 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
         )
         install_remedies(teacher, [str(text) for text in flags_of(state).get("remedy") or ()])
         weights = model_weights(state, args.teacher_path, ema=args.teacher_weights == "ema")
+        weights = without_patch_head(teacher, weights)
         load_weights(
             teacher, weights, args.teacher_path, f"Check {flags}; it must know the data's {num_classes} classes"
         )
@@ -228,18 +238,21 @@ class Scheme(NamedTuple):
 
 
 # The scheme whose labels each measure takes, of those that take labels.
-SCHEMES: Mapping[str, Scheme] = {"patch.mixing": Scheme(Mixup, OwnHead)}
+SCHEMES: Mapping[str, Scheme] = {
+    "patch.mixing": Scheme(Mixup, OwnHead),
+    "patch.region_mixing": Scheme(PatchGrid, RegionHead),
+}
 PLAIN = Scheme(Mixup, OwnHead)  # where no measure takes labels
 
 
-def find_scheme(diversity: Diversity) -> Scheme:
-    """How a run mixes images.
+def find_scheme(labelled: Sequence[str]) -> Scheme:
+    """How a run mixes images whose terms with these names take labels.
 
     Raises:
         UserError: two of its terms need different schemes.
         ValueError: a measure that takes labels has no scheme.
     """
-    measures = {name: name.partition(":")[0] for name in diversity.labelled}
+    measures = {name: name.partition(":")[0] for name in labelled}
     missing = [measure for measure in measures.values() if measure not in SCHEMES]
     if missing:
         raise ValueError(f"{missing[0]} takes labels, but has no line in build.SCHEMES that says whose")
@@ -251,7 +264,7 @@ def find_scheme(diversity: Diversity) -> Scheme:
 
 def build_mixing(args: Args, backbone: nn.Module, diversity: Diversity) -> Mixing:
     """Mixup and CutMix as the flags say; patches are labelled only where a term takes their labels."""
-    return find_scheme(diversity).mixing(
+    return find_scheme(diversity.labelled).mixing(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=tuple(args.cutmix_minmax) if args.cutmix_minmax else None,

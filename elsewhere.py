@@ -68,7 +68,13 @@ def attach(model: nn.Module, specs: Sequence[str], img_size: int | Sequence[int]
                 f"{term.spec.name} takes the {what}, which only this project's own loop has: leave it out, or "
                 "train with main.py"
             )
-    student = DiverseViT(backbone, Needs(**diversity.needs))
+    needs = Needs(**diversity.needs)
+    if layout.depth in needs.tokens:
+        raise UserError(
+            "the layer norm is what forward_features returns, which a call of the model does not show: choose "
+            "last, the output of the last block, or train with main.py"
+        )
+    student = DiverseViT(backbone, needs)
     try:
         _try_blank_images(student, diversity, img_size)
     except UserError:

@@ -367,8 +367,9 @@ def evaluate_together(
         measure: redundancy terms to measure on the first model as well; their coefficients do not matter.
         after_batch: told the number of each batch that is done, from 1.
     Returns:
-        For each model 'loss' (plain cross-entropy), 'acc1' and 'acc5' in percent, and for the first one every
-        measured term by name: means over samples. Accuracies are not a number where a logit is not finite.
+        For each model 'loss' (plain cross-entropy), 'acc1' and 'acc5' in percent, where a second head predicts
+        together with the model's own 'joint_acc1' and 'joint_acc5', and for the first one every measured term by
+        name: means over samples. Accuracies are not a number where a logit is not finite.
     """
     tallies = [Tally(model, precision, None if number else measure) for number, model in enumerate(models)]
     for batch, (images, targets) in enumerate(in_step(models, loader), start=1):
@@ -391,8 +392,10 @@ class Tally:
         self.model = model.eval()
         self.precision = precision
         self.measure = measure
-        self._needs = Needs(**measure.needs) if measure else Needs()
-        self._names = ["loss", "acc1", "acc5", *(measure.names if measure else [])]
+        self._joint = model.predicts_jointly
+        self._needs = (Needs(**measure.needs) if measure else Needs()) | Needs(patch_logits=self._joint)
+        self._names = ["loss", "acc1", "acc5", *(["joint_acc1", "joint_acc5"] if self._joint else [])]
+        self._names += measure.names if measure else []
         sums = torch.zeros(len(self._names) + 1, dtype=torch.float64)  # the last one counts samples
         self._sums = sums if precision.device.type == "mps" else sums.to(precision.device)  # MPS has no float64
 
@@ -408,9 +411,10 @@ class Tally:
         if not len(targets):
             return
         logits = full_precision(captured.logits)  # [B, K]
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
-        percent = torch.where(logits.isfinite().all(dim=1, keepdim=True), 100.0 * hits, torch.nan)
-        row = [F.cross_entropy(logits, targets, reduction="sum"), percent[:, 0].sum(), percent.sum()]
+        row = [F.cross_entropy(logits, targets, reduction="sum"), *accuracies(logits, targets)]
+        if self._joint:
+            assert captured.patch_logits is not None
+            row += accuracies(joint_prediction(logits, captured.patch_logits), targets)
         row += [term.value * len(targets) for term in measured.values()]
         row.append(torch.full((), len(targets), device=device))
         self._sums += torch.stack([value.to(self._sums.device).to(self._sums.dtype) for value in row])
@@ -421,9 +425,32 @@ class Tally:
         return {name: value / count for name, value in zip(self._names, totals, strict=True)}
 
 
+def accuracies(scores: Tensor, targets: Tensor) -> list[Tensor]:
+    """Top-1 and top-5 in percent, summed over samples; not a number where a score is not finite.  [B, K], [B]"""
+    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
+    percent = torch.where(scores.isfinite().all(dim=1, keepdim=True), 100.0 * hits, torch.nan)
+    return [percent[:, 0].sum(), percent.sum()]
+
+
+def joint_prediction(logits: Tensor, patch_logits: Tensor) -> Tensor:
+    """The probabilities of the model's own head plus those of the patches' head for the whole image.
+
+    Args: logits [B, K], patch_logits [B, 1, K].  Returns: [B, K], from 0 to 2.
+    Source: Gong et al., Vision Transformers with Patch Diversification, 2021, its code's evaluation.
+    """
+    return full_precision(logits).softmax(dim=1) + full_precision(patch_logits)[:, 0].softmax(dim=1)
+
+
+def report_joint(results: Mapping[str, float], what: str = "* ") -> None:
+    """Print the accuracy of both heads together, where there are two."""
+    if "joint_acc1" in results:
+        print_main("{}Joint Acc@1 {joint_acc1:.3f} Acc@5 {joint_acc5:.3f}".format(what, **results))
+
+
 def report(results: Mapping[str, float], samples: int, what: str = "network") -> None:
-    """Print DeiT's two evaluation lines."""
+    """Print DeiT's two evaluation lines, and between them the accuracy of both heads together."""
     print_main(f"* Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}")
+    report_joint(results)
     print_main(f"Accuracy of the {what} on the {samples} test images: {results['acc1']:.1f}%")
 
 

@@ -30,6 +30,7 @@ from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
 from images.transforms import Preprocessing
 from images.transforms import preprocessing as preprocessing_of
 from models import DiverseViT
+from models.heads import PATCH_HEAD
 from models.remedies import fold_away, needs_map
 from options.flags import FORMATS, Args
 from state.trained import Trained
@@ -65,11 +66,13 @@ SAME, ROUNDING = 0.0, 1e-3
 
 def plain_backbone(model: nn.Module) -> Any:
     """A copy of a timm model, or of the one in a DiverseViT, as it is by itself: for the CPU, in evaluation mode,
-    without forward and backward hooks but those of its remedies, and with fused attention where a hook had it off.
+    without a head for patches or hooks but those of its remedies, and with fused attention where a hook had it off.
 
     The model itself is left as it is.
     """
     backbone: Any = copy.deepcopy(model.backbone if isinstance(model, DiverseViT) else model)
+    if hasattr(backbone, PATCH_HEAD):
+        delattr(backbone, PATCH_HEAD)
     for module in backbone.modules():
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
         if hooked and getattr(module, "fused_attn", True) is False and not needs_map(module):

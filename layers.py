@@ -1,4 +1,8 @@
-"""Which blocks of a model are meant: 'first', 'last', 'all', a number, a range 'a-b', or several with commas."""
+"""Which layers of a model are meant: 'first', 'last', 'all', a number, a range 'a-b', or several with commas.
+
+Blocks are counted from 0. Of patches there are layers besides: the embeddings before positions are added ('embed'),
+the input of block 0, and the final features ('norm').
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import re
 
 from errors import UserError
 
-_ONE = re.compile(r"first|last|all|\d+|\d+-\d+")
+EMBED = -2  # the patch embeddings before positions are added; the final features are L, the number of blocks
+ENDS = ("embed", "norm")
+_ONE = re.compile(r"first|last|all|embed|norm|\d+|\d+-\d+")
 
 
 def is_selector(text: str) -> bool:
@@ -19,8 +25,13 @@ def canonical(selector: str) -> str:
     return re.sub(r"\d+", lambda number: str(int(number[0])), selector)
 
 
+def layer_name(layer: int, depth: int) -> str:
+    """What a layer of tokens is called: 'embed', '-1' (the input of block 0), '0', ..., 'norm'."""
+    return {EMBED: "embed", depth: "norm"}.get(layer, str(layer))
+
+
 def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int]:
-    """Block indices that a selector names in a model of `depth` blocks.
+    """Indices that a selector names in a model of `depth` blocks; 'embed' is -2, and 'norm' is `depth`.
 
     Args:
         first: what 'first' is: -1 for patches, whose first layer is the input of block 0.
@@ -30,8 +41,9 @@ def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int
     """
     layers: list[int] = []
     for part in selector.split(","):
-        if part in ("first", "last"):
-            layers.append(first if part == "first" else depth - 1)
+        named = {"first": first, "last": depth - 1, "embed": EMBED, "norm": depth}
+        if part in named:
+            layers.append(named[part])
         elif part == "all":
             layers += range(depth)
         else:

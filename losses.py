@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 def cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
     """Cross-entropy of the images, as DeiT chooses it.
 
-    Soft targets while images are mixed, else label smoothing if there is any, else plain; in at least float32.
+    Soft targets while images are mixed, else label smoothing if there is any, else plain; in at least float32. With
+    a floor f, soft targets t give -1/B sum_bk t_bk log(f + q_bk), where q is the softmax.
 
     Args: logits [B, K].  Returns: scalar, mean over images.
     """
     logits = full_precision(logits)
     if labels.mixed:
-        return SoftTargetCrossEntropy()(logits, labels.dense(logits.shape[1], logits.dtype))
+        targets = labels.dense(logits.shape[1], logits.dtype)
+        if labels.floor > 0:
+            return -(targets * (logits.softmax(dim=1) + labels.floor).log()).sum(dim=1).mean()
+        return SoftTargetCrossEntropy()(logits, targets)
     if labels.smoothing > 0:
         return LabelSmoothingCrossEntropy(labels.smoothing)(logits, labels.own)
     return F.cross_entropy(logits, labels.own)

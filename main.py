@@ -43,7 +43,17 @@ from build import (
 )
 from check_data import check_data
 from datasets import LabelledImages, build_dataset, named
-from engine import Loader, Observer, Precision, Updater, evaluate, evaluate_together, report, train_one_epoch
+from engine import (
+    Loader,
+    Observer,
+    Precision,
+    Updater,
+    evaluate,
+    evaluate_together,
+    report,
+    report_joint,
+    train_one_epoch,
+)
 from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine, shown
 from loaders import build_eval_loader, build_train_loader
 from loggers.progress import Progress, clock
@@ -53,7 +63,7 @@ from loggers.trackers import Trackers
 from losses import Objective
 from models import DiverseViT, check_name
 from models.sharding import is_sharded, shard
-from models.weights import has_average, load_weights, model_weights
+from models.weights import has_average, load_weights, model_weights, without_patch_head
 from options import config
 from options.config import Resolved
 from options.flags import shape_of
@@ -311,6 +321,7 @@ def report_run(
     report(tested, samples)
     if averaged:
         print_main("EMA: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**averaged))
+        report_joint(averaged, "EMA: ")
     print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
 
 
@@ -358,7 +369,7 @@ def evaluate_checkpoint(
             compile_model(args.torchcompile, network)
         if args.resume:
             weights = model_weights(state, args.resume, ema=name == AVERAGE)
-            load_weights(network.backbone, weights, args.resume)
+            load_weights(network.backbone, without_patch_head(network.backbone, weights), args.resume)
     if not (args.resume or args.finetune or args.pretrained):
         print_main("warning: --eval without --resume evaluates untrained weights")
     found = evaluate_together(list(networks.values()), loader, precision, measure)

@@ -164,14 +164,18 @@ def continue_run(run_state: RunState, args: Args, earlier: Earlier) -> None:
     processes = earlier.processes
     then = replace(args, **earlier.was)
     rates = [group["initial_lr"] for group in run_state.optimizer.param_groups]
-    schedule = earlier.state["lr_scheduler"]
-    check_optimizer(earlier.state["optimizer"], run_state.optimizer, earlier.path)
-    check_scheduler(schedule, run_state.lr_scheduler, earlier.path)
-    run_state.load_state_dict(earlier.state, earlier.path)
+    schedule = earlier.state.get("lr_scheduler", {})
+    if args.resume_opt:
+        check_optimizer(earlier.state["optimizer"], run_state.optimizer, earlier.path)
+        check_scheduler(schedule, run_state.lr_scheduler, earlier.path)
+    run_state.load_state_dict(earlier.state, earlier.path, with_optimizer=args.resume_opt)
     earlier.state = {}
     print_main(describe_resumed(run_state, earlier.path))
+    if not args.resume_opt:
+        begin_anew(run_state)
     if earlier.changes:
-        adopt_options(run_state, then, args)
+        if args.resume_opt:
+            adopt_options(run_state, then, args)
         run_state.changes += [f"after {run_state.place}: {change}" for change in earlier.changes]
     if "seed" in earlier.was:
         run_state.drop_streams()
@@ -181,8 +185,17 @@ def continue_run(run_state: RunState, args: Args, earlier: Earlier) -> None:
         change = f"peak learning rate {peak:.4g}, before {before:.4g} ({batches})"
         print_main(f"note: from here on {change}")
         run_state.changes.append(f"after {run_state.place}: {change}")
-    if peak != before or any(name in earlier.was for name in SCHEDULE):
+    if args.resume_opt and (peak != before or any(name in earlier.was for name in SCHEDULE)):
         reschedule(run_state, args, rates, schedule)
+
+
+def begin_anew(run_state: RunState) -> None:
+    """The optimizer as the flags build it, and their schedule as if it had been so from the first epoch on."""
+    if run_state.epoch >= 0:
+        run_state.lr_scheduler.step(run_state.epoch)
+    change = "fresh optimizer, and the flags' own schedule"
+    print_main(f"note: from here on {change} (--no-resume-opt)")
+    run_state.changes.append(f"after {run_state.place}: {change}")
 
 
 def adopt_options(run_state: RunState, then: Args, now: Args) -> None:

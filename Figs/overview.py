@@ -144,12 +144,14 @@ NOTES = {  # what a measure is, where that is not left blank
     "pairwise_cosine": "different items, to report",
     "cosine_cross": "similarity across layers",
     "contrastive": "own first-layer item vs. rest",
+    "context": "own embedding vs. others",
     "mhs": "hyperspherical separation",
     "mgd": "Gram determinant",
     "so": "soft orthogonality",
     "cno": "equal extreme eigenvalues",
     "gradient_diversity": "of the label loss, per patch",
     "mixing": "label loss of every patch",
+    "region_mixing": "label loss of mixed regions",
 }
 
 MIXING = Term("", "patch", "mixing", "", (5,))

@@ -12,6 +12,7 @@ images that are already decoded:
     plain       ours without diversity
     five_terms  configs/deit_small_diverse.yaml
     all_layers  patch.cosine@all + attn.cosine@all + weight.cno@all
+    released    Patch Diversification's two terms, with its mix and its second head
     textbook    the five terms as the equations stand: n x n matrices, loops over patches and over weight matrices
     SPEC        ours with this term alone, e.g. patch.mixing=1: what each costs
 """
@@ -52,11 +53,13 @@ from engine import Precision
 from utils import pick_device, seed_everything
 
 ALL_LAYERS = ["patch.cosine@all=0.5", "attn.cosine@all=1e-4", "weight.cno@all=5e-4"]
-VARIANTS = ["timm", "plain", "five_terms", "all_layers", "textbook"]
+RELEASED = ["patch.region_mixing=1", "patch.context=1"]
+VARIANTS = ["timm", "plain", "five_terms", "all_layers", "released", "textbook"]
 RATIOS = [
     ("five_terms", "plain"),
     ("plain", "timm"),
     ("all_layers", "plain"),
+    ("released", "plain"),
     ("textbook", "plain"),
     ("textbook", "five_terms"),
 ]
@@ -129,6 +132,7 @@ def build_variants(flags: argparse.Namespace, device: torch.device) -> dict[str,
         "plain": lambda: Recipe(plain, device, argv),
         "five_terms": lambda: Recipe("deit_small_diverse.yaml", device, argv),
         "all_layers": lambda: Recipe(plain, device, [*argv, *(f"--reg={spec}" for spec in ALL_LAYERS)]),
+        "released": lambda: Recipe(plain, device, [*argv, *(f"--reg={spec}" for spec in RELEASED)]),
         "textbook": lambda: textbook(Recipe("deit_small_diverse.yaml", device, argv)),
     }
 

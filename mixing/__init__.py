@@ -26,6 +26,7 @@ class Labels(Protocol):
         own: [B], the class of each image before it was mixed.
         smoothing: label smoothing e.
         mixed: whether images of this run are mixed at all.
+        floor: what a probability is raised by before its logarithm is taken, where images are mixed; 0 for none.
     """
 
     @property
@@ -36,6 +37,9 @@ class Labels(Protocol):
 
     @property
     def mixed(self) -> bool: ...
+
+    @property
+    def floor(self) -> float: ...
 
     def dense(self, num_classes: int, dtype: torch.dtype = ...) -> Tensor:
         """The images' labels as probabilities.  [B, K]"""

@@ -56,6 +56,11 @@ class Labels(NamedTuple):
     smoothing: float
     mixed: bool
 
+    @property
+    def floor(self) -> float:
+        """0: the cross-entropy takes the logarithm of the probabilities as they are."""
+        return 0.0
+
     def repeat(self, times: int) -> Labels:
         """The labels of a batch that holds all its images so many times, one batch after the other."""
         own, partner, weight = (each.repeat(times) for each in (self.own, self.partner, self.weight))
@@ -200,9 +205,9 @@ class Mixup:
         """
         batch, _, height, width = images.shape
         partner = targets.flip(0)
-        weight = _to_device(torch.tensor([mix.weight for mix in mixes], dtype=torch.float64), images.device)
+        weight = to_device(torch.tensor([mix.weight for mix in mixes], dtype=torch.float64), images.device)
         patch_weight = self._patch_weight(mixes, height, width).to(torch.promote_types(images.dtype, torch.float32))
-        patch_weight = _to_device(patch_weight, images.device)  # [1 or B, P]
+        patch_weight = to_device(patch_weight, images.device)  # [1 or B, P]
         labels = Labels(
             *(targets, partner, weight.expand(batch), patch_weight.expand(batch, -1)), self.smoothing, self.active
         )
@@ -212,9 +217,9 @@ class Mixup:
         if len(mixes) == 1:
             return _mix_all(images, flipped, mixes[0]), labels
         blend = torch.tensor([1.0 if mix.box else mix.weight for mix in mixes], dtype=torch.float64)
-        blend = _to_device(blend, images.device)[:, None, None, None]
+        blend = to_device(blend, images.device)[:, None, None, None]
         blended = images * blend.to(images.dtype) + flipped * (1 - blend).to(images.dtype)
-        inside = _inside(_to_device(_boxes(mixes), images.device), height, width)[:, None]  # [B, 1, H, W]
+        inside = _inside(to_device(_boxes(mixes), images.device), height, width)[:, None]  # [B, 1, H, W]
         return torch.where(inside, flipped, blended), labels
 
     def _patch_weight(self, mixes: list[Mix], height: int, width: int) -> Tensor:
@@ -233,9 +238,9 @@ class Mixup:
         return unboxed - covered  # of which one is 1 or the other 0
 
 
-def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Host numbers onto a device without making the host wait for it; float64 becomes float32 on MPS."""
-    if device.type == "mps":
+    if device.type == "mps" and numbers.dtype == torch.float64:
         numbers = numbers.float()
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from layers import EMBED, layer_name
 
 INPUT = -1  # index of the tokens entering block 0
 MATRICES = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -114,8 +115,14 @@ class Layout:
         return len(self.blocks)
 
     def prefix_tokens(self, layer: int) -> int:
-        """T, the tokens before the patches in a block's output; -1 is the input of block 0."""
-        return self.final_prefix_tokens if max(layer, 0) >= self.first_with_prefix else 0
+        """T, the tokens before the patches in a block's output; of the other layers see `layer_name`."""
+        if layer == EMBED:
+            return 0
+        return self.final_prefix_tokens if max(layer, 0) >= min(self.first_with_prefix, self.depth) else 0
+
+    def layer_name(self, layer: int) -> str:
+        """What a layer of this model's tokens is called, see `layers.layer_name`."""
+        return layer_name(layer, self.depth)
 
     @property
     def final_prefix_tokens(self) -> int:
@@ -141,6 +148,15 @@ class Layout:
             )
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return int(height), int(width)
+
+    def grid(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the patches of the last block in images of this height and width.
+
+        Raises:
+            UserError: the model does not say how large a patch is.
+        """
+        (height, width), (patch_height, patch_width) = image_size, self.patch_size
+        return height // patch_height, width // patch_width
 
     @property
     def patches_reach_label(self) -> bool:
@@ -201,6 +217,43 @@ class Layout:
         )
         found = (getattr(owner, "norm", None) for owner in owners)
         return [norm for norm in found if norm is not None and type(norm) is not nn.Identity][:1]
+
+    @property
+    def embedding(self) -> nn.Module:
+        """What makes patch embeddings [B, P, D] of images, or a grid of them, before positions are added.
+
+        Raises:
+            UserError: the model has no such module.
+        """
+        found = self.part("patch_embed")
+        if not isinstance(found, nn.Module):
+            raise UserError(
+                f"the layer embed is what patch_embed returns, which {self.name} lacks: choose first, the input of "
+                "block 0, or another model"
+            )
+        return found
+
+    def final_tokens(self, features: Any) -> Tensor:
+        """The tokens [B, N, D] in the final features, which may be a grid [B, h, w, D] or [B, D, h, w].
+
+        Raises:
+            UserError: they are several sequences.
+        """
+        if not isinstance(features, Tensor):
+            raise UserError(
+                f"{self.name} has several sequences of final features, which patch terms do not know: drop "
+                "patch.mixing and its kin, and the layer norm"
+            )
+        if features.ndim == 3:
+            return features
+        if self.grid_is_channels_first:
+            return features.flatten(2).mT
+        return features.flatten(1, 2)
+
+    @property
+    def grid_is_channels_first(self) -> bool:
+        """Whether final features that are a grid are [B, D, h, w], not [B, h, w, D]."""
+        return self.part("output_fmt") in (None, "NCHW")
 
     # ------------------------------------------------------------------------------------------------------
     # Attention maps

@@ -1,4 +1,4 @@
-"""Named variants: the reference's model names, registered with timm.
+"""Named variants: the reference's model names, and DeiT-B with 24 blocks, registered with timm.
 
 A row of `VARIANTS` is a timm model and what differs from it. The suffix `_diverse` changes nothing but the name:
 whether a run is diversified is said by its regularizers, not by its model. No transformer is forked here.
@@ -23,6 +23,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit_base_patch16_224_diverse": ("deit_base_patch16_224", {}),
     "deit_small_layer24_patch16_224": ("deit_small_patch16_224", _DEPTH_24),
     "deit_small_layer24_patch16_224_diverse": ("deit_small_patch16_224", _DEPTH_24),
+    "deit_base_layer24_patch16_224": ("deit_base_patch16_224", _DEPTH_24),
+    "deit_base_layer24_patch16_224_diverse": ("deit_base_patch16_224", _DEPTH_24),
 }
 
 # The reference's models; their class token starts as the reference's does.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from errors import BAD_ARGUMENT, UserError, reason
+from layers import EMBED
 from models.adapters import INPUT, Layout, MapTap, find_layout
 from models.heads import OwnHead, PatchHead
 
@@ -28,7 +29,8 @@ class Needs:
     """What an objective wants to see.
 
     Attributes:
-        tokens: block indices whose output tokens are wanted; -1 is the input of block 0.
+        tokens: block indices whose output tokens are wanted; -1 is the input of block 0, -2 the patch embeddings
+            before their positions are added, and L, the number of blocks, the final features.
         attention: block indices whose attention map is wanted.
         weights: blocks and matrices that are wanted, e.g. (0, 'q'); they are read, no hook is needed.
         patch_logits: whether every patch is to be classified.
@@ -57,8 +59,10 @@ class Captured(NamedTuple):
     Attributes:
         logits: [B, K], the model's own prediction; the class token's while a distilled student is in training.
         dist_logits: [B, K], the distillation token's prediction, from a distilled student in training.
-        patch_logits: [B, P, K], every patch of the last block through the patches' head, if asked for.
-        tokens: block index -> [B, N, D], the block's output; -1 is the input of block 0.
+        patch_logits: [B, P, K], every patch of the last block through the patches' head, if asked for; of a head
+            that mixes regions [B, R, K].
+        tokens: block index -> [B, N, D], the block's output; -1 is the input of block 0, -2 the patch embeddings
+            [B, P, D] before their positions are added, L the final features, final norm included.
         attention: block index -> [..., H, n, m], after the softmax, before dropout. For a plain ViT this is
             [B, H, N, N]; windows come before the heads, [B * windows, H, n, n] or [B, windows, H, n, n]; reduced
             keys make m < n; XCiT's maps are between the channels of a head, not between tokens.
@@ -133,8 +137,10 @@ class DiverseViT(nn.Module):
 
     def _install_hooks(self, layout: Layout, hooked: Needs) -> None:
         self._taps = {index: layout.map_taps(index) for index in sorted(hooked.attention)}  # raises before any hook
-        for index in sorted(hooked.tokens):
-            if index == INPUT:
+        for index in sorted(hooked.tokens - {layout.depth}):  # the final features are what forward_features returns
+            if index == EMBED:
+                handle = layout.embedding.register_forward_hook(self._after_embedding)
+            elif index == INPUT:
                 handle = layout.blocks[0].register_forward_pre_hook(self._before_blocks)
             else:
                 handle = layout.blocks[index].register_forward_hook(partial(self._after_block, index))
@@ -154,6 +160,13 @@ class DiverseViT(nn.Module):
         for attention, was in self._fused:
             attention.fused_attn = was
         self._handles, self._fused = [], []
+
+    def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if EMBED not in self._wanted.tokens:
+            return None
+        assert self.layout is not None
+        self._sink["tokens", EMBED, 0], instead = self.layout.expose_tokens(0, output)
+        return instead
 
     def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if INPUT not in self._wanted.tokens:
@@ -193,7 +206,8 @@ class DiverseViT(nn.Module):
         places = len(self._taps[index]) if kind == "attention" else 1
         parts = [self._sink.get((kind, index, number)) for number in range(places)]
         found = [part for part in parts if part is not None]
-        where = f"the {kind} of {type(self.backbone).__name__} at layer {index}"
+        assert self.layout is not None
+        where = f"the {kind} of {self.layout.name} at layer {self.layout.layer_name(index)}"
         if len(found) < places:
             raise UserError(f"{where} never arrived: the hook there did not fire, so no term can use it")
         if torch.is_grad_enabled() and not all(part.requires_grad for part in found):
@@ -220,15 +234,23 @@ class DiverseViT(nn.Module):
         if not needs:
             return Captured(*_split(self.backbone(images)), None, {}, {}, {})
         assert self.layout is not None
+        final = self.layout.depth in needs.tokens
         with self._watching(needs):
+            if not (needs.patch_logits or final):
+                return self._captured(self.backbone(images), None, needs)
+            features = self.backbone.forward_features(images)  # [B, N, D]
+            outputs, patch_logits = self.backbone.forward_head(features), None
             if needs.patch_logits:
-                features = self.backbone.forward_features(images)  # [B, N, D]
-                outputs = self.backbone.forward_head(features)
                 assert self._head is not None
                 patch_logits = self._head(features, labels)
-            else:
-                outputs, patch_logits = self.backbone(images), None
+            if final:
+                self._sink["tokens", self.layout.depth, 0] = self.layout.final_tokens(features)
             return self._captured(outputs, patch_logits, needs)
+
+    @property
+    def predicts_jointly(self) -> bool:
+        """Whether the patches' head classifies whole images too, so that both heads can predict together."""
+        return self._head is not None and self._head.joint
 
     def _captured(self, outputs: Any, patch_logits: Tensor | None, needs: Needs) -> Captured:
         """What the hooks stored, with what the model returned."""
@@ -243,7 +265,7 @@ class DiverseViT(nn.Module):
 
         Args:
             call: makes logits of images; it calls the backbone.
-            needs: what to capture; patch logits are not among it.
+            needs: what to capture; patch logits and final features are not among it.
         """
         with self._watching(needs):
             return self._captured(call(images), None, needs)
@@ -303,15 +325,18 @@ class DiverseViT(nn.Module):
                 "classes: leave num_classes and the head out of --model-kwargs"
             )
         if self.layout is not None:
-            check_captured(captured, self.layout, image_shape[1:])
+            check_captured(captured, self.layout, image_shape[1:], self.predicts_jointly)
         return captured
 
 
-def check_captured(captured: Captured, layout: Layout, image_size: tuple[int, int]) -> None:
+def check_captured(
+    captured: Captured, layout: Layout, image_size: tuple[int, int], whole_images: bool = False
+) -> None:
     """Refuse what is not what the terms take it for.
 
     Args:
         image_size: height and width of the images that showed it.
+        whole_images: whether the patch logits, which were made without labels, are one prediction an image.
     Raises:
         UserError: tokens that are no grid of patches after the prefix tokens, or maps that are no softmax.
     """
@@ -319,8 +344,8 @@ def check_captured(captured: Captured, layout: Layout, image_size: tuple[int, in
         patches = tokens.shape[1] - captured.prefix_tokens[index] if tokens.ndim == 3 else 0
         if not _is_grid(patches, layout, image_size):
             raise UserError(
-                f"patch terms take the tokens of {layout.name} at layer {index} for [B, N, D] with "
-                f"{captured.prefix_tokens[index]} prefix tokens before a grid of patches, but they are "
+                f"patch terms take the tokens of {layout.name} at layer {layout.layer_name(index)} for [B, N, D] "
+                f"with {captured.prefix_tokens[index]} prefix tokens before a grid of patches, but they are "
                 f"{list(tokens.shape)}: this family keeps its patches elsewhere and is not supported"
             )
     for index, attention in captured.attention.items():
@@ -334,7 +359,7 @@ def check_captured(captured: Captured, layout: Layout, image_size: tuple[int, in
             )
     if captured.patch_logits is not None:
         height, width = layout.patch_size
-        shape = (_patches_of(layout, image_size), captured.logits.shape[1])
+        shape = (1 if whole_images else _patches_of(layout, image_size), captured.logits.shape[1])
         if captured.patch_logits.shape[1:] != shape:
             raise UserError(
                 f"patch.mixing labels {shape[0]} patches of {height} x {width} pixels and {shape[1]} classes, but "
@@ -353,8 +378,8 @@ def _is_grid(patches: int, layout: Layout, image_size: tuple[int, int]) -> bool:
 
 def _patches_of(layout: Layout, image_size: tuple[int, int]) -> int:
     """P, the patches of the last block in images of this height and width."""
-    (height, width), (patch_height, patch_width) = image_size, layout.patch_size
-    return height // patch_height * (width // patch_width)
+    rows, columns = layout.grid(image_size)
+    return rows * columns
 
 
 def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ from models.foreign import (
     second_heads,
     timms_names,
 )
+from models.heads import PATCH_HEAD
 from models.sharding import like
 
 SHOWN = 4  # names that a message lists
@@ -95,6 +96,13 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
     model.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
 
 
+def without_patch_head(model: nn.Module, weights: StateDict) -> StateDict:
+    """The weights without those of a head for patches (models/heads.py), where the model has no such head."""
+    if hasattr(model, PATCH_HEAD):
+        return weights
+    return {name: value for name, value in weights.items() if not name.startswith(f"{PATCH_HEAD}.")}
+
+
 class Adapted(NamedTuple):
     """What became of weights that did not fit a model in every tensor.
 
@@ -128,7 +136,8 @@ def load_for_finetuning(
 ) -> Adapted:
     """Load weights of the same architecture, with another number of classes or image size, or without distillation.
 
-    A head of another shape, and a distillation token that the weights do not have, keep their fresh initialisation.
+    A head of another shape, and a distillation token or a head for patches that the weights do not have, keep their
+    fresh initialisation.
     Position embeddings and tables are interpolated. A model of grey images takes the sum of the first convolution's
     weights over the colours, as timm does. The names may be those of the architecture's published files.
 
@@ -146,7 +155,7 @@ def load_for_finetuning(
         weight = there.get(f"{name}.weight")
         if weight is not None and weight.shape[1] == 3 != own[f"{name}.weight"].shape[1]:
             there[f"{name}.weight"] = adapt_input_conv(own[f"{name}.weight"].shape[1], weight)
-    heads = {f"{head}.{part}" for head in classifiers(model) for part in ("weight", "bias")}
+    heads = {f"{head}.{part}" for head in (*classifiers(model), PATCH_HEAD) for part in ("weight", "bias")}
     second = tuple(f"{name}." for name in second_heads(model))
     for name in [name for name in own if name in there and there[name].shape != own[name].shape]:
         if name in heads:

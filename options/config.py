@@ -277,6 +277,8 @@ def check_files(args: Args) -> None:
     for name, path in (("resume", resume), ("finetune", args.finetune), ("teacher-path", args.teacher_path)):
         if path and not path.startswith("https://") and not Path(path).is_file():
             raise UserError(f"--{name} {path}: no such file (and not an https address)")
+    if not args.resume_opt:
+        check_fresh_optimizer(args)
     if args.val_labels and not Path(args.val_labels).is_file():
         raise UserError(f"--val-labels {args.val_labels}: no such file")
     if args.resume == "auto" and (args.eval or not args.output_dir):
@@ -284,6 +286,21 @@ def check_files(args: Args) -> None:
         raise UserError(f"--resume auto looks for the newest checkpoint of a run in --output_dir: {needs}")
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UserError(f"--output_dir {args.output_dir} is a file, not a folder")
+
+
+def check_fresh_optimizer(args: Args) -> None:
+    """Refuse --no-resume-opt where it means nothing, or would throw away what a run has just learned.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    if args.resume == "auto":
+        raise UserError(
+            "--no-resume-opt with --resume auto would drop the optimizer's state at every restart: give it once, "
+            "with --resume FILE of the run before"
+        )
+    if not args.resume or args.eval:
+        raise UserError("--no-resume-opt continues a run with a fresh optimizer: give --resume FILE, or drop it")
 
 
 def check_trackers(args: Args) -> None:

@@ -425,6 +425,13 @@ class Args:
         FREE,
         "continue from this checkpoint: a file, an https address, or auto: the newest in --output_dir, if any",
     )
+    resume_opt: bool = switch(
+        True,
+        FREE,
+        on="a resumed run goes on with its optimizer and schedule (the default)",
+        off="with --resume FILE: go on with its weights, their average, epoch and log, but with a fresh optimizer "
+        "and the flags' own schedule, entered at that epoch",
+    )
     save_interval_steps: int = flag(
         0, FREE, "steps between checkpoints within an epoch; 0: only after it", limits=FROM_0
     )

@@ -23,7 +23,7 @@ MEASURES = Path(__file__).with_name("measures.py")
 SECTIONS = ("Range", "Rewards", "Cost", "Source", "Use")
 DOCS = "docs/regularizers.md"
 GRAMMAR = "LEVEL.MEASURE[:OPTIONS][@LAYERS]=COEF"
-LAYERS = "first, last, all, a block's number, a range a-b, or several of these with commas"
+LAYERS = "first, last, all, a block's number, a range a-b, of patches also embed and norm, or several with commas"
 COLUMNS = 120  # of a terminal
 
 
@@ -176,7 +176,7 @@ def _read_entry(node: ast.FunctionDef, decorator: ast.Call, options: Mapping[str
         takes=takes,
         levels=levels,
         options={option: options[option] for option in options_of(defaults, options)},
-        default_layers={level: LEVELS[level].default_layers[takes] for level in levels},
+        default_layers={level: LEVELS[level].layers_without_choice(name, takes) for level in levels},
         default_arguments={
             level: {**defaults, **LEVELS[level].default_arguments.get(name, {})} for level in levels
         },

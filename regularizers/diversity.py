@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from layers import layer_name, resolve_layers
 from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES
-from regularizers.specs import Spec, resolve_layers, resolve_pairs
+from regularizers.specs import Spec, resolve_pairs
 
 if TYPE_CHECKING:
     from mixing import Labels
@@ -39,15 +40,23 @@ def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 
 class BoundTerm:
-    """A spec bound to a model's depth: which layers, which function, and how its items are found."""
+    """A spec bound to a model's depth: which layers, which function, and how its items are found.
 
-    def __init__(self, spec: Spec, depth: int) -> None:
+    Args:
+        grid: see `Diversity`.
+    """
+
+    def __init__(self, spec: Spec, depth: int, grid: tuple[int, int] | None = None) -> None:
         measure = MEASURES[spec.measure]
         self.spec = spec
+        self.depth = depth
         self.level = LEVELS[spec.level]
         self.takes = measure.takes
         self.averaged = measure.averaged
-        self.function = partial(measure.function, **spec.arguments)
+        self.detached = measure.detached
+        self.looks_at_neighbours = "grid" in measure.defaults
+        self.grid = grid if self.looks_at_neighbours else None
+        self.function = partial(measure.function, **spec.arguments, **({"grid": self.grid} if self.grid else {}))
         self.matrices = spec.matrices or self.level.default_matrices
         self.layers: list[int] = []
         self.pairs: list[tuple[int, int]] = []
@@ -71,13 +80,19 @@ class BoundTerm:
         return {self.level.source: used}
 
     def check(self, captured: Captured) -> None:
-        """Refuse pairs of layers whose items cannot be compared."""
+        """Refuse pairs of layers whose items cannot be compared, and patches that are not those of the grid."""
         for a, b in self.pairs:
             first, second = self.items(captured, a), self.items(captured, b)
             if first.shape[1:] != second.shape[1:]:
                 raise UserError(
-                    f"{self.spec.name}: layers {a} and {b} cannot be compared, their {self.level.shape} differ: "
+                    f"{self.spec.name}: layers {layer_name(a, self.depth)} and {layer_name(b, self.depth)} cannot "
+                    f"be compared, their {self.level.shape} differ: "
                     f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
+                )
+            if self.grid and self.grid[0] * self.grid[1] != first.shape[1]:
+                raise UserError(
+                    f"{self.spec.name} takes patches of the last block's grid, {_times(self.grid)}, but layer "
+                    f"{layer_name(a, self.depth)} has {first.shape[1]}; choose other layers"
                 )
 
     def source(self, captured: Captured, layer: int) -> Tensor:
@@ -128,7 +143,8 @@ class BoundTerm:
 
     def of_batch(self, captured: Captured, label_loss: Tensor | None) -> Tensor:
         if self.takes == "pair":
-            return _sum(self.function(self.items(captured, a), self.items(captured, b)) for a, b in self.pairs)
+            pairs = [(self.items(captured, a), self.items(captured, b)) for a, b in self.pairs]
+            return _sum(self.function(one.detach() if self.detached else one, other) for one, other in pairs)
         if self.takes == "gradient":
             assert label_loss is not None
             return _sum(self.function(self.gradients(captured, layer, label_loss)) for layer in self.layers)
@@ -166,14 +182,22 @@ class Diversity:
         depth: L, the model's number of blocks (any number if there are no specs).
         patches_reach_label: whether the label depends on the patch tokens of the last block even without a term
             that takes labels (average-pooled models); gradient diversity needs that.
+        grid: rows and columns of the patches, for measures that look at neighbours; None is as near to a square as
+            their number allows.
     Attributes:
         terms: those of a batch, then those of the weights, then those that take labels.
     Raises:
         UserError: a layer out of range, a term given twice, or one that cannot work with this model.
     """
 
-    def __init__(self, specs: Sequence[Spec], depth: int, patches_reach_label: bool = False) -> None:
-        terms = [BoundTerm(spec, depth) for spec in specs if spec.coef > 0]
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        depth: int,
+        patches_reach_label: bool = False,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        terms = [BoundTerm(spec, depth, grid) for spec in specs if spec.coef > 0]
         _refuse_repetition([(term.key, term.spec.name) for term in terms])
         self._labelled = [term for term in terms if term.takes == "labels"]
         unlabelled = [term for term in terms if term.takes != "labels"]
@@ -216,6 +240,11 @@ class Diversity:
     def names(self) -> list[str]:
         """The names of the terms that take no labels, in the order of `__call__`'s."""
         return [term.spec.name for term in [*self._of_a_batch, *self._of_the_weights]]
+
+    @property
+    def looks_at_neighbours(self) -> list[str]:
+        """The names of the terms to which the patches' grid matters."""
+        return [term.spec.name for term in self.terms if term.looks_at_neighbours]
 
     @property
     def labelled(self) -> list[str]:

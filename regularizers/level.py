@@ -21,8 +21,10 @@ class Level:
         items: takes one tensor of that source, and its number of prefix tokens.  -> [..., n, d]
         shape: what their number and their width are, in words.
         first: the block that '@first' means; -1 is the input of block 0.
+        ends: whether its layers include what stands before and after all blocks, 'embed' and 'norm'.
         default_layers: what a measure may take here ('set', 'pair', 'gradient', 'labels') -> the layers of a spec
             that names none.
+        own_layers: measure -> these layers, where they are not those of what it takes.
         default_arguments: measure -> keyword arguments that differ here from the function's own defaults.
         matrices: of weights, the matrices that a spec may choose among its options, and what they are.
         default_matrices: those of a spec that chooses none.
@@ -37,6 +39,8 @@ class Level:
     shape: str
     default_layers: Mapping[str, str]
     first: int = 0
+    ends: bool = False
+    own_layers: Mapping[str, str] = field(default_factory=dict)
     default_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     matrices: Mapping[str, str] = field(default_factory=dict)
     default_matrices: tuple[str, ...] = ()
@@ -44,6 +48,10 @@ class Level:
     def __post_init__(self) -> None:
         if self.of_weights and set(self.default_layers) != {"set"}:
             raise ValueError(f"the level {self.name}: of weights a measure takes sets, and nothing else")
+
+    def layers_without_choice(self, measure: str, takes: str) -> str:
+        """The layers of a spec that names none."""
+        return self.own_layers.get(measure, self.default_layers[takes])
 
     @property
     def of_weights(self) -> bool:

@@ -33,12 +33,14 @@ import torch
 from torch import Tensor
 
 from regularizers.primitives import (
+    EPS,
     Contrast,
     CrossEntropy,
     SquaredSpread,
     full_precision,
     gram,
     mean_direction,
+    mean_of_neighbours,
     mean_over_sets,
     over_sets,
     twice_normalised,
@@ -48,6 +50,7 @@ from regularizers.registry import Option, Registry
 
 if TYPE_CHECKING:
     from mixing.mixup import Labels
+    from mixing.patch_grid import Labels as GridLabels
 
 # Options of specs ("patch.cosine:abs", "patch.contrastive:tau=0.1"), and the keyword arguments that they set.
 # A measure has an option if its function has the argument.
@@ -178,6 +181,42 @@ def contrastive(x: Tensor, y: Tensor, *, tau: float = 1.0) -> Tensor:
         if n == 1:
             return 0 * (unit(x) * unit(y)).sum(dim=(-2, -1))
         return Contrast.apply(full_precision(x), full_precision(y), tau).mean(dim=(-2, -1))  # [C, n, 1] -> [C]
+
+    return mean_over_sets(of_chunk, x, y)
+
+
+@measure(takes="pair", levels=("patch",), detached=True)
+def context(x: Tensor, y: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+    r"""Each patch of the last layer should fit its own embedding more than other patches and its neighbours do.
+
+        R = -1/n sum_i log( e^{s_i} / (e^{s_i} + e^{o_i} + e^{g_i}) + 1e-8 )
+        s_i = <x_i, y_i>,   o_i = <x_i, 1/(n - 1) sum_{j != i} y_j>,   g_i = <x_i, (A_i - y_i / 49) 49 / 48>
+
+    A_i is the average of y in the 7 x 7 window around patch i. Beyond the border of the grid y counts as 0, and is
+    counted, so that g_i is smaller there. The products are raw, not cosines. No gradient flows through the first
+    layer: a term takes it as it is. With n = 1 there is nothing to contrast with, and R = 0.
+
+    Args: x, y [..., n, d], first and last layer, row by row; `grid` has rows and columns, None is as near to a
+        square as n allows.
+    Returns: scalar.
+    Range: [0, 18.5], from -log(1 + 1e-8) to -log(1e-8); about log 3 where the three products are alike.
+    Rewards: patches whose product with their own embedding is above that of the others' mean and of their
+        neighbours'; longer ones too, once it is.
+    Cost: O(n d); the window takes 14 additions a number. Again in the backward pass; keeps nothing but the inputs.
+    Source: [G21], the context term of its code (its paper has `contrastive`'s form).
+    Use: the released recipe of [G21], with its embeddings and final features (embed:norm), beside `region_mixing`.
+    """
+    n = x.shape[-2]
+
+    def of_chunk(x: Tensor, y: Tensor) -> Tensor:
+        x, y = full_precision(x), full_precision(y)  # [C, n, d]
+        own = (x * y).sum(dim=-1)  # [C, n]
+        if n == 1:
+            return 0 * own.sum(dim=-1)
+        others = ((x @ y.sum(dim=-2, keepdim=True).mT).squeeze(-1) - own) / (n - 1)
+        around = ((x * mean_of_neighbours(y, grid, 7)).sum(dim=-1) - own / 49) * 49 / 48
+        share = torch.stack([own, others, around], dim=-1).softmax(dim=-1)[..., 0]  # [C, n]
+        return -(share + EPS).log().mean(dim=-1)
 
     return mean_over_sets(of_chunk, x, y)
 
@@ -385,3 +424,28 @@ def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
     classes = classes.expand(-1, patch_logits.shape[1], -1).flatten(0, 1)  # [B * P, 2]
     shares = torch.stack([labels.patch_weight, 1 - labels.patch_weight], dim=2).flatten(0, 1)  # [B * P, 2]
     return CrossEntropy.apply(patch_logits.flatten(0, 1), classes, shares, labels.smoothing).mean()
+
+
+@measure(takes="labels")
+def region_mixing(patch_logits: Tensor, labels: GridLabels) -> Tensor:
+    r"""Divergence of what each region of a mixed image is taken for from what it shows, weighted by its size.
+
+        R = 1/B sum_b sum_r w_r sum_k t_brk (log t_brk - log(1e-8 + q_brk))
+
+    The two regions are the patches that are an image's own and those of its partner; w_r is their share of all
+    patches, t_br the (soft) label of what they show, and q the softmax of the region's K logits. 0 log 0 = 0. The
+    sum over the regions is not divided.
+
+    Args: patch_logits [B, 2, K], of the regions that `labels` names (mixing/patch_grid.py), through a head of their
+        own (models/heads.py); computed in at least float32.
+    Returns: scalar.
+    Range: [-1e-8 K, inf); 0 where q is the label.
+    Rewards: patches of a region whose mean says what the region shows.
+    Cost: O(K); and O(P D + D K) of the head. Keeps the probabilities of two regions an image.
+    Source: [G21], the mixing term of its code (its paper has `mixing`'s form).
+    Use: the released recipe of [G21], beside `context`. It brings its own mix of patches, and a head `patch_head`.
+    """
+    logits = full_precision(patch_logits)
+    targets = labels.of_regions(logits.shape[2], logits.dtype)  # [B, 2, K]
+    divergence = torch.xlogy(targets, targets) - targets * (logits.softmax(dim=2) + EPS).log()
+    return (divergence.sum(dim=2) @ labels.shares.to(logits.dtype)).mean()

@@ -1,4 +1,4 @@
-"""Patch level: the items are the P patch embeddings of a block."""
+"""Patch level: the items are the P patch embeddings of a block, or of what stands before and after all blocks."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ PATCH = Level(
     items=items,
     shape="patches x width",
     first=-1,
+    ends=True,
+    own_layers={"context": "embed:norm"},
     default_layers={"set": "last", "pair": "first:last", "gradient": "last", "labels": "last"},
     default_arguments={"so": {"normalize": True}, "cno": {"normalize": True}},
 )

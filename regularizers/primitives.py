@@ -8,6 +8,7 @@ Shapes: n items of width d, in sets [..., n, d].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,6 +99,29 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return (gradient + gradient.mT) @ x
+
+
+def mean_of_neighbours(x: Tensor, grid: tuple[int, int] | None, side: int) -> Tensor:
+    """The average over the window of side x side around each item of a grid, beyond which there are zeros.
+
+    Args:
+        x: [C, n, d], items row by row.
+        grid: rows and columns; None is as near to a square as n allows.
+        side: of the window, odd.
+    Returns: [C, n, d].
+    """
+    n = x.shape[-2]
+    rows, columns = grid or nearest_to_a_square(n)
+    image = x.mT.unflatten(-1, (rows, columns))  # [C, d, rows, columns]
+    image = F.avg_pool2d(image, (side, 1), stride=1, padding=(side // 2, 0))
+    image = F.avg_pool2d(image, (1, side), stride=1, padding=(0, side // 2))
+    return image.flatten(2).mT
+
+
+def nearest_to_a_square(n: int) -> tuple[int, int]:
+    """Rows and columns, rows <= columns, of a rectangle of n whose sides differ least."""
+    rows = next(rows for rows in range(math.isqrt(n), 0, -1) if n % rows == 0)
+    return rows, n // rows
 
 
 def in_chunks(*tensors: Tensor, each: int | None = None) -> list[tuple[Tensor, ...]]:

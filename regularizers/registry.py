@@ -68,6 +68,8 @@ class Measure:
         takes: 'set' (one layer), 'pair' (two layers), 'gradient' (of the label loss, at one layer) or 'labels'.
         levels: where it applies.
         averaged: whether its items are averaged with the image's own cross-entropy; of those that take labels.
+        detached: whether the first of two layers is a target, through which no gradient flows; of those that take a
+            pair.
         options: names from the table of options that `function` accepts.
         defaults: the function's keyword arguments and their defaults.
     """
@@ -76,6 +78,7 @@ class Measure:
     takes: Takes
     levels: tuple[str, ...]
     averaged: bool
+    detached: bool
     options: tuple[str, ...]
     defaults: Mapping[str, Any]
 
@@ -92,7 +95,12 @@ class Registry(dict[str, Measure]):
         self._options = options
 
     def measure(
-        self, *, takes: Takes = "set", levels: tuple[str, ...] | None = None, averaged: bool = False
+        self,
+        *,
+        takes: Takes = "set",
+        levels: tuple[str, ...] | None = None,
+        averaged: bool = False,
+        detached: bool = False,
     ) -> Callable[[Function], Function]:
         """A decorator that registers a function under its own name; see `Measure`.
 
@@ -104,7 +112,7 @@ class Registry(dict[str, Measure]):
             parameters = inspect.signature(function).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
             where, options = levels_of(takes, levels), options_of(defaults, self._options)
-            self[function.__name__] = Measure(function, takes, where, averaged, options, defaults)
+            self[function.__name__] = Measure(function, takes, where, averaged, detached, options, defaults)
             return function
 
         return register

@@ -6,7 +6,8 @@
 A spec names a measure, a level (what the items are) and layers. The value of a term is the sum over its layers
 (for weights: over all matrices of its layers), each the mean over the images. Layers are 'first', 'last', 'all',
 a block's number, a range 'a-b', or several of these with commas; measures across layers take two of them with a
-colon. For patches 'first' is the input of block 0. Options are words or numbers ('tau=0.1'), with commas; the
+colon. For patches 'first' is the input of block 0, 'embed' the patch embeddings before their positions are added,
+and 'norm' the final features, final norm included. Options are words or numbers ('tau=0.1'), with commas; the
 coefficient stands after the last '='.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from errors import UserError, did_you_mean
+from layers import ENDS, canonical, is_selector, resolve_layers
 from regularizers.level import Level
 from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES, OPTIONS
@@ -34,6 +36,7 @@ REFERENCE_FLAGS: Mapping[str, str] = {
     "attn_cos_within_coef": "attn.cosine@0",
     "weight_mha_cond_orth_coef": "weight.cno@all",
 }
+
 
 _TERM = r"(?P<term>[^:@=]+)(?::(?P<options>[^@]*))?(?:@(?P<layers>[^=]*))?"
 
@@ -91,9 +94,9 @@ def parse_spec(text: str, with_coef: bool = True) -> Spec:
         _check_labelled(term, measure, words, match["layers"], text)
     matrices = tuple(matrix for matrix in level.matrices if matrix in words)
     options = _canonical_options(level, name, [word for word in words if word not in matrices], text)
-    layers = match["layers"] if match["layers"] is not None else level.default_layers[measure.takes]
-    _check_layers(layers, measure.takes, text)
-    layers = re.sub(r"\d+", lambda number: str(int(number[0])), layers)  # 03 is 3
+    layers = match["layers"] if match["layers"] is not None else level.layers_without_choice(name, measure.takes)
+    _check_layers(layers, level, measure.takes, text)
+    layers = canonical(layers)
     return Spec(level_name, name, options, layers, coef, () if matrices == level.default_matrices else matrices)
 
 
@@ -173,12 +176,12 @@ def _coefficient(text: str, spec: str) -> float:
     return value
 
 
-_ONE_LAYER = re.compile(r"first|last|all|\d+|\d+-\d+")
-
-
-def _check_layers(layers: str, takes: str, spec: str) -> None:
+def _check_layers(layers: str, level: Level, takes: str, spec: str) -> None:
     sides = layers.split(":")
-    if not all(_ONE_LAYER.fullmatch(part) for side in sides for part in side.split(",")):
+    ends = [part for side in sides for part in side.split(",") if part in ENDS]
+    if ends and not level.ends:
+        raise UserError(f"{spec!r}: the layer {ends[0]} has patches alone, no {level.name} terms: choose blocks")
+    if not all(map(is_selector, sides)):
         raise UserError(
             f"malformed layers {layers!r} in {spec!r}: write first, last, all, a block's number, a range a-b, "
             "or several with commas"
@@ -188,30 +191,6 @@ def _check_layers(layers: str, takes: str, spec: str) -> None:
         raise UserError(f"{spec!r}: this measure takes {want}")
     if takes == "gradient" and layers != "last":
         raise UserError(f"{spec!r}: the gradient of the label loss is taken at the last block only (@last)")
-
-
-def resolve_layers(selector: str, depth: int, first: int, spec: str) -> list[int]:
-    """Block indices that a selector names in a model of `depth` blocks; 'first' is `first` (-1 for patches).
-
-    Raises:
-        UserError: a block that the model does not have, or an empty range.
-    """
-    layers: list[int] = []
-    for part in selector.split(","):
-        if part in ("first", "last"):
-            layers.append(first if part == "first" else depth - 1)
-        elif part == "all":
-            layers += range(depth)
-        else:
-            low, _, high = part.partition("-")
-            start, end = int(low), int(high or low)
-            if end < start:
-                raise UserError(f"{spec!r}: the range {part} is empty")
-            if end >= depth:
-                outside = max(start, depth)
-                raise UserError(f"{spec!r}: layer {outside} is out of range, the model has blocks 0 to {depth - 1}")
-            layers += range(start, end + 1)
-    return list(dict.fromkeys(layers))
 
 
 def resolve_pairs(selector: str, depth: int, first: int, spec: str) -> list[tuple[int, int]]:

@@ -64,10 +64,11 @@ EXAMPLES = """\
 
 LAYERS_AND_VALUES = """\
 Without layers, a term takes the default of its level in the table below. For patches `first` is the input of block
-0. A measure across layers takes two sides with a colon: one layer against one, one against several, or equally many
-on both sides, which are then paired in order. A term's value is the mean over images and the sum over its layers,
-and for weights the sum over all matrices. `patch.mixing=c` enters the label loss as
-(CE_cls + c Σ_p CE_p) / (1 + c P); all other terms are added with their coefficient.
+0, `embed` the patch embeddings before positions are added, and `norm` the final features. A measure across layers
+takes two sides with a colon: one layer against one, one against several, or equally many on both sides, which are
+then paired in order. A term's value is the mean over images and the sum over its layers, and for weights the sum
+over all matrices. `patch.mixing=c` enters the label loss as (CE_cls + c Σ_p CE_p) / (1 + c P); all other terms are
+added with their coefficient.
 """
 
 READING = """\

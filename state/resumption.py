@@ -23,7 +23,10 @@ from state.contents import check_contents
 from state.saved_flags import flags_of
 from utils import broadcast_object, print_main
 
-NEEDED = ("model", "optimizer", "lr_scheduler", "epoch")
+NEEDED = ("model", "epoch")
+OF_THE_OPTIMIZER = ("optimizer", "lr_scheduler")  # without --no-resume-opt
+# Flags that contradict the state of an optimizer or schedule; where none is continued, they may change.
+FREE_WITHOUT_STATE = ("opt", "opt_kwargs", "layer_decay", "sched")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def find(args: Args) -> Earlier | None:
     """Read the checkpoint that `--resume` names; None for a fresh run. All processes must ask together.
 
     Raises:
-        UserError: it cannot be read, or does not hold what a continuation needs.
+        UserError: it cannot be read, does not hold what a continuation needs, or is of the middle of an epoch where
+            --no-resume-opt begins one.
     """
     if not args.resume:
         return None
@@ -92,13 +96,19 @@ def find(args: Args) -> Earlier | None:
             return None
         path = newest
     state = checkpoint.load(path)
-    missing = [key for key in NEEDED if not isinstance(state, dict) or key not in state]
+    needed = (*NEEDED, *(OF_THE_OPTIMIZER if args.resume_opt else ()))
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(
             f"{path} cannot be resumed, it has no {', '.join(missing)}; --finetune starts from its weights, "
             "--eval --resume evaluates them"
         )
     check_contents(state, path)
+    if state.get("step") and not args.resume_opt:
+        raise UserError(
+            f"{path} was written in the middle of an epoch, and --no-resume-opt begins one with a fresh optimizer: "
+            "take a checkpoint of a whole epoch"
+        )
     return Earlier(path, state)
 
 
@@ -119,6 +129,10 @@ def in_force(args: Resolved, earlier: Earlier) -> Resolved:
     if isinstance(state.get("args"), argparse.Namespace) and saved.get("lr") == scaled_lr(args):
         del saved["lr"]  # DeiT and the reference save it scaled
     found = differences(saved, args)
+    if not args.resume_opt:
+        found = [
+            replace(change, rule=Resume.NOW) if change.name in FREE_WITHOUT_STATE else change for change in found
+        ]
     kept: dict[str, Any] = {}
     for change in found:
         before = _option(change.name, change.was)

@@ -161,20 +161,23 @@ class RunState:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def load_state_dict(self, state: Mapping[str, Any], path: str) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], path: str, with_optimizer: bool = True) -> None:
         """Continue from a checkpoint. Random streams are put back by `restore_streams`, when training begins.
 
+        Args:
+            with_optimizer: whether optimizer, schedule and gradient scaler are continued, too.
         Raises:
             UserError: it is another model's or optimizer's, or was written in the middle of an epoch that cannot
                 go on with these processes.
         """
         load_weights(self.model.backbone, model_weights(state, path), path)
         try:
-            self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
-            set_generator(self.optimizer, state.get("optimizer_generator"))
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if self.scaler.is_enabled() and state.get("scaler"):
-                self.scaler.load_state_dict(state["scaler"])
+            if with_optimizer:
+                self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
+                set_generator(self.optimizer, state.get("optimizer_generator"))
+                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+                if self.scaler.is_enabled() and state.get("scaler"):
+                    self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.running.step = int(state["epoch"]), int(state.get("step", 0))
             if self.steps_per_epoch and self.running.step > self.steps_per_epoch:
                 raise UserError(f"{path} is {self.running.step} steps into an epoch of {self.steps_per_epoch}")

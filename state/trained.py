@@ -12,7 +12,7 @@ from errors import UserError
 from images.transforms import Preprocessing
 from models import VARIANTS, build_model, check_name, pretrained_config
 from models.remedies import install_remedies
-from models.weights import StateDict, has_average, load_weights, model_weights
+from models.weights import StateDict, has_average, load_weights, model_weights, without_patch_head
 from options.flags import sides
 from state import checkpoint
 from state.contents import check_description
@@ -74,7 +74,7 @@ def read_trained(
     num_classes: int | None = None,
     only_if_silent: bool = False,
 ) -> Trained:
-    """Build the model that a checkpoint describes, and load its weights.
+    """Build the model that a checkpoint describes, and load its weights, without those of a head for patches.
 
     The name, its arguments and the image size are those of the checkpoint's saved flags, and the number of classes
     is that of its head, unless given here.
@@ -120,7 +120,7 @@ def read_trained(
     remedies = [str(text) for text in flags.get("remedy") or ()]
     install_remedies(backbone, remedies)
     advice = "Check --model, --model-kwargs, --input-size and --num-classes"
-    load_weights(backbone, tensors, path, advice)
+    load_weights(backbone, without_patch_head(backbone, tensors), path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
     names = _class_names(flags, backbone.num_classes, path)

@@ -113,6 +113,41 @@ def contrastive(x: Rows, y: Rows, tau: float = 1.0) -> Number:
     return value
 
 
+def grid_of(n: int) -> tuple[int, int]:
+    """Rows and columns of the rectangle of n items whose sides differ least; no fewer columns than rows."""
+    rows = max(rows for rows in range(1, n + 1) if n % rows == 0 and rows * rows <= n)
+    return rows, n // rows
+
+
+def neighbours_mean(y: Rows, place: int, grid: tuple[int, int]) -> list[Number]:
+    """The sum over the 7 x 7 window around an item, divided by 49: what lies beyond the grid counts as zeros."""
+    rows, columns = grid
+    row, column = divmod(place, columns)
+    near = [
+        y[columns * r + c]
+        for r in range(rows)
+        for c in range(columns)
+        if abs(r - row) <= 3 and abs(c - column) <= 3
+    ]
+    return [sum(values) / 49 for values in zip(*near, strict=True)]
+
+
+def context(x: Rows, y: Rows, grid: tuple[int, int] | None = None) -> Number:
+    """-1/n sum_i log(q_i + 1e-8), q the softmax of x_i's products with y_i, others and neighbours; no others: 0"""
+    n, value = len(x), 0.0
+    if n == 1:
+        return 0.0
+    for i in range(n):
+        others = [sum(y[j][k] for j in range(n) if j != i) / (n - 1) for k in range(len(y[i]))]
+        mean = neighbours_mean(y, i, grid or grid_of(n))
+        around = [(a - b / 49) * 49 / 48 for a, b in zip(mean, y[i], strict=True)]
+        products = [dot(x[i], other) for other in (y[i], others, around)]
+        largest = max(float(torch.as_tensor(product).detach()) for product in products)
+        powers = [exp(product - largest) for product in products]
+        value = value - log(powers[0] / sum(powers) + 1e-8) / n
+    return value
+
+
 def squared_distances(x: Rows) -> list[Number]:
     """2 - 2 <u_i, u_j> over pairs i > j"""
     u = twice_normalised(x)
@@ -240,6 +275,64 @@ def patch_cross_entropies(
         for b in range(batch)
     ]
     return [soft_cross_entropy(patch_logits[:, p], [dense[b][p] for b in range(batch)]) for p in range(patches)]
+
+
+def floored_cross_entropy(logits: list[list[float]], labels: list[list[float]]) -> float:
+    """Mean over rows of -sum_k y_k log(1e-8 + softmax(z)_k)."""
+    value = 0.0
+    for z, y in zip(logits, labels, strict=True):
+        partition = sum(math.exp(a) for a in z)
+        value -= sum(p * math.log(1e-8 + math.exp(a) / partition) for a, p in zip(z, y, strict=True)) / len(logits)
+    return value
+
+
+def region_mixing(
+    logits: list[list[list[float]]], labels: list[list[float]], order: list[int], own: list[list[int]]
+) -> float:
+    """Sum over the two regions: their share of the patches, times the images' mean of KL(label || 1e-8 + softmax).
+
+    logits [B, 2, K]; labels [B, K] before patches were mixed; own [rows][columns], 1 where a patch is the image's.
+    """
+    cells = [cell for row in own for cell in row]
+    shares = [cells.count(1) / len(cells), cells.count(0) / len(cells)]
+    value = 0.0
+    for b, both in enumerate(logits):
+        for z, share, target in zip(both, shares, (labels[b], labels[order[b]]), strict=True):
+            partition = sum(math.exp(a) for a in z)
+            for a, t in zip(z, target, strict=True):
+                if t > 0:
+                    value += share * t * (math.log(t) - math.log(1e-8 + math.exp(a) / partition)) / len(logits)
+    return value
+
+
+def grid_mixed(images: Tensor, order: list[int], own: list[list[int]], patch: tuple[int, int]) -> Tensor:
+    """Pixel by pixel: the image's own where its patch is, or where there is no whole patch; else the partner's."""
+    mixed = images.clone()
+    for b, partner in enumerate(order):
+        for y in range(images.shape[2]):
+            for x in range(images.shape[3]):
+                row, column = y // patch[0], x // patch[1]
+                if row < len(own) and column < len(own[0]) and not own[row][column]:
+                    mixed[b, :, y, x] = images[partner, :, y, x]
+    return mixed
+
+
+def rectangles(rows: int, columns: int) -> dict[tuple[int, int, int, int], float]:
+    """The probability of each rectangle (top, bottom, left, right): the rule's cases, one after the other."""
+    patches, found = rows * columns, {}
+    for area in range(patches):  # floor(P u), u uniform: each as likely
+        lengths = range(1, max(1, min(rows, area) - 1) + 1)
+        for drawn in lengths:
+            length, width = drawn, area // drawn
+            if width > columns:
+                length, width = area // columns, columns
+            tops, lefts = range(max(0, rows - length) + 1), range(max(0, columns - width) + 1)
+            for top in tops:
+                for left in lefts:
+                    key = (top, top + length, left, left + width)
+                    chance = 1 / (patches * len(lengths) * len(tops) * len(lefts))
+                    found[key] = found.get(key, 0.0) + chance
+    return found
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> float:

@@ -53,7 +53,7 @@ KNOWS = {
     "program": ("errors",),
     "utils": ("errors",),
     "layers": ("errors",),
-    "regularizers": ("errors", "utils", "regularizers"),  # tensors, not models
+    "regularizers": ("errors", "utils", "layers", "regularizers"),  # tensors, not models
     "images": ("errors", "utils", "options.flags", "images"),  # no batches
     "loggers": ("errors", "utils", "loggers"),
     "mixing": ("errors", "mixing"),

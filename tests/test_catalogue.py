@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import regularizers
+from build import SCHEMES
 from errors import UserError
-from mixing.mixup import Mixup
 from models.adapters import MATRICES
 from options import config, flags
 from regularizers import MEASURES, catalogue, measures, parse_spec
@@ -165,7 +165,10 @@ def test_measures_apply_where_a_level_has_what_they_take() -> None:
     assert levels["contrastive"] >= {"patch", "attn"} and "weight" not in levels["contrastive"]
     assert "patch" in levels["gradient_diversity"] and not levels["gradient_diversity"] & {"attn", "weight"}
     assert "patch" in levels["mixing"] and not levels["mixing"] & {"attn", "weight"}
+    assert levels["context"] == {"patch"} and levels["region_mixing"] == {"patch"}
     assert MEASURES["mixing"].averaged and not MEASURES["cosine"].averaged
+    assert MEASURES["context"].detached and not MEASURES["contrastive"].detached
+    assert not MEASURES["region_mixing"].averaged
 
 
 def test_matrices_are_those_that_models_have() -> None:
@@ -211,6 +214,7 @@ def test_default_layers_and_arguments_are_the_specs(name: str) -> None:
         ("pairwise_cosine", {}, 0, 1),
         ("contrastive", {}, 0.12, 2.13),
         ("contrastive", {"tau": 0.25}, 3.3e-4, 8.01),
+        ("context", {}, 0, 18.5),
         ("mhs", {}, -4, 0),
         ("mgd", {}, -6e-6, 13.8 * 6),
         ("so", {}, 2, torch.inf),
@@ -230,20 +234,23 @@ def test_ranges_hold(name: str, arguments: Mapping[str, Any], low: float, high: 
         assert low - 1e-9 <= value <= high + 1e-9
 
 
-def arguments(takes: str) -> list[Any]:
+def arguments(name: str) -> list[Any]:
     """Something that a measure may be called with: the first is what a gradient is taken at."""
+    takes = MEASURES[name].takes
     torch.manual_seed(0)
     x, y = torch.randn(2, 4, 6, 8, dtype=torch.float64).unbind()
     if takes == "labels":
-        _, labels = Mixup(patch_size=(8, 8))(torch.zeros(4, 3, 16, 24, dtype=torch.float64), torch.arange(4))
-        return [x.requires_grad_(), labels]
+        mixing = SCHEMES[f"patch.{name}"].mixing(patch_size=(8, 8))
+        _, labels = mixing(torch.zeros(4, 3, 16, 24, dtype=torch.float64), torch.arange(4))
+        regions = len(getattr(labels, "regions", x[0]))
+        return [x[:, :regions].requires_grad_(), labels]
     return [x.requires_grad_(), y] if takes == "pair" else [x.requires_grad_()]
 
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_step_down_the_gradient_lowers_the_measure(name: str) -> None:
     """All are minimised, as the catalogue says."""
-    x, *others = arguments(MEASURES[name].takes)
+    x, *others = arguments(name)
 
     def value(x: Tensor) -> Tensor:
         torch.manual_seed(1)

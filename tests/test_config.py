@@ -249,6 +249,7 @@ LEFT_OUT = {
     ),  # have words of their own, below
     *(
         "resume",
+        "resume_opt",
         "finetune",
         "teacher_path",
         "teacher_eval",

@@ -10,7 +10,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from build import PLAIN, SCHEMES
 from errors import UserError
+from layers import EMBED, resolve_layers
 from losses import Objective
 from mixing.mixup import Mixup
 from models import Captured, DiverseViT, Needs
@@ -19,7 +21,7 @@ from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse
 from regularizers.levels import LEVELS
 from regularizers.measures import OPTIONS
 from regularizers.registry import Option
-from regularizers.specs import all_names, resolve_layers
+from regularizers.specs import all_names
 
 BATCH, PREFIX, TOKENS, WIDTH, HEADS, DEPTH = 2, 2, 6, 5, 3, 4  # of the hand-made forward pass
 SHAPES = [(6, 4), (3, 4), (3, 4)], [(6, 4), (6, 4), (3, 4)]  # of W_q, W_k, W_v in even and in odd blocks
@@ -67,7 +69,10 @@ def qkv(*blocks: int) -> frozenset[tuple[int, str]]:
             Spec("attn", "cosine_cross", (), "first:last", 1.0),
             "attn.cosine_cross@first:last",
         ),
+        ("patch.context=1", Spec("patch", "context", (), "embed:norm", 1.0), "patch.context@embed:norm"),
+        ("patch.cosine@embed,0,norm=1", Spec("patch", "cosine", (), "embed,0,norm", 1.0), None),
         ("patch.gradient_diversity=1", Spec("patch", "gradient_diversity", (), "last", 1.0), None),
+        ("patch.region_mixing=1", Spec("patch", "region_mixing", (), "last", 1.0), "patch.region_mixing"),
         ("patch.mixing=1", Spec("patch", "mixing", (), "last", 1.0), "patch.mixing"),
         ("patch.mixing@last=0.25", Spec("patch", "mixing", (), "last", 0.25), "patch.mixing"),
         ("  patch.so=0  ", Spec("patch", "so", (), "last", 0.0), "patch.so@last"),
@@ -98,7 +103,8 @@ def test_parse(text: str, spec: Spec, name: str | None) -> None:
 def test_defaults_per_level(term: str) -> None:
     level, _, _ = term.partition(".")
     spec = parse_spec(f"{term}=1")
-    assert spec.layers == LEVELS[level].default_layers[takes(term)]
+    own = {"patch.context": "embed:norm"}
+    assert spec.layers == own.get(term, LEVELS[level].default_layers[takes(term)])
     assert spec.name == (term if takes(term) == "labels" else f"{term}@{spec.layers}")
 
 
@@ -226,6 +232,13 @@ def test_reference_flags_are_the_recipe() -> None:
         ("patch.cosine@middle=1", "malformed layers 'middle' .* write first, last, all, a block's number"),
         ("patch.cosine@first-last=1", "malformed layers"),
         ("patch.contrastive@0:=1", "malformed layers"),
+        ("patch.cosine@embed-norm=1", "malformed layers"),
+        (
+            "attn.cosine@norm=1",
+            "'attn.cosine@norm=1': the layer norm has patches alone, no attn terms: choose",
+        ),
+        ("weight.so@0,embed=1", "the layer embed has patches alone, no weight terms: choose blocks"),
+        ("patch.gradient_diversity@norm=1", "taken at the last block only"),
         ("patch.cosine@first:last=1", "this measure takes one side, e.g. @last"),
         ("weight.so@0:1=1", "this measure takes one side"),
         ("patch.contrastive@last=1", "this measure takes two sides with a colon, e.g. @first:last"),
@@ -389,7 +402,11 @@ def forward_pass(dtype: torch.dtype = torch.float64) -> Captured:
 
     tokens = {layer: draw(BATCH, TOKENS, WIDTH).requires_grad_() for layer in range(-1, DEPTH)}
     attention = {layer: draw(BATCH, HEADS, TOKENS, TOKENS).softmax(-1) for layer in range(DEPTH)}
-    return Captured(draw(BATCH, 3), None, None, tokens, attention, dict.fromkeys(tokens, PREFIX))
+    logits = draw(BATCH, 3)
+    tokens[EMBED] = draw(BATCH, TOKENS - PREFIX, WIDTH).requires_grad_()
+    tokens[DEPTH] = draw(BATCH, TOKENS, WIDTH).requires_grad_()
+    prefix = {**dict.fromkeys(tokens, PREFIX), EMBED: 0}
+    return Captured(logits, None, None, tokens, attention, prefix)
 
 
 def weights_by_shape(shapes: Sequence[list[tuple[int, int]]]) -> dict[int, list[Tensor]]:
@@ -644,6 +661,45 @@ def test_layers_of_different_width_or_grid_are_refused(text: str, message: str) 
         diversity(f"{text}=1").check(captured)
 
 
+def test_embed_and_norm_are_the_layers_before_and_after_all_blocks() -> None:
+    """Without prefix tokens the one, with the final ones the other; regularizers/ and models/ count alike."""
+    assert resolve_layers("embed,first,last,norm", 5, -1, "") == [EMBED, -1, 4, 5]
+    captured = forward_pass()
+    terms = diversity("patch.so@embed=1", "patch.so@norm=1", "patch.cosine_cross@embed:norm=1")
+    assert terms.needs == {"tokens": frozenset({EMBED, DEPTH})}
+    first, last = captured.tokens[EMBED], captured.tokens[DEPTH][:, PREFIX:]
+    found = terms(captured, no_weights)
+    expected = {
+        "patch.so@embed": MEASURES["so"].function(first, normalize=True),
+        "patch.so@norm": MEASURES["so"].function(last, normalize=True),
+        "patch.cosine_cross@embed:norm": MEASURES["cosine_cross"].function(first, last),
+    }
+    assert {name: term.value.item() for name, term in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_the_first_layer_of_context_is_a_target() -> None:
+    captured = forward_pass()
+    (term,) = diversity("patch.context=1")(captured, no_weights).values()
+    first, last = captured.tokens[EMBED], captured.tokens[DEPTH]
+    expected = reference.mean_over_leading(reference.context, first, last[:, PREFIX:])
+    assert term.value.item() == pytest.approx(expected, rel=1e-12)
+    gradients = torch.autograd.grad(term.value, [first, last], allow_unused=True)
+    assert gradients[0] is None and gradients[1] is not None and gradients[1][:, PREFIX:].all()
+
+
+def test_context_takes_the_grid_and_refuses_patches_of_another() -> None:
+    captured = forward_pass()
+    values = {}
+    for grid in (None, (2, 2), (1, 4), (4, 1)):
+        terms = Diversity([parse_spec("patch.context=1"), parse_spec("patch.so=1")], DEPTH, grid=grid)
+        terms.check(captured)
+        assert terms.looks_at_neighbours == ["patch.context@embed:norm"]
+        values[grid] = terms(captured, no_weights)["patch.context@embed:norm"].value.item()
+    assert values[None] == values[2, 2]
+    with pytest.raises(UserError, match="takes patches of the last block's grid, 2 x 3, but layer embed has 4"):
+        Diversity([parse_spec("patch.context=1")], DEPTH, grid=(2, 3)).check(captured)
+
+
 @pytest.mark.parametrize("text", ["patch.cosine=1", "attn.cosine=1"])
 def test_weights_are_not_read_without_a_weight_term(text: str) -> None:
     diversity(text)(forward_pass(), no_weights)
@@ -683,7 +739,8 @@ def step(model: DiverseViT, objective: Diversity, dtype: torch.dtype = torch.flo
     return whole(model(images), labels) | whole.of_weights(model.weights)
 
 
-EVERYTHING = [f"{term}=0.1" for term in all_names()]
+# All terms but those that take another scheme's labels than Mixup's.
+EVERYTHING = [f"{term}=0.1" for term in all_names() if SCHEMES.get(term, PLAIN) == PLAIN]
 
 
 def test_every_term_on_a_real_model() -> None:

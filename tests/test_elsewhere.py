@@ -225,6 +225,19 @@ def test_gradients_of_ddp_are_the_mean_of_the_processes(tmp_path: Path, paramete
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+def test_patch_embeddings_are_seen() -> None:
+    """The layer embed is a module's output, which a call of the model shows."""
+    images, _ = random_batch()
+    model = attach(build(), ["patch.so@embed=1"])
+    found = model(images)
+    with torch.no_grad():
+        unit = nn.functional.normalize(model.patch_embed(images), dim=-1)  # [B, P, D]
+        expected = (unit @ unit.mT - torch.eye(unit.shape[1])).square().sum((1, 2)).mean()
+    torch.testing.assert_close(found.terms["patch.so@embed"], expected, rtol=1e-4, atol=0)
+    found.diversity.backward()
+    assert model.patch_embed.proj.weight.grad.any()
+
+
 def two_models() -> nn.Module:
     return nn.ModuleList([build(), build()])
 
@@ -242,6 +255,8 @@ def two_models() -> nn.Module:
             ["patch.gradient_diversity=1"],
             "patch.gradient_diversity@last takes the gradient of the label loss",
         ),
+        (build, ["patch.region_mixing=1"], "patch.region_mixing takes the patch labels of the mixed images"),
+        (build, ["patch.context=1"], "the layer norm is what forward_features returns, which a call of the model"),
         (build, ["patch.cosine@7=1"], "layer 7 is out of range, the model has blocks 0 to 2"),
         (build, ["patch.cosine=1", "patch.cosine=2"], "patch.cosine@last is given twice"),
         (build, ["patch.cosin=1"], "unknown regularizer 'patch.cosin'. Did you mean patch.cosine"),

@@ -515,10 +515,10 @@ def test_the_terms_choose_the_mixing_scheme(tiny, monkeypatch):
     assert isinstance(other, Other) and (other.options["mixup_alpha"], other.options["seed"]) == (0.3, 3)
     monkeypatch.setattr(Diversity, "labelled", ["patch.mixing", "patch.other"])
     with pytest.raises(UserError, match=r"patch.mixing and patch.other mix images in different ways: drop one"):
-        build.find_scheme(diversity)
+        build.find_scheme(diversity.labelled)
     monkeypatch.setattr(Diversity, "labelled", ["patch.unknown"])
     with pytest.raises(ValueError, match=r"patch.unknown takes labels, but has no line in build.SCHEMES"):
-        build.find_scheme(diversity)
+        build.find_scheme(diversity.labelled)
     monkeypatch.setattr(Diversity, "labelled", [])
     assert build.build_mixing(run_args(), model.backbone, diversity).patch_size is None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from errors import UserError
 from models import DiverseViT, Needs, build_model
+from models.heads import RegionHead
 from regularizers import Diversity, parse_spec
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -142,6 +143,107 @@ def test_tokens_are_timms_intermediates(name: str) -> None:
         torch.testing.assert_close(mine, patches, **EXACT)
         if prefix is not None:
             torch.testing.assert_close(tokens[:, :count], prefix, **EXACT)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before and after all blocks
+
+EMBED = -2
+WITHOUT_EMBEDDING = {name for name in FAMILIES if name.startswith(("naflex", "tnt", "deepseek", "twins", "levit"))}
+
+
+def as_row(grid: Tensor, width: int) -> Tensor:
+    """[B, N, D], or a grid [B, h, w, D] or [B, D, h, w] row by row, by its width D."""
+    if grid.ndim == 3:
+        return grid
+    return (grid if grid.shape[3] == width else grid.permute(0, 2, 3, 1)).flatten(1, 2)
+
+
+@every_family
+def test_embed_and_norm_are_what_the_model_passes_on(name: str) -> None:
+    """What patch_embed returns, and forward_features; models that have no patch_embed are refused."""
+    family, backbone = FAMILIES[name], build(name)
+    images = family.images()
+    if name in WITHOUT_EMBEDDING:
+        with pytest.raises(UserError, match="the layer embed is what patch_embed returns, which"):
+            DiverseViT(copy.deepcopy(backbone), Needs(tokens=frozenset({EMBED})))
+    wanted = {family.depth} if name in WITHOUT_EMBEDDING else {EMBED, family.depth}
+    made: list[Any] = []
+    if name not in WITHOUT_EMBEDDING:
+        backbone.patch_embed.register_forward_hook(lambda module, args, output: made.append(output))
+    with watched(family.blocks(backbone)) as (tokens, _):
+        features = backbone.forward_features(images)
+    model = DiverseViT(build(name), Needs(tokens=frozenset(wanted))).eval()
+    shown = model(images)
+    torch.testing.assert_close(shown.logits, backbone(images), **EXACT)
+    assert sorted(shown.tokens) == sorted(shown.prefix_tokens) == sorted(wanted)
+    last = as_row(features, backbone.num_features)
+    torch.testing.assert_close(shown.tokens[family.depth], last, **EXACT)
+    assert shown.prefix_tokens[family.depth] == last.shape[1] - family.patches(family.depth - 1)
+    if made:
+        embedded = made[0][0] if isinstance(made[0], tuple) else made[0]
+        torch.testing.assert_close(shown.tokens[EMBED], as_row(embedded, tokens[-1].shape[-1]), **EXACT)
+        assert shown.prefix_tokens[EMBED] == 0
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITHOUT_EMBEDDING])
+def test_context_works_or_is_refused_in_words(name: str) -> None:
+    """Of one scale it can be trained on; where the final features are wider than the embeddings it is refused."""
+    family = FAMILIES[name]
+    diversity = Diversity([parse_spec("patch.context=1")], depth=family.depth, grid=(family.sides[-1],) * 2)
+    model = DiverseViT(build(name), Needs(**diversity.needs)).train()
+    shown = model(family.images())
+    if not family.one_scale:
+        with pytest.raises(UserError, match=r"patch.context@embed:norm: layers embed and norm cannot be compared"):
+            diversity.check(shown)
+        return
+    diversity.check(shown)
+    (term,) = diversity(shown, model.weights).values()
+    term.value.backward()
+    assert term.value.isfinite() and model.layout is not None
+    gradients = [parameter.grad for parameter in model.layout.blocks[0].parameters() if parameter.grad is not None]
+    assert any(gradient.any() for gradient in gradients)
+
+
+class Halves:
+    """Labels of two regions: the first patches, and the others."""
+
+    def __init__(self, patches: int) -> None:
+        own = (torch.arange(patches) < patches // 3).double()
+        self.regions = torch.stack([own, 1 - own])
+
+
+@every_family
+def test_the_region_head_reads_final_patches(name: str) -> None:
+    """The mean of a region, or of the whole image, through a linear layer of its own; whatever the family."""
+    family, backbone = FAMILIES[name], build(name)
+    model = DiverseViT(backbone, Needs(patch_logits=True), head=RegionHead).eval()
+    images = family.images()
+    features = as_row(backbone.forward_features(images), backbone.num_features)
+    patches = features[:, features.shape[1] - family.patches(family.depth - 1) :]
+    shown = model(images)
+    weight, bias = backbone.patch_head.weight, backbone.patch_head.bias
+    assert model.predicts_jointly and shown.patch_logits is not None and shown.patch_logits.dtype == torch.float64
+    torch.testing.assert_close(shown.patch_logits, (patches.mean(1) @ weight.T + bias)[:, None], **EXACT)
+    labels = Halves(patches.shape[1])
+    mixed = model(images, labels=labels).patch_logits
+    for region, mask in enumerate(labels.regions):
+        inside = torch.stack([patches[:, p] for p in range(patches.shape[1]) if mask[p]]).sum(0)
+        expected = inside / (mask.sum() + 1e-4) @ weight.T + bias
+        torch.testing.assert_close(mixed[:, region], expected, **EXACT)
+
+
+@every_family
+def test_the_region_head_has_the_models_own_dropout(name: str) -> None:
+    """Anew for the patches; none where the model was built without, and none in evaluation."""
+    family = FAMILIES[name]
+    model = DiverseViT(build(name), Needs(patch_logits=True), head=RegionHead)
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    calls = []
+    for module in found:
+        module.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+    model.train()(family.images())
+    assert calls[-1] == (len(family.images()), 1, model.backbone.num_features)  # after all of the model's own
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every measure, two whole steps, a trajectory and every remedy against numbers computed by the originals.
+"""Every measure, whole steps, a trajectory and every remedy against numbers computed by the originals.
 
 The files lie in tests/golden, or in the folder that the environment variable GOLDEN_DIR names; shapes, seeds and
 coefficients are read from them. All in float64 at rtol 1e-9.
@@ -21,10 +21,13 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from engine import Precision, Updater, train_one_epoch
+from engine import Precision, Updater, evaluate, joint_prediction, train_one_epoch
 from losses import Objective
 from mixing.mixup import Mix, Mixup
+from mixing.patch_grid import Labels as GridLabels
+from mixing.patch_grid import PatchGrid, Rectangle
 from models import DiverseViT, Needs
+from models.heads import RegionHead
 from models.remedies import install_remedies
 from regularizers import Diversity, measures, parse_spec
 from regularizers.levels import LEVELS
@@ -386,3 +389,98 @@ def test_peer_contranorm() -> None:
 
 def test_every_peer_is_tested() -> None:
     assert {path.stem for path in GOLDEN.glob("peer_*.npz")} == {f"peer_{method}" for method in peers.OWN}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Patch Diversification's own step
+
+DIVERSIFICATION = {  # name -> key in the file
+    "ce": "ce",
+    "patch.region_mixing": "region_mixing",
+    "patch.context@embed:norm": "context_contrast",
+}
+
+
+def here(name: str) -> str:
+    """The recorded name of a parameter, as it is called here."""
+    return name.replace("attn.proj_p", "attn.remedies.talking_heads.proj_p")
+
+
+class RecordedGrid(PatchGrid):
+    """Mixes as recorded, without Mixup and CutMix."""
+
+    def __init__(self, golden: Any) -> None:
+        super().__init__(patch_size=(16, 16), mixup_alpha=0.0, cutmix_alpha=0.0, smoothing=0.1)
+        rows, columns = (np.flatnonzero(golden["mask"].any(axis=axis)) for axis in (1, 0))
+        edges = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        self.recorded = Rectangle(*map(int, edges)), [int(place) for place in golden["perm"]]
+
+    def draw(self, batch: int, rows: int, columns: int) -> tuple[Rectangle, list[int]]:
+        return self.recorded
+
+
+class Diversified:
+    """The recorded model, its objective and the batch, from the file alone."""
+
+    def __init__(self, golden: Any) -> None:
+        width, depth, heads, self.classes, side = (int(number) for number in golden["cfg"])
+        sizes = {"img_size": 16 * side, "patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": heads}
+        self.backbone: Any = VisionTransformer(**sizes, num_classes=self.classes)
+        install_remedies(self.backbone, ["talking_heads"])
+        specs = [parse_spec("patch.region_mixing=1"), parse_spec("patch.context=1")]
+        self.diversity = Diversity(specs, depth, grid=(side, side))
+        self.model = DiverseViT(self.backbone, Needs(**self.diversity.needs), head=RegionHead)
+        weights = {here(name): torch.tensor(value) for name, value in starting_with(golden, "param/").items()}
+        self.backbone.load_state_dict(weights, strict=True)
+        self.mixing = RecordedGrid(golden)
+        images = golden["images_u8"].repeat(16, axis=2).repeat(16, axis=3)
+        self.batch = normalise(images), torch.tensor(golden["labels"])
+
+
+def test_golden_patch_diversification_step() -> None:
+    """Every term, the total and every gradient, as the training loop leaves them."""
+    with np.load(GOLDEN / "patch_diversification_step.npz") as golden:
+        run = Diversified(golden)
+        stays = torch.optim.SGD(run.model.parameters(), lr=0.0)
+        updater = Updater(stays, Precision(torch.device("cpu")))
+        means = train_one_epoch(run.model, Objective(diversity=run.diversity), [run.batch], updater, run.mixing)
+
+        assert set(means) == {"loss", "lr", "dropped", *DIVERSIFICATION}
+        for term, key in {"loss": "total", **DIVERSIFICATION}.items():
+            assert_close(torch.tensor(means[term]), golden[key], term)
+        grads = {here(name): grad for name, grad in starting_with(golden, "grad/").items()}
+        parameters = dict(run.backbone.named_parameters())
+        assert set(grads) == set(parameters)
+        for parameter, grad in grads.items():
+            assert_close(parameters[parameter].grad, grad, f"gradient of {parameter}")
+
+
+def test_golden_patch_diversification_labels_and_logits() -> None:
+    """What the step's terms are computed from."""
+    with np.load(GOLDEN / "patch_diversification_step.npz") as golden:
+        run = Diversified(golden)
+        images, labels = run.mixing(*run.batch)
+        assert isinstance(labels, GridLabels)
+        own = labels.of_regions(run.classes, torch.float64)
+        assert_close(own[:, 0], golden["targets"], "labels of an image's own")
+        assert_close(own[:, 1], golden["targets"][golden["perm"]], "labels of its partner")
+        assert_close(labels.dense(run.classes, torch.float64), golden["mixed_targets"], "mixed labels")
+        assert_close(labels.shares, np.array([golden["rate"], 1 - golden["rate"]]), "shares")
+        assert_close(labels.regions[0], golden["mask"].ravel(), "the mask")
+        assert_close(run.model(images, labels=labels).logits, golden["logits"], "logits")
+
+
+def test_golden_patch_diversification_evaluation() -> None:
+    """Both predictions for the mixed images in evaluation mode, and that an evaluation counts what they say."""
+    with np.load(GOLDEN / "patch_diversification_step.npz") as golden:
+        run = Diversified(golden)
+        images, targets = run.mixing(*run.batch)[0], run.batch[1]
+        assert run.model.predicts_jointly
+        with torch.no_grad():
+            shown = run.model.eval()(images, needs=Needs(patch_logits=True))
+        assert shown.patch_logits is not None
+        assert_close(shown.logits.log_softmax(dim=1), golden["eval_log_probs"], "log probabilities")
+        assert_close(joint_prediction(shown.logits, shown.patch_logits), golden["eval_joint"], "joint prediction")
+        found = evaluate(run.model, [(images, targets)], Precision(torch.device("cpu")))
+        for key, scores in (("acc1", "eval_log_probs"), ("joint_acc1", "eval_joint")):
+            assert found[key] == 100 * (golden[scores].argmax(axis=1) == targets.numpy()).mean(), key

@@ -128,7 +128,7 @@ def test_every_option_has_a_case() -> None:
     assert {str(case) for case in CASES} >= {
         *("cosine", "cosine-absolute=True", "cosine_cross-absolute=True", "pairwise_cosine", "mhs", "mgd"),
         *("contrastive", "contrastive-tau=0.5", "so", "so-normalize=True", "gradient_diversity"),
-        *("cno", "cno-normalize=True", "cno-inverse=True"),
+        *("cno", "cno-normalize=True", "cno-inverse=True", "context"),
     }
 
 
@@ -484,6 +484,7 @@ RANGES = {
     "cosine_cross-absolute=True": (0.0, 1.0),
     "contrastive": (math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))),
     "contrastive-tau=0.5": (math.log(1 + math.exp(-4)), math.log(1 + math.exp(4))),
+    "context": (-math.log(1 + 1e-8), -math.log(1e-8)),
     "mgd": (0.0, math.inf),
     "so": (0.0, math.inf),
     "cno": (0.0, math.inf),
@@ -568,6 +569,41 @@ def test_contrastive_gradient_reaches_the_first_layer() -> None:
     """The first layer is not detached, unlike in Patch Diversification."""
     first, last = sets(2, 2, 4, 3)
     assert torch.autograd.grad(measures.contrastive(first, last), first)[0].abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Context
+
+
+@pytest.mark.parametrize("grid", [None, (9, 10), (10, 9), (6, 15), (1, 90)])
+def test_context_takes_its_neighbours_from_the_grid(grid: tuple[int, int] | None) -> None:
+    """Larger than the window in one direction or in both: value and gradients, number by number."""
+    x, y = inputs = sets(2, 2, 90, 3)
+    value = measures.context(x, y, grid=grid)
+    naive = partial(reference.context, grid=grid)
+    assert value.item() == pytest.approx(reference.mean_over_leading(naive, *inputs), rel=1e-12)
+    gradients = torch.autograd.grad(value, inputs)
+    for gradient, expected in zip(gradients, reference.gradients_of_mean(naive, *inputs), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_context_sees_the_picture_and_not_the_order_of_its_patches() -> None:
+    """The transposed picture has the same value, in its own grid alone; None is nearest to a square."""
+    x, y = (tensor.detach() for tensor in sets(2, 2, 90, 3))
+    value = measures.context(x, y, grid=(9, 10))
+    turned = [tensor.unflatten(1, (9, 10)).transpose(1, 2).flatten(1, 2) for tensor in (x, y)]
+    torch.testing.assert_close(measures.context(*turned, grid=(10, 9)), value, rtol=1e-12, atol=0)
+    assert measures.context(x, y) == value
+    for other in ((10, 9), (6, 15)):
+        assert abs(measures.context(x, y, grid=other) - value) > 1e-4
+
+
+def test_context_of_patches_that_are_all_alike() -> None:
+    """Far from the border the three products are equal, log 3; near it that with the neighbours is smaller."""
+    x = torch.full((1, 49 * 49, 2), 0.1, dtype=torch.float64)
+    alike = measures.context(x, x, grid=(49, 49)).item()
+    assert math.log(3) - 1e-2 < alike < math.log(3)
+    assert measures.context(x[:, :1], x[:, :1]).item() == 0  # one patch: nothing to contrast with
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -766,7 +802,7 @@ def test_cno_makes_one_matrix_of_gradients() -> None:
     assert shapes.count(x.shape) == 1
 
 
-@pytest.mark.parametrize("name", ["cosine", "cosine_cross", "contrastive", "gradient_diversity"])
+@pytest.mark.parametrize("name", ["cosine", "cosine_cross", "contrastive", "context", "gradient_diversity"])
 def test_linear_measures_form_no_n_by_n_matrix(name: str) -> None:
     (case,) = (case for case in named(name) if not case.arguments)
     inputs = sets(case.count, 300, 4)

@@ -38,6 +38,8 @@ def test_24_block_small_has_the_published_size():
         model = build_model(name)
         assert sum(p.numel() for p in model.parameters()) == 43_344_232
         assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (384, 24, 6)
+    base = build_model("deit_base_layer24_patch16_224", num_classes=10)
+    assert (base.embed_dim, len(base.blocks), base.blocks[0].attn.num_heads) == (768, 24, 12)
     with pytest.raises(UserError, match="no pretrained weights for deit_small_layer24"):
         timm.create_model("deit_small_layer24_patch16_224", pretrained=True)
 
@@ -136,9 +138,15 @@ def test_average_pooled_patches_pass_the_models_own_head():
 class RegionHead:
     """A patch head with a layer of its own, which mixes the patches as the labels say."""
 
+    joint = False
+
     def __init__(self, layout):
         self.layout = layout
-        layout.backbone.patch_head = torch.nn.Linear(24, 7)
+        self.attach(layout.backbone)
+
+    @staticmethod
+    def attach(backbone):
+        backbone.patch_head = torch.nn.Linear(24, 7)
 
     def __call__(self, features, labels=None):
         patches = features[:, self.layout.final_prefix_tokens :]

@@ -45,7 +45,7 @@ NOW = """crop_pct crop_mode interpolation train_mode measure monitor_redundancy 
 FREE = """model_ema_force_cpu torchcompile grad_checkpointing data_path download single_class num_workers pin_mem
     check_data teacher_path teacher_eval config output_dir device deterministic resume save_interval_steps
     save_interval_minutes checkpoint_hist eval print_freq dist_eval fsdp world_size dist_url dist_timeout
-    log_with project run_name"""
+    log_with project run_name resume_opt"""
 RULES = {
     name: rule
     for rule, names in zip(Resume, (STAYS, SAVED, EPOCH, NOW, FREE), strict=True)

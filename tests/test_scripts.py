@@ -22,7 +22,8 @@ from redundancy.options import read_options
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "script" / "slurm_train.sbatch"
 SCRIPTS = [*sorted((ROOT / "script").glob("*.sh")), SLURM]
-LAUNCHERS = sorted((ROOT / "script").glob("run_*.sh"))
+TWO_STAGES = ROOT / "script" / "run_patch_diversification.sh"
+LAUNCHERS = [path for path in sorted((ROOT / "script").glob("run_*.sh")) if path != TWO_STAGES]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -97,6 +98,64 @@ def test_launcher_passes_on_processes_folder_and_flags(tmp_path: Path, fake_torc
         "attn.cosine@0",
         "weight.cno@all",
     ]
+
+
+def stages(output: str) -> list[list[str]]:
+    """The flags of each of torchrun's calls."""
+    words = output.splitlines()
+    starts = [place for place, word in enumerate(words) if word == str(ROOT / "main.py")]
+    ends = [*(start - 3 for start in starts[1:]), len(words)]
+    return [words[start + 1 : end] for start, end in zip(starts, ends, strict=True)]
+
+
+def test_both_stages_of_patch_diversification(tmp_path: Path, fake_torchrun: dict[str, str]) -> None:
+    """The second starts from the first's last checkpoint without its optimizer, and then goes on from its own."""
+    where = {"RECIPE": "patch_diversification_deit_base", "OUTPUT": str(tmp_path / "out")}
+    env = fake_torchrun | where
+    run = bash(f"{TWO_STAGES} 'my images' --batch-size 64", tmp_path, **env)
+    assert run.returncode == 0, run.stderr
+    for stage in ("stage1", "stage2"):
+        (tmp_path / "out" / stage).mkdir(parents=True)
+    (tmp_path / "out" / "stage1" / "checkpoint.pth").touch()
+    first, second = (config.resolve(flags) for flags in stages(run.stdout))
+    assert (first.model, first.epochs, first.drop_path, first.batch_size) == ("deit_base_patch16_224", 300, 0.5, 64)
+    assert (first.resume, first.resume_opt, first.output_dir) == ("auto", True, str(tmp_path / "out" / "stage1"))
+    assert (second.epochs, second.drop_path, second.batch_size, second.data_path) == (400, 0.75, 64, "my images")
+    assert (second.resume, second.resume_opt) == (str(tmp_path / "out" / "stage1" / "checkpoint.pth"), False)
+    assert second.output_dir == str(tmp_path / "out" / "stage2")
+    (tmp_path / "out" / "stage2" / "checkpoint.1.pth").touch()
+    again = bash(f"{TWO_STAGES} images", tmp_path, **env, EPOCHS="2 3")
+    first, second = (config.resolve(flags) for flags in stages(again.stdout))
+    assert (first.epochs, second.epochs, second.resume, second.resume_opt) == (2, 3, "auto", True)
+    usage = bash(str(TWO_STAGES), tmp_path, **env)
+    assert usage.returncode == 2 and usage.stderr.startswith("usage: ")
+
+
+def test_a_first_stage_that_fails_is_the_end(tmp_path: Path, fake_torchrun: dict[str, str]) -> None:
+    program = Path(fake_torchrun["PATH"].partition(":")[0]) / "torchrun"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\nexit 75\n")
+    run = bash(f"{TWO_STAGES} images", tmp_path, **fake_torchrun, OUTPUT=str(tmp_path))
+    assert run.returncode == 75 and len(stages(run.stdout)) == 1
+
+
+@pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.startswith("patch_div")], ids=name_of)
+def test_patch_diversifications_recipes(recipe: Path) -> None:
+    """The released ones have its terms and mixing; that of the paper is plain terms on DeiT's recipe."""
+    args = config.resolve(["--config", str(recipe)])
+    terms = {spec.name: spec.coef for spec in args.terms}
+    if recipe.stem.endswith("paper"):
+        names = ["patch.pairwise_cosine@last", "patch.contrastive@first:last", "patch.mixing"]
+        assert terms == dict.fromkeys(names, 1) and (args.mixup, args.cutmix) == (0.8, 1.0)
+        return
+    names = ["patch.region_mixing", *([] if "swin" in recipe.stem else ["patch.context@embed:norm"])]
+    assert terms == dict.fromkeys(names, 1) and args.model_kwargs == {"drop_rate": 0.2}
+    assert (args.mixup, args.cutmix, args.mixup_switch_prob, args.repeated_aug) == (0, 1, 0, False)
+    assert args.min_lr == 1e-7 and args.model_ema_decay == 0.99996
+    if args.pretrained:
+        assert (args.drop_path, args.epochs, args.lr, args.weight_decay) == (0, 40, 5e-5, 1e-8)
+        assert (args.smoothing, args.reprob, args.aa) == (1e-6, 1e-6, "rand-n1-m1-mstd0.5-inc1")
+    else:
+        assert (args.drop_path, args.epochs, args.lr, args.weight_decay) == (0.5, 300, 5e-4, 0.05)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=name_of)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, did_you_mean
-from layers import canonical, is_selector, resolve_layers
+from layers import ENDS, canonical, is_selector, resolve_layers
 from models.adapters import Layout, find_layout, remedies_of
 from models.remedies.attending import MapRemedy
 from models.remedies.attnscale import AttnScale
@@ -123,7 +123,7 @@ def parse_remedy(text: str) -> Chosen:
         raise UserError(
             f"unknown remedy {name!r}.{did_you_mean(name, list(REMEDIES))} Known: {', '.join(REMEDIES)}"
         )
-    if at and not is_selector(layers):
+    if at and not (is_selector(layers) and set(layers.split(",")).isdisjoint(ENDS)):
         raise UserError(
             f"malformed layers {layers!r} in --remedy {text!r}: write first, last, all, a block's number, a range "
             "a-b, or several with commas"

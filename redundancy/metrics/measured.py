@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from layers import EMBED
 from models import Layout
 from models.adapters import MATRICES
 from redundancy.finding import Axis, Finding
@@ -71,7 +72,13 @@ def refusal(spec: Spec, layout: Layout, shown: Shown) -> str:
             return str(error)
         return ""
     source = shown.patches if term.level.source == "tokens" else shown.maps
-    missing = [layer for layer in (*term.layers, *chain(*term.pairs)) if layer not in source]
+    ends = [layout.layer_name(layer) for layer in _layers(term) if layer in (EMBED, layout.depth)]
+    if ends:
+        return (
+            f"{spec.name}: the report looks at blocks and at the input of the first, not at {ends[0]}; "
+            "--measure of main.py does"
+        )
+    missing = [layer for layer in _layers(term) if layer not in source]
     if missing:
         return f"{spec.name}: {layout.name} shows no {term.level.source} of layer {layer_label(missing[0])}"
     for one, other in term.pairs:
@@ -81,6 +88,10 @@ def refusal(spec: Spec, layout: Layout, shown: Shown) -> str:
                 f"{term.level.shape} differ; choose two layers of equal shape"
             )
     return ""
+
+
+def _layers(term: BoundTerm) -> list[int]:
+    return [*term.layers, *chain(*term.pairs)]
 
 
 class Measured(Accumulator):
@@ -111,10 +122,12 @@ class Measured(Accumulator):
 
     def _of_image(self, shown: Shown, image: int) -> Tensor:
         """One number for each layer, or each pair."""
-        function = self.term.function
         wanted: list[tuple[int, ...]] = [*((layer,) for layer in self.term.layers), *self.term.pairs]
-        sets = [[self._items(shown, layer, image) for layer in layers] for layers in wanted]
-        return torch.stack([function(*items).cpu() for items in sets])
+        values = []
+        for layers in wanted:
+            grid = {"grid": shown.grids[layers[0]]} if self.term.looks_at_neighbours else {}
+            values.append(self.term.function(*(self._items(shown, layer, image) for layer in layers), **grid).cpu())
+        return torch.stack(values)
 
     def _items(self, shown: Shown, layer: int, image: int) -> Tensor:
         """[..., n, d]"""
