@@ -156,3 +156,13 @@ def test_families() -> None:
     assert set(found) == set(FAMILIES)
     for family, refused in found.items():
         assert refused == {name for name in REMEDIES if family in REFUSED[name]}, family
+
+
+def test_the_costs_are_those_of_the_benchmarks() -> None:
+    benchmarks = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    costs = rows(part("What each costs"))
+    assert costs == rows(benchmarks.partition("\n## Remedies\n")[2].partition("\n## ")[0])
+    assert {row[0].strip("`") for row in costs} >= set(REMEDIES)
+    for row in costs:
+        name = row[0].strip("`")
+        assert name not in REMEDIES or row[3] == overview(name)[6]
