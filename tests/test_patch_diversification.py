@@ -106,6 +106,7 @@ def test_context_alone_goes_with_mixup(images: Path, tmp_path: Path, capsys: pyt
         ["--monitor-redundancy", "1", "--grad-accum-steps", "3"],
         ["--grad-checkpointing", "--mixup", "0.8", "--mixup-mode", "elem", "--amp-dtype", "bfloat16"],
         ["--model", "deit_tiny_distilled_patch16_224"],
+        ["--remedy", "talking_heads:random", "--remedy", "attnscale"],
         ["--mixup-prob", "0", "--batch-size", "3", "--reg", "patch.cosine@embed,norm=0.1"],
     ],
     ids=" ".join,

@@ -151,6 +151,8 @@ def test_patch_diversifications_recipes(recipe: Path) -> None:
     assert terms == dict.fromkeys(names, 1) and args.model_kwargs == {"drop_rate": 0.2}
     assert (args.mixup, args.cutmix, args.mixup_switch_prob, args.repeated_aug) == (0, 1, 0, False)
     assert args.min_lr == 1e-7 and args.model_ema_decay == 0.99996
+    plain = args.pretrained or "swin" in recipe.stem
+    assert args.remedy == ([] if plain else ["talking_heads:random"])
     if args.pretrained:
         assert (args.drop_path, args.epochs, args.lr, args.weight_decay) == (0, 40, 5e-5, 1e-8)
         assert (args.smoothing, args.reprob, args.aa) == (1e-6, 1e-6, "rand-n1-m1-mstd0.5-inc1")
