@@ -92,6 +92,12 @@ def load_weights(model: nn.Module, weights: StateDict, path: str, advice: str = 
         ):
             remedies = dict.fromkeys(name.partition(".remedies.")[2].partition(".")[0] for name in names)
             problems += [f"they are of a model with {has.format(name)}" for name in remedies if name]
+        for names, has in (
+            (unknown, "two heads, and the model has one"),
+            (missing, "one head, and the model has two"),
+        ):
+            if any(name.startswith(f"{PATCH_HEAD}.") for name in names):
+                problems.append(f"they are of a model with {has}: patch.region_mixing brings the second")
         raise UserError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. {advice}")
     model.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
 

@@ -108,6 +108,8 @@ def check(args: Resolved) -> None:
     check_lists(args)
     check_arguments(args)
     check_combinations(args)
+    if args.clip_mode == "agc":
+        check_agc(args)
     if args.fsdp:
         check_fsdp(args)
     check_files(args)
@@ -244,6 +246,20 @@ def check_remedies(args: Args) -> None:
             raise UserError(
                 f"--grad-checkpointing runs each block twice, and {remedy.name} {why}: drop one of the two"
             )
+
+
+def check_agc(args: Resolved) -> None:
+    """Refuse --clip-mode agc, which leaves out a model's last layer, where that is not the model's own head.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    second = [spec.name for spec in args.terms if spec.measure == "region_mixing"]
+    if second:
+        raise UserError(
+            f"--clip-mode agc leaves out a model's last layer, its head, but {second[0]} adds another one behind "
+            "it: choose norm or value"
+        )
 
 
 def check_fsdp(args: Resolved) -> None:

@@ -209,6 +209,10 @@ def test_one_term_twice_in_one_source_is_refused():
         (["--fsdp", "--reg", "patch.gradient_diversity=1"], "patch.gradient_diversity@last differentiates twice"),
         (["--fsdp", "--torchcompile"], "one graph, which --fsdp breaks"),
         (["--fsdp", "--model-ema-force-cpu"], "drop --model-ema-force-cpu"),
+        (
+            ["--clip-mode", "agc", "--clip-grad", "1", "--reg", "patch.region_mixing=1"],
+            "patch.region_mixing adds another one behind it: choose norm or value",
+        ),
         (["--distillation-type", "hard"], "a teacher needs weights: give --teacher-path"),
         (["--teacher_eval"], "a teacher needs weights: give --teacher-path"),
         (["--resume", "nowhere.pth"], "--resume nowhere.pth: no such file"),
@@ -243,6 +247,7 @@ LEFT_OUT = {
         "config",
         "reg",
         "measure",
+        "remedy",
         "model_kwargs",
         "teacher_model_kwargs",
         "opt_kwargs",

@@ -88,6 +88,17 @@ def test_evaluation_of_a_checkpoint(run: Path, images: Path, capsys: pytest.Capt
     assert "Joint" not in plain and f"* Acc@1 {record['test_acc1']:.3f}" in plain
 
 
+def test_a_checkpoint_with_another_number_of_heads_is_named(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": {k: v for k, v in saved(run)["model"].items() if k not in HEAD}}, tmp_path / "one.pth")
+    assert train(images, None, *RECIPE, "--eval", "--resume", str(tmp_path / "one.pth")) == 2
+    assert "of a model with one head, and the model has two: patch.region_mixing" in capsys.readouterr().err
+    words = ["--resume", str(run / "checkpoint.pth"), "--no-resume-opt", "--epochs", "3"]
+    assert train(images, None, "--model-kwargs", "drop_rate=0.2", *words) == 2
+    assert "of a model with two heads, and the model has one" in capsys.readouterr().err
+
+
 def test_context_alone_goes_with_mixup(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         train(images, tmp_path, "--reg", "patch.context=1", "--measure", "patch.cosine@norm", "--epochs", "1") == 0
@@ -309,6 +320,21 @@ def test_weights_without_such_a_head_start_one(run: Path) -> None:
     before = backbone.patch_head.weight.clone()
     assert load_for_finetuning(backbone, plain, "x.pth").new == ["patch_head.weight", "patch_head.bias"]
     assert torch.equal(backbone.patch_head.weight, before)
+
+
+def test_timms_weights_start_one(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of the recipes that fine-tune from ImageNet-22k: here from a folder in timm's form."""
+    trained = read_trained(str(run / "checkpoint.pth"), "raw")
+    export(trained, tmp_path, "timm")
+    words = [word for word in FLAGS if "=" not in word and word not in ("--model", "deit_tiny_patch16_224")]
+    words.remove("--model-kwargs")
+    words += ["--model", f"local-dir:{tmp_path}", "--pretrained", "--data-path", str(images), *RECIPE]
+    backbone = build.build_backbone(config.resolve(words), 2)
+    assert "new: patch_head.weight, patch_head.bias" in capsys.readouterr().out
+    assert torch.equal(backbone.head.weight, trained.backbone.head.weight)
+    assert not torch.equal(backbone.patch_head.weight, saved(run)["model"]["patch_head.weight"])
 
 
 def test_exported_it_is_a_plain_timm_model(run: Path, images: Path, tmp_path: Path) -> None:
