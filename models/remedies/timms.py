@@ -86,8 +86,8 @@ def _last(end: Any) -> Any:
 class Registers:
     r"""Give the model further tokens beside the class token, which no one reads in the end.
 
-    They start as a truncated normal with deviation 0.02, with no position of their own. They have no weight decay, as
-    timm's models say.
+    They start as a truncated normal with deviation 0.02, with no position of their own. As in timm, they have no
+    weight decay.
 
     Args:
         count: how many.
