@@ -69,7 +69,7 @@ def stock(case: Case, blocks: int = 1) -> Any:
         embed_dim=width,
         depth=blocks,
         num_heads=int(case.values.get("heads", 1)),
-        mlp_ratio=hidden / width,
+        mlp_ratio=(hidden + 0.5) / width,  # timm rounds down
         qkv_bias=any(name.endswith("qkv.bias") for name in parameters) or "heads" not in case.values,
         num_classes=2,
     )

@@ -38,10 +38,10 @@ TOGETHER = ["attnscale", "gfsa@last", "featscale", "contranorm:learnable", "neut
 TOGETHER += ["layerscale:init=0.1"]
 WITH_MAP = ["talking_heads:random", "reattention"]
 SETS = {"together": TOGETHER, "with the map": WITH_MAP, "differential": ["differential", "featscale:paper"]}
-COMPILED = ["attnscale", "contranorm", "neutreno"]
+COMPILED = ["attnscale", "contranorm", "featscale"]
+KWARGS = ["patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"]
 TERMS = ["--mixing_coef", "1", "--emb_cos_within_coef", "0.5", "--attn_cos_within_coef", "1e-2"]
 TERMS += ["--weight_mha_cond_orth_coef", "5e-4"]
-KWARGS = ["patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"]
 SIZES: dict[str, Any] = {
     "img_size": 8,
     "patch_size": 4,
@@ -84,7 +84,7 @@ def model(*remedies: str, seed: int = 0, **sizes: Any) -> nn.Module:
         ("together", 2, []),
         ("with the map", 2, ["--drop", "0.1"]),
         ("differential", 1, []),
-        ("compiled", 2, ["--torchcompile", "aot_eager"]),
+        ("compiled", 2, ["--torchcompile", "aot_eager", "--model-kwargs", *KWARGS, "depth=1"]),
     ],
 )
 def test_killed_and_resumed(images: Path, tmp_path: Path, which: str, processes: int, more: list[str]) -> None:
