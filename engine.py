@@ -411,10 +411,11 @@ class Tally:
         if not len(targets):
             return
         logits = full_precision(captured.logits)  # [B, K]
-        row = [F.cross_entropy(logits, targets, reduction="sum"), *accuracies(logits, targets)]
+        row = [F.cross_entropy(logits, targets, reduction="sum"), *accuracies(logits, targets, logits)]
         if self._joint:
             assert captured.patch_logits is not None
-            row += accuracies(joint_prediction(logits, captured.patch_logits), targets)
+            every = torch.cat([logits, full_precision(captured.patch_logits)[:, 0]], dim=1)  # [B, 2 K]
+            row += accuracies(joint_prediction(logits, captured.patch_logits), targets, every)
         row += [term.value * len(targets) for term in measured.values()]
         row.append(torch.full((), len(targets), device=device))
         self._sums += torch.stack([value.to(self._sums.device).to(self._sums.dtype) for value in row])
@@ -425,10 +426,13 @@ class Tally:
         return {name: value / count for name, value in zip(self._names, totals, strict=True)}
 
 
-def accuracies(scores: Tensor, targets: Tensor) -> list[Tensor]:
-    """Top-1 and top-5 in percent, summed over samples; not a number where a score is not finite.  [B, K], [B]"""
+def accuracies(scores: Tensor, targets: Tensor, logits: Tensor) -> list[Tensor]:
+    """Top-1 and top-5 in percent, summed over samples; not a number where a logit is not finite.
+
+    Args: scores [B, K], targets [B], the logits that the scores are made of [B, ...].
+    """
     hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == targets[:, None]  # [B, 5]
-    percent = torch.where(scores.isfinite().all(dim=1, keepdim=True), 100.0 * hits, torch.nan)
+    percent = torch.where(logits.isfinite().all(dim=1, keepdim=True), 100.0 * hits, torch.nan)
     return [percent[:, 0].sum(), percent.sum()]
 
 

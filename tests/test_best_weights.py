@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -136,7 +137,9 @@ def test_a_best_epoch_is_written_once(images, tmp_path, monkeypatch):
 
 
 class Broken(nn.Module):
-    """Logits of which some are not finite."""
+    """Logits of which some are not finite; and those of a second head, which are."""
+
+    predicts_jointly = True
 
     def __init__(self, bad: float) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class Broken(nn.Module):
     def forward(self, images, needs=None, labels=None):
         logits = torch.zeros(len(images), 3)
         logits[0, 1] = self.bad
-        return Captured(logits, None, None, {}, {}, {})
+        return Captured(logits, None, torch.zeros(len(images), 1, 3), {}, {}, {})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -153,7 +156,9 @@ def test_logits_that_are_not_finite_have_no_accuracy(bad):
     tally = Tally(Broken(bad), Precision(torch.device("cpu")))
     tally.add(torch.zeros(4, 3, 2, 2), torch.zeros(4, dtype=torch.long))
     means = tally.means()
-    assert means["acc1"] != means["acc1"] and means["acc5"] != means["acc5"]
+    accuracies = {name: value for name, value in means.items() if name != "loss"}
+    assert set(accuracies) == {"acc1", "acc5", "joint_acc1", "joint_acc5"}
+    assert all(math.isnan(value) for value in accuracies.values())
 
 
 def test_the_log_is_json(images, tmp_path, monkeypatch):
