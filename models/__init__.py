@@ -10,9 +10,9 @@ from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
 from errors import BAD_ARGUMENT, UserError, did_you_mean, reason, shown
-from models.adapters import Layout, find_layout
 from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
 from models.capture import Captured, DiverseViT, Needs
+from models.layout import Layout, find_layout
 
 __all__ = [
     "VARIANTS",

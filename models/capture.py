@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from errors import BAD_ARGUMENT, UserError, reason
 from layers import EMBED
-from models.adapters import INPUT, Layout, MapTap, find_layout
+from models.adapters import MapTap
 from models.heads import OwnHead, PatchHead
+from models.layout import INPUT, Layout, find_layout
 
 Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from errors import UserError
-from models.adapters import Layout
+from models.layout import Layout
 
 PATCH_HEAD = "patch_head"  # the attribute of a backbone under which a head's own layer stands
 

@@ -13,9 +13,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from elsewhere import timm_model_in
 from errors import BAD_ARGUMENT, UserError, reason
 from models import Captured, DiverseViT, Layout, Needs, find_layout
-from models.adapters import INPUT
 from models.capture import check_captured
 from models.heads import OwnHead
+from models.layout import INPUT
 from redundancy.metrics.shown import Place, Shown, grid_of
 from regularizers.primitives import full_precision
 

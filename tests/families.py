@@ -1,6 +1,6 @@
 """Tiny instances of timm's transformer families, and what their parts compute, written down a second time.
 
-Nothing here uses models/adapters.py or models/capture.py: tests/test_families.py compares them with this file.
+Nothing here uses models/layout.py, adapters.py or capture.py: tests/test_families.py compares them with this file.
 `FAMILIES` says how each family is built and where it keeps its blocks; `attention_map` recomputes a block's
 softmax from its attention module's parameters; `neurons` gives a block's linear layers as functions.
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from errors import UserError, did_you_mean
 from layers import ENDS, canonical, is_selector, resolve_layers
-from models.adapters import Layout, find_layout, remedies_of
+from models.adapters import remedies_of
+from models.layout import Layout, find_layout
 from models.remedies.attending import MapRemedy
 from models.remedies.attnscale import AttnScale
 from models.remedies.contranorm import ContraNorm

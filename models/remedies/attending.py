@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
-from models.adapters import Layout, MapTap, inverse, permuted
+from models.adapters import MapTap, inverse, permuted
+from models.layout import Layout
 
 Attend = Callable[[Tensor], Tensor]  # values [..., H, m, d] -> what a map makes of them, [..., H, n, d]
 

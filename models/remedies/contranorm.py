@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d, use_fused_attn
 from torch import Tensor, nn
 
 from errors import UserError
-from models.adapters import Layout
+from models.layout import Layout
 from models.remedies.attending import refuse, settle
 
 EPS = 1e-12

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.adapters import Layout
+from models.layout import Layout
 from models.remedies.attending import refuse, settle
 
 

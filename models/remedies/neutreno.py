@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from errors import UserError
-from models.adapters import Layout
+from models.layout import Layout
 from models.remedies.attending import SeesMap, heads_of, refuse, taps_of
 
 

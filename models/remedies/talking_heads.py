@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.adapters import Layout
+from models.layout import Layout
 from models.remedies.attending import MapRemedy, refuse
 
 

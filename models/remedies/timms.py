@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from errors import UserError
-from models.adapters import Layout, remedies_of
+from models.adapters import remedies_of
+from models.layout import Layout
 from models.remedies.attending import refuse
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models.adapters import INPUT
+from models.layout import INPUT
 
 
 class Place(NamedTuple):
