@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from mixing.mixup import Mixup
 from mixing.patch_grid import PatchGrid
 from models import DiverseViT, Layout, Needs, build_model, find_layout
 from models.heads import OwnHead, PatchHead, RegionHead
-from models.remedies import install_remedies, parse_remedies
+from models.remedies import Chosen, install_remedies, parse_remedies
 from models.weights import load_for_finetuning, load_timms, load_weights, model_weights, without_patch_head
 from options.config import Resolved
 from options.flags import Args, shape_of, sides
@@ -68,26 +67,38 @@ def start_from(args: Args, backbone: nn.Module) -> nn.Module:
     weights = model_weights(state, args.finetune, ema=args.weights == "ema")
     flags = flags_of(state)
     trained_size = sides(flags["input_size"]) if flags.get("input_size") else ()
-    own = {remedy.name for remedy in parse_remedies(args.remedy)}
-    lacking = [remedy for remedy in parse_remedies(flags.get("remedy") or ()) if remedy.name not in own]
-    if lacking:
-        raise UserError(
-            f"{args.finetune} is of a model with --remedy {lacking[0]}, and this one has none: give it too"
-        )
-    remedied = copy.deepcopy(backbone) if args.remedy else backbone
-    install_remedies(remedied, args.remedy)
-    of_remedies = remedied.state_dict().keys() - backbone.state_dict().keys()
-    if of_remedies & weights.keys():
-        backbone = remedied
-        adapted = load_for_finetuning(
-            backbone, weights, args.finetune, trained_size=trained_size, optional=of_remedies
-        )
-    else:
-        adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=trained_size)
-        install_remedies(backbone, args.remedy)
+    own = parse_remedies(args.remedy)
+    there = compared_remedies(parse_remedies(flags.get("remedy") or ()), own, args.finetune)
+    late = [str(remedy) for remedy in own if remedy.changes_tokens and remedy.name not in there]
+    stock = backbone.state_dict().keys()
+    install_remedies(backbone, [str(remedy) for remedy in own if str(remedy) not in late])
+    added = backbone.state_dict().keys() - stock
+    adapted = load_for_finetuning(backbone, weights, args.finetune, trained_size=trained_size, optional=added)
+    install_remedies(backbone, late)
     source = f"the moving average in {args.finetune}" if args.weights == "ema" else args.finetune
     print_main("; ".join(filter(None, [f"fine-tuning from {source}", str(adapted)])))
     return backbone
+
+
+def compared_remedies(there: Sequence[Chosen], own: Sequence[Chosen], path: str) -> set[str]:
+    """The names of the remedies that weights come with.
+
+    Args:
+        there, own: of the weights' model, and of this one.
+        path: where the weights are from.
+    Raises:
+        UserError: this model lacks one, or has it in other blocks or in another number.
+    """
+    now = {remedy.name: remedy for remedy in own}
+    for remedy in there:
+        if remedy.name not in now:
+            raise UserError(f"{path} is of a model with --remedy {remedy}, and this one has none: give it too")
+        mine = now[remedy.name]
+        if mine.layers != remedy.layers or (remedy.changes_tokens and mine != remedy):
+            raise UserError(f"{path} is of a model with --remedy {remedy}, and this one has {mine}: give the same")
+        if mine != remedy:
+            print_main(f"note: {path} was trained with --remedy {remedy}, from here on {mine}")
+    return {remedy.name for remedy in there}
 
 
 def _channels(args: Args) -> dict[str, int]:
@@ -168,6 +179,9 @@ def training_mode(args: Args) -> bool:
         print_main(
             f"note: {' and '.join(rates)} without effect: {why} trains in evaluation mode, as DeiT fine-tunes"
         )
+    for remedy in parse_remedies(args.remedy):
+        if remedy.keeps_statistics and not on:
+            print_main(f"note: the batch norm of {remedy.name} keeps its statistics; --train-mode renews them")
     if args.cosub and not (rates and on):
         print_main("note: --cosub without effect: its two submodels are the same without --drop-path or --drop")
     return on

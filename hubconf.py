@@ -124,7 +124,7 @@ def remedy(model: _nn.Module, *remedies: str) -> _nn.Module:
     remedies' parameters are new.
 
     Args:
-        model: any timm model that has the place. Give it before DDP, torch.compile or an optimizer takes it.
+        model: any timm model that has the place. Give it before DDP, torch.compile, an optimizer or `diversity`.
         remedies: as for --remedy, "NAME[:OPTIONS][@LAYERS]" (docs/methods.md).
     """
     _remedies.install_remedies(model, remedies)

@@ -76,7 +76,7 @@ from state import checkpoint, resumption
 from state.lock import Lock
 from state.preprocessing import follow_weights
 from state.resumption import Earlier
-from state.run_state import RunState, check_class_names
+from state.run_state import RunState, check_class_names, check_remedies
 from state.saver import Saver
 from utils import (
     broadcast_object,
@@ -357,6 +357,7 @@ def evaluate_checkpoint(
     """--eval: print the accuracy of the weights in `state`, of their average, or of both, as --weights says."""
     if isinstance(state, dict):
         check_class_names(state.get("args"), args.class_names, args.resume)
+        check_remedies(state.get("args"), args.remedy, args.resume)
     networks = {AVERAGE if args.weights == "ema" else "network": model}
     if args.weights == "auto" and has_average(state):
         if args.fsdp:

@@ -303,6 +303,25 @@ class RunState:
             self.best = last
 
 
+def check_remedies(saved: Any, remedies: Sequence[str], path: str) -> None:
+    """Refuse to evaluate weights in a model with other remedies than they were trained with.
+
+    Args:
+        saved: the flags in the checkpoint; None where it has none.
+        remedies: of the model, as --remedy has them.
+        path: of the checkpoint.
+    Raises:
+        UserError: they differ. Without parameters of a remedy, the weights would fit.
+    """
+    flags = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    if not flags:
+        return
+    then, now = list(flags.get("remedy") or []), list(remedies)
+    if then != now:
+        had, has = (" ".join(f"--remedy {text}" for text in texts) or "no --remedy" for texts in (then, now))
+        raise UserError(f"{path} was trained with {had}, and this model has {has}: give the same")
+
+
 def check_class_names(saved: Any, names: Sequence[str], path: str) -> None:
     """Refuse data whose classes are not those that a checkpoint was trained on, where both have names.
 

@@ -7,6 +7,7 @@ recomputes. tests/test_golden.py compares with the authors' own modules.
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -35,7 +36,7 @@ REFUSED: dict[str, set[str]] = {
     "attnscale": IN_MAP,
     "gfsa": IN_MAP | STAGES,  # keys are reduced
     "reattention": IN_MAP,
-    "talking_heads": IN_MAP | {"cait", "convit"},
+    "talking_heads": IN_MAP | WINDOWS | {"cait", "convit"},
     "neutreno": IN_MAP | STAGES | WINDOWS | {"vit_parallel_things", "convit"},
     "featscale": {"vit_parallel", "vit_parallel_diff", "levit_conv", "mvitv2", "mvitv2_cls"},
     "contranorm": {"levit", "levit_conv"},
@@ -257,6 +258,50 @@ def test_they_follow_each_other() -> None:
     assert not torch.allclose(*found)
 
 
+@pytest.mark.parametrize("specs", [("neutreno", "reattention"), ("reattention", "neutreno")])
+def test_what_is_added_comes_whatever_the_order(specs: tuple[str, str]) -> None:
+    """NeuTRENO's difference, beside a map that is changed after dropout."""
+    both = remedied("vit", *specs)
+    shake(both, set(stock("vit").state_dict()))
+    seen: dict[str, list[Tensor]] = {"qkv": [], "output": [], "map": []}
+    hooks = []
+    for block in both.blocks[:2]:
+        used = block.attn.remedies.reattention.used
+        hooks += [
+            block.attn.qkv.register_forward_hook(lambda m, a, y: seen["qkv"].append(y)),
+            used.register_forward_hook(lambda m, a, y: seen["map"].append(y)),
+            block.attn.proj.register_forward_pre_hook(lambda m, a: seen["output"].append(a[0])),
+        ]
+    answers(both, "vit")
+    for hook in hooks:
+        hook.remove()
+    first, second = (y.unflatten(-1, (3, 3, -1))[:, :, 2].flatten(2) for y in seen["qkv"])  # [B, N, D]
+    heads = second.unflatten(-1, (3, -1)).transpose(1, 2)  # [B, H, N, d]
+    attended = torch.einsum("bhnm,bhmd->bnhd", seen["map"][1], heads).flatten(2)
+    torch.testing.assert_close(seen["output"][1], attended + 0.6 * (first - second), rtol=1e-10, atol=1e-12)
+
+
+def test_it_is_given_before_something_looks_at_the_map() -> None:
+    """Or terms would see the map before it, and taking them away would switch it off."""
+    backbone = copy.deepcopy(stock("vit"))
+    DiverseViT(backbone, Needs(attention=frozenset({0})))
+    with pytest.raises(UserError, match="build remedies in before"):
+        install_remedies(backbone, ["talking_heads"])
+    install_remedies(backbone, ["featscale"])
+    with pytest.raises(UserError, match="the model has the remedy featscale already"):
+        install_remedies(backbone, ["featscale"])
+
+
+def test_shifted_windows_keep_their_mask() -> None:
+    """Talking heads are refused where a mask would be mixed; blocks without one have them."""
+    with pytest.raises(UserError, match="of SwinTransformer: its shifted windows"):
+        remedied("swin", "talking_heads")
+    whole = [str(i) for i, block in enumerate(FAMILIES["swin"].blocks(stock("swin"))) if not any(block.shift_size)]
+    assert whole
+    found = answers(remedied("swin", f"talking_heads@{','.join(whole)}"), "swin")
+    torch.testing.assert_close(found, answers(stock("swin"), "swin"), rtol=1e-12, atol=1e-12)
+
+
 def test_dropped_entries_of_the_map_need_the_map() -> None:
     """With attention dropout a remedy leaves the fused kernel, which could not drop what it changes."""
     backbone = build_model("vit_tiny_patch16_224", depth=1, attn_drop_rate=0.5, num_classes=2)
@@ -299,6 +344,8 @@ def test_a_copy_is_a_model_of_its_own(method: str) -> None:
         for parameter in backbone.parameters():
             parameter.zero_()
     assert torch.equal(answers(twin, "vit"), expected)
+    pickled = pickle.loads(pickle.dumps(twin))
+    assert torch.equal(answers(pickled, "vit"), expected)
     twin.load_state_dict(backbone.state_dict())
     assert torch.equal(answers(twin, "vit"), answers(backbone, "vit"))
 
@@ -371,6 +418,8 @@ def test_parsing(text: str, canonical: str) -> None:
         ("attnscale@1:2", "malformed layers '1:2'"),
         ("registers@3", "registers is not a matter of single blocks: leave out @3"),
         ("", "unknown remedy ''"),
+        ("contranorm:scale=0.1,scale=0.5", "an option is given twice"),
+        ("contranorm:dual,dual", "an option is given twice"),
     ],
 )
 def test_what_is_mistyped(text: str, says: str) -> None:
@@ -384,14 +433,15 @@ def test_what_is_mistyped(text: str, says: str) -> None:
         (["attnscale", "attnscale@0"], "--remedy attnscale is given twice"),
         (["attnscale@7"], "layer 7 is out of range, the model has blocks 0 to 2"),
         (["attnscale@2-1"], "the range 2-1 is empty"),
-        (["gfsa:order=1"], "must be at least 2"),
+        (["gfsa:order=1"], "must be 2 to 1000"),
         (["contranorm:scale=-1"], "scale=-1 must not be negative"),
-        (["contranorm:tau=0"], "tau=0 above 0"),
+        (["contranorm:tau=0"], "tau=0 at least 1e-06"),
         (["contranorm:positive"], "positive is for a learnable scale"),
-        (["registers:count=0"], "give at least 1"),
+        (["registers:count=0"], "give 1 to 1024"),
         (["layerscale", "layerscale:init=1"], "given twice"),
         (["differential", "qk_norm", "attnscale"], "two maps"),
         (["attnscale", "differential"], "changed by another remedy already"),
+        (["neutreno@1"], "give at least two blocks"),
         (["featscale", "differential"], "changed by another remedy already"),
     ],
 )

@@ -216,7 +216,7 @@ def test_nothing_is_kept_after_a_forward_pass() -> None:
     backbone: Any = model("neutreno")
     backbone(torch.randn(2, *SHAPE))
     remedies = [block.attn.remedies.neutreno for block in backbone.blocks]
-    assert all(remedy.first.values is None and remedy.seen is None for remedy in remedies)
+    assert all(remedy.first.tensor is None and remedy.dropped.tensor is None for remedy in remedies)
     assert unwrap(DiverseViT(backbone)).backbone is backbone
 
 
@@ -247,19 +247,54 @@ def test_fine_tuning_from_stock_weights(images: Path, runs: dict[str, Path], tmp
 
 
 def test_weights_of_another_model(images: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    together, plain = str(runs["together"]), str(runs["plain"])
     cases = (
+        (["--finetune", together], "is of a model with --remedy attnscale, and this one has none: give it too"),
+        (["--finetune", together, *given([*TOGETHER[:-2], "registers:count=2", TOGETHER[-1]])], "give the same"),
         (
-            ["--finetune", str(runs["together"])],
-            "is of a model with --remedy attnscale, and this one has none: give it too",
+            ["--finetune", together, *given(["attnscale@0", *TOGETHER[1:]])],
+            "and this one has attnscale@0: give",
         ),
-        (["--eval", "--resume", str(runs["together"])], "of a model with --remedy attnscale, and the model is not"),
-        (["--eval", "--resume", str(runs["plain"]), "--remedy", "gfsa"], "with no --remedy gfsa, and the model is"),
-        (["--resume", str(runs["plain"]), "--remedy", "gfsa", "--epochs", "2"], "not gfsa: keep it"),
+        (["--eval", "--resume", together], "was trained with --remedy attnscale --remedy gfsa@last"),
+        (["--eval", "--resume", plain, "--remedy", "neutreno"], "was trained with no --remedy, and this model has"),
+        (["--resume", plain, "--remedy", "gfsa", "--epochs", "2"], "not gfsa: keep it"),
     )
     for flags, says in cases:
         assert train(images, None, *flags) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line
+
+
+def test_registers_come_after_weights_that_have_none(images: Path, tmp_path: Path) -> None:
+    """Positions of patches stay theirs, also where other remedies come with the weights."""
+    assert train(images, tmp_path / "old", "--epochs", "1", *given(["attnscale"])) == 0
+    rate = ["--epochs", "1", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
+    flags = ["--finetune", str(tmp_path / "old" / "checkpoint.pth"), *given(["registers:count=3", "attnscale"])]
+    assert train(images, tmp_path / "new", *rate, *flags) == 0
+    before, after = (saved(tmp_path / name)["model"] for name in ("old", "new"))
+    assert torch.equal(after["pos_embed"][:, 4:], before["pos_embed"][:, 1:])
+    assert (
+        torch.equal(after["pos_embed"][:, :1], before["pos_embed"][:, :1]) and not after["pos_embed"][:, 1:4].any()
+    )
+    name = "blocks.1.attn.remedies.attnscale.lamb"
+    assert torch.equal(after[name], before[name])
+
+
+def test_other_options_are_named(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(images, tmp_path, "--epochs", "1", *given(["neutreno:weight=0.3"])) == 0
+    checkpoint = str(tmp_path / "checkpoint.pth")
+    assert train(images, None, "--epochs", "1", "--finetune", checkpoint, *given(["neutreno"])) == 0
+    assert "was trained with --remedy neutreno:weight=0.3, from here on neutreno" in capsys.readouterr().out
+    assert train(images, None, "--eval", "--resume", checkpoint, *given(["neutreno"])) == 2
+    assert "was trained with --remedy neutreno:weight=0.3, and this model has" in capsys.readouterr().err
+
+
+def test_new_batch_norms_while_fine_tuning(
+    images: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--epochs", "1", "--finetune", str(runs["plain"]), *given(["reattention"])]
+    assert train(images, None, *flags) == 0
+    assert "note: the batch norm of reattention keeps its statistics; --train-mode" in capsys.readouterr().out
 
 
 def test_evaluated_again(images: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,16 @@ class Chosen(NamedTuple):
         )
 
     @property
+    def changes_tokens(self) -> bool:
+        """Whether the model has other tokens with it, so that weights without it are loaded before."""
+        return not getattr(REMEDIES[self.name], "of_blocks", True)
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether training updates more than its parameters: the statistics of a batch norm."""
+        return getattr(REMEDIES[self.name], "keeps_statistics", False)
+
+    @property
     def not_recomputed(self) -> str:
         """Why a block with it cannot be recomputed in the backward pass; '' if it can."""
         return getattr(REMEDIES[self.name], "not_recomputed", "")
@@ -132,7 +142,10 @@ def parse_remedy(text: str) -> Chosen:
     if at and not getattr(REMEDIES[name], "of_blocks", True):
         raise UserError(f"--remedy {text!r}: {name} is not a matter of single blocks: leave out @{layers}")
     defaults = options_of(name)
-    given = dict(_option(word, name, defaults, text) for word in words.split(",")) if colon else {}
+    pairs = [_option(word, name, defaults, text) for word in words.split(",")] if colon else []
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise UserError(f"--remedy {text!r}: an option is given twice")
     changing = tuple((key, given[key]) for key in defaults if given.get(key, defaults[key]) != defaults[key])
     return Chosen(name, changing, canonical(layers) if at else "all")
 
@@ -193,7 +206,7 @@ def install_remedies(backbone: nn.Module, texts: Sequence[str]) -> None:
     """Put remedies into a model, one after the other. Random draws leave the global stream where it was.
 
     Raises:
-        UserError: one of them is not defined for this model.
+        UserError: one of them is not defined for this model, which may have those before it by then.
     """
     with torch.random.fork_rng(devices=[]):
         for chosen in parse_remedies(texts):

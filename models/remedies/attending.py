@@ -21,13 +21,30 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
-from models.adapters import MapTap, inverse, permuted
+from models.adapters import MapTap, inverse, permuted, remedies_of
 from models.layout import Layout
 
 Attend = Callable[[Tensor], Tensor]  # values [..., H, m, d] -> what a map makes of them, [..., H, n, d]
 
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 PRODUCT = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+class Passing:
+    """A tensor on its way from one place of a forward pass to another. A copy of the model starts without it.
+
+    Attributes:
+        tensor: None while no pass is under way.
+    """
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def __deepcopy__(self, memo: Any) -> Passing:
+        return Passing()
+
+    def __reduce__(self) -> Any:
+        return Passing, ()
 
 
 class MapRemedy(nn.Module):
@@ -49,6 +66,7 @@ class MapRemedy(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self._order: tuple[int, ...] = ()
+        self.dropped = Passing()  # the map after dropout and all remedies, which the values are multiplied by
 
     @classmethod
     def install(cls, layout: Layout, blocks: Sequence[int], **options: Any) -> None:
@@ -64,13 +82,21 @@ class MapRemedy(nn.Module):
     def attach(self, tap: MapTap) -> None:
         """Take a place in the attention module that the tap is of."""
         attention, self._order = tap.attention, tap.order
+        if any(not isinstance(getattr(hook, "__self__", None), MapRemedy) for hook in hooks_before(tap.hooked)):
+            raise UserError(
+                f"--remedy {self.name} changes a map that something looks at already: build remedies in before "
+                "diversity terms are attached to the model"
+            )
+        others = [remedy for remedy in remedies_of(attention) if isinstance(remedy, MapRemedy)]
         settle(attention, self.name, self)
+        if others:
+            self.dropped = others[0].dropped
         if not isinstance(attention, Attends):
             kind: Any = type(attention)
             attention.__class__ = _attends(kind)
         if type(self).on_map is not MapRemedy.on_map:
             tap.hooked.register_forward_pre_hook(self._before_dropout)
-        if type(self).on_dropped is not MapRemedy.on_dropped:
+        if type(self).on_dropped is not MapRemedy.on_dropped or type(self).on_output is not MapRemedy.on_output:
             attention.attn_drop.register_forward_hook(self._after_dropout)
         if self.needs_map or attention.attn_drop.p > 0:  # dropped entries of the map have no form without it
             attention.fused_attn = False
@@ -106,7 +132,8 @@ class MapRemedy(nn.Module):
         return permuted(changed, inverse(self._order)), *args[1:]
 
     def _after_dropout(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self.on_dropped(output)
+        self.dropped.tensor = self.on_dropped(output)
+        return self.dropped.tensor
 
 
 class Attending(TorchFunctionMode):
@@ -149,26 +176,33 @@ class Attending(TorchFunctionMode):
 
     def _product(self, output: Tensor, a: Tensor, v: Tensor) -> Tensor:
         """A product in the attention: that of the map and the values, or another one."""
-        seen = [remedy for remedy in self.remedies if isinstance(remedy, SeesMap) and a is remedy.seen]
-        for remedy in seen:
-            output, remedy.seen = remedy.on_output(output, v), None
+        dropped = self.remedies[0].dropped
+        if a is dropped.tensor:
+            dropped.tensor = None
+            for remedy in self.remedies:
+                output = remedy.on_output(output, v)
         return output
 
 
-class SeesMap(MapRemedy):
-    """A remedy that adds to the output, and so has to know which product is that of the map and the values."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__(heads)
-        self.seen: Tensor | None = None
-
-    def on_dropped(self, attention: Tensor) -> Tensor:
-        self.seen = attention
-        return attention
-
-
 class Attends:
-    """Marks attention modules whose remedies see each call."""
+    """Marks attention modules whose remedies see each call.
+
+    Attributes:
+        stock_class: timm's.
+    """
+
+    stock_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """So that a copy, and a pickle, find the class again, which has no name of its own."""
+        how: Any = super().__reduce_ex__(protocol)
+        return _made, (self.stock_class,), *how[2:]
+
+
+def _made(kind: Any) -> Any:
+    """An attention module that sees its remedies, without anything in it."""
+    own = _attends(kind)
+    return own.__new__(own)
 
 
 @cache
@@ -180,7 +214,8 @@ def _attends(kind: type[nn.Module]) -> type[nn.Module]:
         with Attending(remedies):
             return kind.forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind, Attends), {"forward": forward, "__module__": kind.__module__})
+    own = {"forward": forward, "__module__": kind.__module__, "stock_class": kind}
+    return type(kind.__name__, (kind, Attends), own)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,10 +223,21 @@ def _attends(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def settle(owner: Any, name: str, remedy: nn.Module) -> None:
-    """Let a module own a remedy: `owner.remedies.NAME`. The owner's own parameters keep their names."""
+    """Let a module own a remedy: `owner.remedies.NAME`. The owner's own parameters keep their names.
+
+    Raises:
+        UserError: it has this remedy.
+    """
     if not hasattr(owner, "remedies"):
         owner.remedies = nn.ModuleDict()
+    if name in owner.remedies:
+        raise UserError(f"the model has the remedy {name} already, at {type(owner).__name__}: give it once")
     owner.remedies[name] = remedy
+
+
+def hooks_before(module: nn.Module) -> list[Any]:
+    """What is called with a module's input before the module."""
+    return list(module._forward_pre_hooks.values())
 
 
 def taps_of(layout: Layout, block: int, name: str) -> list[MapTap]:

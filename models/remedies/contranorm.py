@@ -16,6 +16,7 @@ from models.layout import Layout
 from models.remedies.attending import refuse, settle
 
 EPS = 1e-12
+COLDEST = 1e-6  # temperature
 
 
 class ContraNorm(nn.Module):
@@ -53,8 +54,11 @@ class ContraNorm(nn.Module):
         positive: bool = False,
     ) -> None:
         super().__init__()
-        if scale < 0 or tau <= 0 or (positive and scale == 0):
-            raise UserError(f"--remedy contranorm: scale={scale:g} must not be negative, tau={tau:g} above 0")
+        if scale < 0 or tau < COLDEST or (positive and scale == 0):
+            raise UserError(
+                f"--remedy contranorm: scale={scale:g} must not be negative (above 0 with positive), tau={tau:g} "
+                f"at least {COLDEST}"
+            )
         if positive and not learnable:
             raise UserError("--remedy contranorm: positive is for a learnable scale: add learnable")
         self.scale, self.tau = scale, tau

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from errors import UserError
 from models.remedies.attending import Attend, MapRemedy, per_head
 
+LARGEST = 1000  # power
+
 
 class GFSA(MapRemedy):
     r"""Graph-filter-based self-attention: add the K-th power of the map, to first order in its steps.
@@ -22,7 +24,7 @@ class GFSA(MapRemedy):
         heads: H.
         order: K.
     Raises:
-        UserError: K is less than 2.
+        UserError: K is out of range.
     Source: Choi et al., Graph Convolutions Enrich the Self-Attention in Transformers!, 2024 (arXiv 2312.04234).
     """
 
@@ -31,8 +33,8 @@ class GFSA(MapRemedy):
 
     def __init__(self, heads: int, *, order: int = 4) -> None:
         super().__init__(heads)
-        if order < 2:
-            raise UserError(f"--remedy gfsa:order={order}: the power of the map must be at least 2")
+        if not 2 <= order <= LARGEST:
+            raise UserError(f"--remedy gfsa:order={order}: the power of the map must be 2 to {LARGEST}")
         self.order = order
         self.lamb = nn.Parameter(torch.zeros(heads))
 

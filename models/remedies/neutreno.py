@@ -9,21 +9,10 @@ from torch import Tensor
 
 from errors import UserError
 from models.layout import Layout
-from models.remedies.attending import SeesMap, heads_of, refuse, taps_of
+from models.remedies.attending import MapRemedy, Passing, heads_of, refuse, taps_of
 
 
-class First:
-    """The values of the first block, while a forward pass is under way.
-
-    Attributes:
-        values: [..., H, m, d].
-    """
-
-    def __init__(self) -> None:
-        self.values: Tensor | None = None
-
-
-class NeuTRENO(SeesMap):
+class NeuTRENO(MapRemedy):
     r"""Add the difference of the first block's values to the block's own ones.
 
         o'_l = o_l + c (v_0 - v_l),   l > 0
@@ -43,7 +32,7 @@ class NeuTRENO(SeesMap):
     def __init__(self, heads: int, *, weight: float = 0.6) -> None:
         super().__init__(heads)
         self.weight = weight
-        self.first = First()
+        self.first = Passing()
         self.is_first = self.is_last = False
 
     @classmethod
@@ -51,10 +40,13 @@ class NeuTRENO(SeesMap):
         """Put one into each of these blocks; the first of them gives its values.
 
         Raises:
-            UserError: blocks whose values cannot be compared: windows, several attentions side by side, stages.
+            UserError: a single block, or blocks whose values cannot be compared: windows, stages, several
+                attentions side by side.
         """
+        if len(blocks) < 2:
+            raise UserError("--remedy neutreno compares a block with the first one: give at least two blocks")
         taps = [(block, taps_of(layout, block, cls.name)) for block in blocks]
-        first, shape = First(), None
+        first, shape = Passing(), None
         for block, (tap, *others) in taps:
             if others:
                 refuse(layout, block, cls.name, "several attentions stand side by side in it")
@@ -76,11 +68,11 @@ class NeuTRENO(SeesMap):
             UserError: the first block's values have another shape.
         """
         if self.is_first:
-            self.first.values = v
+            self.first.tensor = v
             return output
-        first = self.first.values
+        first = self.first.tensor
         if self.is_last:
-            self.first.values = None
+            self.first.tensor = None
         if first is None or first.shape != v.shape or output.shape != v.shape:
             raise UserError(
                 "--remedy neutreno compares the values of all blocks, but here they have different shapes: choose "

@@ -23,6 +23,7 @@ class ReAttention(MapRemedy):
     name = "reattention"
     needs_map = True
     keeps_rows = False
+    keeps_statistics = True
     not_recomputed = "would count its batch norm's statistics twice"
 
     def __init__(self, heads: int) -> None:

@@ -52,6 +52,8 @@ class TalkingHeads(MapRemedy):
                 kind = type(attention).__name__
                 if hasattr(attention, "proj_l"):
                     refuse(layout, block, cls.name, f"the heads of {kind} talk already")
+                if _is_shifted(layout.blocks[block]):
+                    refuse(layout, block, cls.name, "its shifted windows mask scores, and masks must not be mixed")
                 if hasattr(attention, "gating_param"):
                     refuse(layout, block, cls.name, f"the map of {kind} is made of two softmaxes")
         super().install(layout, blocks, **options)
@@ -63,6 +65,12 @@ class TalkingHeads(MapRemedy):
     def on_map(self, attention: Tensor) -> Tensor:
         """A' of the softmax of the mixed scores, [..., H, n, m]."""
         return _mixed(attention, self.proj_post)
+
+
+def _is_shifted(block: nn.Module) -> bool:
+    """Whether a block's windows are shifted, so that tokens from opposite borders lie in one."""
+    shift: Any = getattr(block, "shift_size", 0)
+    return any(shift) if isinstance(shift, (tuple, list)) else bool(shift)
 
 
 def _mixed(x: Tensor, layer: nn.Linear) -> Tensor:

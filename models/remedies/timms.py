@@ -19,6 +19,8 @@ from models.adapters import remedies_of
 from models.layout import Layout
 from models.remedies.attending import refuse
 
+MOST = 1024  # registers
+
 
 class LayerScaling:
     r"""Scale what each branch of a block adds, channel by channel: x + g f(x).
@@ -105,8 +107,8 @@ class Registers:
         Raises:
             UserError: fewer than one, or a model without a place for them.
         """
-        if count < 1:
-            raise UserError(f"--remedy registers:count={count}: give at least 1")
+        if not 1 <= count <= MOST:
+            raise UserError(f"--remedy registers:count={count}: give 1 to {MOST}")
         backbone: Any = layout.backbone
         if type(backbone) not in (VisionTransformer, Eva):
             raise UserError(
