@@ -10,6 +10,7 @@ from torch import nn
 
 from errors import BAD_ARGUMENT, UserError, reason
 from images.transforms import preprocessing
+from layers import EMBED
 from losses import LabelLoss, Objective, Teacher
 from mixing import Mixing
 from mixing.mixup import Mixup
@@ -125,6 +126,7 @@ def build_diversity(args: Resolved, backbone: nn.Module) -> tuple[Diversity, Div
     layout: Layout = find_layout(backbone)
     depth, reached = layout.depth, layout.patches_reach_label
     diversity, measure = Diversity(args.terms, depth, reached), Diversity(args.measures, depth, reached)
+    check_patch_dropout(backbone, diversity)
     if diversity.looks_at_neighbours or measure.looks_at_neighbours:
         grid = layout.grid(sides(args.input_size))
         diversity, measure = (Diversity(specs, depth, reached, grid) for specs in (args.terms, args.measures))
@@ -132,6 +134,21 @@ def build_diversity(args: Resolved, backbone: nn.Module) -> tuple[Diversity, Div
     if any(tap.between == "channels" for block in blocks for tap in layout.map_taps(block)):
         print_main(f"note: the attention maps of {layout.name} are between the channels of a head, not its tokens")
     return diversity, measure
+
+
+def check_patch_dropout(backbone: Any, diversity: Diversity) -> None:
+    """Refuse terms that need all patches, where the model drops some while it trains.
+
+    Raises:
+        UserError: one takes labels of patches, their neighbours, or their embeddings before some are dropped.
+    """
+    dropout = getattr(backbone, "patch_drop", None)
+    if not getattr(dropout, "prob", 0):
+        return
+    embedded = [term.spec.name for term in diversity.terms if any(EMBED in pair for pair in term.pairs)]
+    whole = [*diversity.labelled, *diversity.looks_at_neighbours, *embedded]
+    if whole:
+        raise UserError(f"{whole[0]} needs all patches, and --model-kwargs patch_drop_rate drops some: drop one")
 
 
 def build_student(

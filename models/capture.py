@@ -312,6 +312,8 @@ class DiverseViT(nn.Module):
                 what the terms take it for: a grid of P patches after T prefix tokens, softmax maps of all heads.
         """
         name = type(self.backbone).__name__
+        if self.layout is not None and self.predicts_jointly:
+            needs |= Needs(tokens=frozenset({self.layout.depth}))  # to count what the regions are made of
         blank = torch.zeros(2, *image_shape, device=next(self.parameters()).device)
         try:
             captured = self.tried(blank, needs)
@@ -360,12 +362,19 @@ def check_captured(
             )
     if captured.patch_logits is not None:
         height, width = layout.patch_size
-        shape = (1 if whole_images else _patches_of(layout, image_size), captured.logits.shape[1])
-        if captured.patch_logits.shape[1:] != shape:
+        labelled, classes = _patches_of(layout, image_size), captured.logits.shape[1]
+        if captured.patch_logits.shape[1:] != (1 if whole_images else labelled, classes):
             raise UserError(
-                f"patch.mixing labels {shape[0]} patches of {height} x {width} pixels and {shape[1]} classes, but "
+                f"patch.mixing labels {labelled} patches of {height} x {width} pixels and {classes} classes, but "
                 f"{layout.name} classifies {list(captured.patch_logits.shape[1:])}; drop patch.mixing"
             )
+        if whole_images:
+            there = captured.tokens[layout.depth].shape[1] - layout.final_prefix_tokens
+            if there != labelled or not labelled:
+                raise UserError(
+                    f"patch.region_mixing labels {labelled} patches of {height} x {width} pixels, and "
+                    f"{layout.name} has {there}: choose an --input-size of whole patches, another --model, or drop the term"
+                )
 
 
 def _is_grid(patches: int, layout: Layout, image_size: tuple[int, int]) -> bool:

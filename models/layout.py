@@ -90,7 +90,8 @@ class Layout:
             size = embedded
         if not size:
             raise UserError(
-                f"patch.mixing labels patches by {self.name}.feature_info, which the model lacks; drop patch.mixing"
+                f"patches are labelled by {self.name}.feature_info, which the model lacks: drop the terms that "
+                "take labels (patch.mixing, patch.region_mixing), or choose another --model"
             )
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return int(height), int(width)

@@ -439,7 +439,7 @@ def region_mixing(patch_logits: Tensor, labels: GridLabels) -> Tensor:
     Args: patch_logits [B, 2, K], of the regions that `labels` names (mixing/patch_grid.py), through a head of their
         own (models/heads.py); computed in at least float32.
     Returns: scalar.
-    Range: [-1e-8 K, inf); 0 where q is the label.
+    Range: [-1e-8 K, 18.5]; 0 where q is the label.
     Rewards: patches of a region whose mean says what the region shows.
     Cost: O(K); and O(P D + D K) of the head. Keeps the probabilities of two regions an image.
     Source: [G21], the mixing term of its code (its paper has `mixing`'s form).

@@ -182,9 +182,10 @@ def _check_layers(layers: str, level: Level, takes: str, spec: str) -> None:
     if ends and not level.ends:
         raise UserError(f"{spec!r}: the layer {ends[0]} has patches alone, no {level.name} terms: choose blocks")
     if not all(map(is_selector, sides)):
+        words = ["first", "last", "all", *(ENDS if level.ends else ())]
         raise UserError(
-            f"malformed layers {layers!r} in {spec!r}: write first, last, all, a block's number, a range a-b, "
-            "or several with commas"
+            f"malformed layers {layers!r} in {spec!r}: write {', '.join(words)}, a block's number, a range a-b, or "
+            "several with commas"
         )
     if (len(sides) == 2) != (takes == "pair") or len(sides) > 2:
         want = "two sides with a colon, e.g. @first:last" if takes == "pair" else "one side, e.g. @last"

@@ -229,7 +229,10 @@ def test_reference_flags_are_the_recipe() -> None:
         ("patch.cosine@-1=1", "malformed layers '-1'"),
         ("patch.cosine@1-=1", "malformed layers '1-'"),
         ("patch.cosine@0,,1=1", "malformed layers"),
-        ("patch.cosine@middle=1", "malformed layers 'middle' .* write first, last, all, a block's number"),
+        (
+            "patch.cosine@middle=1",
+            "malformed layers 'middle' .* write first, last, all, embed, norm, a block's number",
+        ),
         ("patch.cosine@first-last=1", "malformed layers"),
         ("patch.contrastive@0:=1", "malformed layers"),
         ("patch.cosine@embed-norm=1", "malformed layers"),

@@ -35,6 +35,7 @@ RECIPE = [*TERMS, "--mixup", "0", "--cutmix", "1", "--mixup-switch-prob", "0", "
 CPU = Precision(torch.device("cpu"))
 ENV = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
 ENV |= {"OMP_NUM_THREADS": "1"}
+SMALL_SWIN = ["--model-kwargs", "embed_dim=12", "depths=(2,2)", "num_heads=(2,2)", "window_size=4"]
 HEAD = {"patch_head.weight", "patch_head.bias"}
 
 
@@ -54,6 +55,36 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "levit_128s", "--input-size", "224"], "labels 9 patches of 64 x 64 pixels"),
+        (
+            ["--model", "swin_tiny_patch4_window7_224", "--input-size", "36", "44", *SMALL_SWIN],
+            "labels 20 patches of 8 x 8 pixels, and SwinTransformer has 30",
+        ),
+    ],
+)
+def test_images_of_parts_of_patches(
+    images: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before training: regions are made of whole patches of the last block."""
+    argv = ["--data-path", str(images), "--device", "cpu", "--num_workers", "0", "--batch-size", "4", *flags]
+    assert main.main([*argv, "--reg", "patch.region_mixing=1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and "--input-size of whole patches" in line
+
+
+@pytest.mark.parametrize(
+    "term", ["patch.region_mixing", "patch.context", "patch.mixing", "patch.contrastive@embed:last"]
+)
+def test_patches_that_are_dropped(images: Path, term: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kwargs = ["--model-kwargs", "patch_size=4", "embed_dim=12", "depth=2", "num_heads=2", "patch_drop_rate=0.5"]
+    assert train(images, None, *kwargs, "--reg", f"patch.{term}=1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs all patches, and --model-kwargs patch_drop_rate drops some" in line
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,12 @@ def test_both_stages_of_patch_diversification(tmp_path: Path, fake_torchrun: dic
     again = bash(f"{TWO_STAGES} images", tmp_path, **env, EPOCHS="2 3")
     first, second = (config.resolve(flags) for flags in stages(again.stdout))
     assert (first.epochs, second.epochs, second.resume, second.resume_opt) == (2, 3, "auto", True)
+    for wrong in ("1", "3 2", "a b", "0 2"):
+        refused = bash(f"{TWO_STAGES} images", tmp_path, **env, EPOCHS=wrong)
+        assert refused.returncode == 2 and "EPOCHS is where the two stages end" in refused.stderr
+    for single in ("patch_diversification_vit_large_in22k_384", "patch_diversification_deit_small_paper"):
+        refused = bash(f"{TWO_STAGES} images", tmp_path, **{**env, "RECIPE": single})
+        assert refused.returncode == 2 and f"{single} has one stage" in refused.stderr
     usage = bash(str(TWO_STAGES), tmp_path, **env)
     assert usage.returncode == 2 and usage.stderr.startswith("usage: ")
 
