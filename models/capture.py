@@ -373,7 +373,8 @@ def check_captured(
             if there != labelled or not labelled:
                 raise UserError(
                     f"patch.region_mixing labels {labelled} patches of {height} x {width} pixels, and "
-                    f"{layout.name} has {there}: choose an --input-size of whole patches, another --model, or drop the term"
+                    f"{layout.name} has {there}: choose an --input-size of whole patches, another --model, or drop "
+                    "the term"
                 )
 
 

@@ -82,7 +82,7 @@ def test_images_of_parts_of_patches(
 )
 def test_patches_that_are_dropped(images: Path, term: str, capsys: pytest.CaptureFixture[str]) -> None:
     kwargs = ["--model-kwargs", "patch_size=4", "embed_dim=12", "depth=2", "num_heads=2", "patch_drop_rate=0.5"]
-    assert train(images, None, *kwargs, "--reg", f"patch.{term}=1") == 2
+    assert train(images, None, *kwargs, "--reg", f"{term}=1") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "needs all patches, and --model-kwargs patch_drop_rate drops some" in line
 
