@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, shown
 from options.config import Resolved
 from options.flags import Args
 from options.parser import Resume, dashed, declared
@@ -23,7 +23,7 @@ from state.contents import check_contents
 from state.saved_flags import flags_of
 from utils import broadcast_object, print_main
 
-NEEDED = ("model", "epoch")
+NEEDED = ("model", "optimizer", "lr_scheduler", "epoch")
 OF_THE_OPTIMIZER = ("optimizer", "lr_scheduler")  # without --no-resume-opt
 # Flags that contradict the state of an optimizer or schedule; where none is continued, they may change.
 FREE_WITHOUT_STATE = ("opt", "opt_kwargs", "layer_decay", "sched")
@@ -96,7 +96,7 @@ def find(args: Args) -> Earlier | None:
             return None
         path = newest
     state = checkpoint.load(path)
-    needed = (*NEEDED, *(OF_THE_OPTIMIZER if args.resume_opt else ()))
+    needed = [key for key in NEEDED if args.resume_opt or key not in OF_THE_OPTIMIZER]
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(
@@ -200,8 +200,11 @@ def _option(name: str, value: Any) -> str:
 
 
 def _value(value: Any) -> str:
+    """A value as one would type it; what a file holds may be anything."""
     if isinstance(value, list):
-        return " ".join(str(each) for each in value) or "(none)"
-    if isinstance(value, dict):
-        return " ".join(f"{key}={each}" for key, each in value.items()) or "(none)"
-    return "(none)" if value in (None, "") else str(value)
+        text = " ".join(str(each) for each in value)
+    elif isinstance(value, dict):
+        text = " ".join(f"{key}={each}" for key, each in value.items())
+    else:
+        text = "" if value is None else str(value)
+    return shown(text) or "(none)"

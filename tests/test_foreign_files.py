@@ -426,6 +426,16 @@ def test_nothing_is_made_of_a_malformed_one(good, tmp_path, capsys, change):
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
 
 
+@pytest.mark.parametrize(("name", "rule"), [("aa", "middle of an epoch"), ("model", "was trained with")])
+def test_a_flag_of_a_file_is_shown_escaped(good, tmp_path, name, rule):
+    state = copy.deepcopy(good)
+    put("args", name, value="\uaac3\x1b[31m" + "x" * 900)(state)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rule) as error:
+        go_on(tmp_path / "x.pth")
+    assert str(error.value).isprintable() and "\\uaac3" in str(error.value) and len(str(error.value)) < 600
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -425,7 +425,7 @@ def test_blocks_without_a_visible_map_or_projections_are_refused():
             self.patch_embed.patch_size = 4
             self.num_prefix_tokens = 0
 
-    with pytest.raises(UserError, match=r"patch.mixing labels patches by Opaque.feature_info"):
+    with pytest.raises(UserError, match=r"patches are labelled by Opaque.feature_info"):
         assert find_layout(Opaque()).patch_size
     with pytest.raises(
         UserError, match=r"cannot see the map of Opaque at block 0: its Module passes its softmax to no"
