@@ -64,7 +64,7 @@ def build_backbone(args: Resolved, num_classes: int) -> Any:
 def start_from(args: Args, backbone: nn.Module) -> nn.Module:
     """The backbone with --finetune's weights, which may be a stock model's or one's with remedies, and --remedy."""
     state = checkpoint.load(args.finetune)
-    check_description(state, args.finetune, ("input_size",))
+    check_description(state, args.finetune, ("input_size", "remedy"))
     weights = model_weights(state, args.finetune, ema=args.weights == "ema")
     flags = flags_of(state)
     trained_size = sides(flags["input_size"]) if flags.get("input_size") else ()
@@ -214,6 +214,7 @@ def build_teacher(args: Args, num_classes: int, device: torch.device) -> nn.Modu
     shape = (args.in_chans, *sides(size))
     flags = "--teacher-model, --teacher-path, --teacher-input-size and --teacher-model-kwargs"
     state = checkpoint.load(args.teacher_path)
+    check_description(state, args.teacher_path, ("remedy",))
     try:
         teacher = build_model(
             args.teacher_model,

@@ -357,7 +357,7 @@ def evaluate_checkpoint(
     """--eval: print the accuracy of the weights in `state`, of their average, or of both, as --weights says."""
     if isinstance(state, dict):
         check_class_names(state.get("args"), args.class_names, args.resume)
-        check_remedies(state.get("args"), args.remedy, args.resume)
+        check_remedies(state, args.remedy, args.resume)
     networks = {AVERAGE if args.weights == "ema" else "network": model}
     if args.weights == "auto" and has_average(state):
         if args.fsdp:

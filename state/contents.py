@@ -34,7 +34,7 @@ from utils import keep_random_state, set_streams
 
 LARGEST = 2**40  # of what counts epochs, steps or updates
 ADVICE = "take another checkpoint, or start from its weights with --finetune"
-DESCRIBED = ("model", "model_kwargs", "input_size", "in_chans")
+DESCRIBED = ("model", "model_kwargs", "remedy", "input_size", "in_chans")
 NUMPY_WORDS = 624  # of a generator's state
 STREAMS = ("python", "numpy", "mixup", "torch")
 
@@ -269,7 +269,8 @@ def _check_processes(processes: Any, path: str) -> None:
 
 def _check_streams(streams: dict[str, Any], where: str, path: str) -> None:
     """They are put in force once, and what was before is put back."""
-    gaussian = streams["python"][2] if isinstance(streams.get("python"), (list, tuple)) else None
+    python = streams.get("python")
+    gaussian = python[2] if isinstance(python, (list, tuple)) and len(python) > 2 else None
     if gaussian is not None and not _is_finite(gaussian):
         _refuse(path, f"{where}' python", gaussian, "a number")
     device = streams.get("device", torch.zeros(0, dtype=torch.uint8))
@@ -425,8 +426,12 @@ def check_scheduler(saved: Mapping[str, Any], scheduler: Any, path: str) -> None
                 f"{path} has a schedule with {shown(repr(name))}, which that of --sched has not: repeat the flags "
                 "of its args.yaml, or start from its weights with --finetune"
             )
-        counts = name == "base_values"  # one for each group of parameters
-        if not _is_same_kind(value, own[name]) or (counts and len(value) != len(own[name])):
+        lengths = {
+            "base_values": len(own.get("base_values", ())),
+            "noise_range_t": 2,
+        }  # one for each group; from and to
+        wrong = name in lengths and isinstance(value, (list, tuple)) and len(value) != lengths[name]
+        if wrong or not _is_same_kind(value, own[name]):
             _refuse(path, f"lr_scheduler's {name}", value, f"like {_what(own[name])}")
 
 

@@ -23,7 +23,9 @@ from models.capture import DiverseViT
 from models.sharding import optimizer_state, whole
 from models.weights import load_weights, model_weights
 from state import checkpoint
+from state.contents import check_description
 from state.optimizers import generator_state, set_generator
+from state.saved_flags import flags_of
 from utils import all_reduce, gather_to_main, is_main, print_main, rank, set_streams, streams, world_size
 
 
@@ -303,21 +305,20 @@ class RunState:
             self.best = last
 
 
-def check_remedies(saved: Any, remedies: Sequence[str], path: str) -> None:
+def check_remedies(state: Any, remedies: Sequence[str], path: str) -> None:
     """Refuse to evaluate weights in a model with other remedies than they were trained with.
 
     Args:
-        saved: the flags in the checkpoint; None where it has none.
+        state: the checkpoint; one that holds no flags is let through.
         remedies: of the model, as --remedy has them.
         path: of the checkpoint.
     Raises:
         UserError: they differ. Without parameters of a remedy, the weights would fit.
     """
-    flags = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    if not flags:
-        return
+    check_description(state, path, ("remedy",))
+    flags = flags_of(state)
     then, now = list(flags.get("remedy") or []), list(remedies)
-    if then != now:
+    if flags and then != now:
         had, has = (" ".join(f"--remedy {text}" for text in texts) or "no --remedy" for texts in (then, now))
         raise UserError(f"{path} was trained with {had}, and this model has {has}: give the same")
 

@@ -87,10 +87,7 @@ def read_trained(
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
-    smallest = None if input_size is None else min(sides(input_size))
-    for flag, value in (("--input-size", smallest), ("--num-classes", num_classes)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} must be at least 1, not {value}")
+    _check_given(input_size, num_classes)
     state = checkpoint.load(path)
     check_description(state, path)
     evaluated = evaluation_of(state)
@@ -128,6 +125,13 @@ def read_trained(
     kind = "ema" if use_ema else "raw"
     says_model = bool(flags_of(state).get("model"))
     return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names, says_model, remedies)
+
+
+def _check_given(input_size: int | Sequence[int] | None, num_classes: int | None) -> None:
+    smallest = None if input_size is None else min(sides(input_size))
+    for flag, value in (("--input-size", smallest), ("--num-classes", num_classes)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, not {value}")
 
 
 def _filled(flags: Mapping[str, Any], given: Mapping[str, Any], only_if_silent: bool) -> dict[str, Any]:
