@@ -34,8 +34,6 @@ from models.remedies.reattention import ReAttention
 from models.remedies.talking_heads import TalkingHeads
 from models.remedies.timms import Differential, LayerScaling, QKNorm, Registers, arguments, fold_layer_scale
 
-FORM = "NAME[:OPTIONS][@LAYERS]"
-
 
 class Remedy(Protocol):
     """What is put into a model.
