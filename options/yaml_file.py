@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -27,7 +28,7 @@ def read_config(path: str, parser: Parser) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest), or a value of the wrong type.
     """
-    content = _read(expand(path))
+    content = read_yaml(expand(path), "--config")
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold 'flag: value' lines")
     actions = {
@@ -143,36 +144,66 @@ class _Loader(yaml.SafeLoader):
         )
 
 
-def _read(path: str) -> Any:
+class Located(dict[str, Any]):
+    """A mapping that knows where it stands.
+
+    Attributes:
+        line: its first, from 1.
+        lines: of its keys.
+    """
+
+    line = 0
+    lines: dict[str, int]
+
+
+class _LocatingLoader(_Loader):
+    """Makes every mapping a `Located` one."""
+
+    def construct_yaml_map(self, node: yaml.MappingNode) -> Iterator[Located]:
+        mapping = Located()
+        mapping.line = node.start_mark.line + 1
+        mapping.lines = {str(self.construct_object(key)): key.start_mark.line + 1 for key, _ in node.value}
+        yield mapping
+        mapping.update(self.construct_mapping(node))
+
+
+_LocatingLoader.add_constructor("tag:yaml.org,2002:map", _LocatingLoader.construct_yaml_map)
+
+
+def read_yaml(path: str, flag: str = "", located: bool = False) -> Any:
     """What a YAML file holds.
 
+    Args:
+        flag: that names the file, for messages.
+        located: mappings know the lines of their keys, see `Located`.
     Raises:
         UserError: there is none, or it cannot be read, or makes more than is in it.
     """
+    called = f"{flag} {path}".strip()
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise UserError(f"--config {path} is a device, a FIFO or a socket, not a file")
+            raise UserError(f"{called} is a device, a FIFO or a socket, not a file")
         if status.st_size > MOST_BYTES:
-            raise UserError(f"--config {path} has {status.st_size:,} bytes, more than a file of flags can need")
+            raise UserError(f"{called} has {status.st_size:,} bytes, more than such a file can need")
         with open(path, encoding="utf-8") as file:
-            loader = _Loader(file.read())
+            loader = (_LocatingLoader if located else _Loader)(file.read())
     except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {called}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {path} is not YAML: {reason(error)}") from error
+        raise UserError(f"{called} is not YAML: {reason(error)}") from error
     loader.name = os.path.basename(path)
     try:
         node = loader.get_single_node()
-        _check_size(node, status.st_size, path)
+        _check_size(node, status.st_size, called)
         return loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {reason(error)}") from error
+        raise UserError(f"{called} is not YAML: {reason(error)}") from error
     finally:
         loader.dispose()
 
 
-def _check_size(node: yaml.Node | None, size: int, path: str) -> None:
+def _check_size(node: yaml.Node | None, size: int, called: str) -> None:
     """Refuse aliases that repeat one another again and again, or what they are in."""
     room = MOST_VALUES + size
     waiting = [node]
@@ -181,5 +212,5 @@ def _check_size(node: yaml.Node | None, size: int, path: str) -> None:
         parts = each.value if isinstance(each, (yaml.MappingNode, yaml.SequenceNode)) else []
         room -= 1 + len(parts)
         if room < 0:
-            raise UserError(f"--config {path} repeats its anchors (&) again and again: write out what is meant")
+            raise UserError(f"{called} repeats its anchors (&) again and again: write out what is meant")
         waiting += [part for pair in parts for part in pair] if isinstance(each, yaml.MappingNode) else parts

@@ -25,12 +25,13 @@ class Lock:
 
     Args:
         folder: None locks nothing.
+        flag: that names the folder, for messages.
     Raises:
         UserError: another run holds the folder, or it cannot be written to.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, flag: str = "--output_dir") -> None:
+        self.folder, self.flag = folder, flag
         self._file: IO[str] | None = None
         self._made = False
 
@@ -56,10 +57,10 @@ class Lock:
                 print_main(f"note: {self.folder} cannot be locked ({error.strerror}): start no second run in it")
             elif taken:
                 raise UserError(
-                    f"another run is writing to --output_dir {self.folder}: wait for its end, or choose another one"
+                    f"another run is writing to {self.flag} {self.folder}: wait for its end, or choose another one"
                 ) from error
             else:
-                raise UserError(f"cannot write to --output_dir {self.folder}: {error.strerror}") from error
+                raise UserError(f"cannot write to {self.flag} {self.folder}: {error.strerror}") from error
 
     def _close(self) -> None:
         """Give the lock up."""

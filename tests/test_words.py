@@ -223,7 +223,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
             config.resolve(["--config", path])
     with open(tmp_path / "large", "wb") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match="more than a file of flags can need"):
+    with pytest.raises(UserError, match="more than such a file can need"):
         config.resolve(["--config", str(tmp_path / "large")])
 
 

@@ -1,0 +1,81 @@
+"""From finished runs to the numbers of a table: means, differences, and what others published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tables.cells import Cell, read_value
+from tables.spec import Column, Published, Row, Table
+from tables.statistics import Difference, Summary, paired, summarise
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row with its numbers, by the columns' names.
+
+    Attributes:
+        values: by seed, of the runs that have one.
+        summaries: None where nothing ran.
+        differences: to the baseline; of the baseline itself, and of what did not run, None.
+        runs: finished ones.
+    """
+
+    row: Row
+    values: dict[str, dict[int, float]]
+    summaries: dict[str, Summary | None]
+    differences: dict[str, Difference | None]
+    runs: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether all seeds are there."""
+        return self.runs == self.row.seeds
+
+    def published(self, column: Column) -> list[tuple[float, Published]]:
+        """What others published in a column, in the order of the file."""
+        return [(each.numbers[column.name], each) for each in self.row.published if column.name in each.numbers]
+
+
+def read_lines(table: Table, cells: Sequence[Cell]) -> list[Line]:
+    """All rows of a table, with the numbers of those cells that are finished.
+
+    Args:
+        cells: that are finished, of any rows.
+    """
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    runs: dict[str, int] = {}
+    for row in table.rows:
+        own = [cell for cell in cells if cell.row.name == row.name]
+        runs[row.name] = len(own)
+        values[row.name] = {column.name: _by_seed(column, own) for column in table.columns}
+    return [_line(table, row, values, runs[row.name]) for row in table.rows]
+
+
+def _by_seed(column: Column, cells: Sequence[Cell]) -> dict[int, float]:
+    found = {cell.seed: read_value(column, cell.path) for cell in cells}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _line(table: Table, row: Row, values: dict[str, dict[str, dict[int, float]]], runs: int) -> Line:
+    own = values[row.name]
+    compared = row.baseline and row.baseline != row.name
+    differences = {
+        column.name: paired(own[column.name], values[row.baseline][column.name])
+        if compared and column.difference
+        else None
+        for column in table.columns
+    }
+    summaries = {name: summarise([*numbers.values()]) for name, numbers in own.items()}
+    return Line(row, own, summaries, differences, runs)
+
+
+def finished(cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose numbers are final."""
+    return [cell for cell in cells if cell.finished]
+
+
+def kept(cells: Sequence[Cell]) -> list[Cell]:
+    """Those of a folder of records, which holds finished runs only."""
+    return [cell for cell in cells if Path(cell.path / "log.txt").is_file()]

@@ -1,0 +1,183 @@
+"""Before anything runs: every cell is checked as a whole, and what it would cost is estimated."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import build
+from datasets import build_dataset
+from errors import UserError
+from options.config import Resolved
+from options.flags import shape_of
+from state.preprocessing import follow_weights
+from tables.cells import COST, Cell, read_json
+from tables.spec import Row
+
+IMAGENET = 1_281_167, 1000  # training images and classes, where the data is not there
+COPIES = 3  # checkpoints of a run: the latest two, and the best
+OF_DATA = (
+    *("data_set", "data_path", "image_key", "target_key", "val_labels", "single_class", "class_names"),
+    *("inat_category", "in_chans", "input_size", "pretrained", "finetune", "model"),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a row's model.
+
+    Attributes:
+        images: for training.
+        flops: of the forward pass of one image.
+        disk: bytes of one run's checkpoints.
+    """
+
+    images: int
+    parameters: int
+    flops: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one row.
+
+    Attributes:
+        hours: of GPUs, for one run; None where no rate is known.
+        basis: where the rate is from.
+    """
+
+    row: Row
+    size: Size
+    hours: float | None
+    basis: str
+
+
+def check(cells: Sequence[Cell], with_data: bool) -> dict[str, Size]:
+    """Build what every row trains, so that nothing fails that could have been known.
+
+    Args:
+        with_data: open the data in any case; else only where it is at hand, and take it for ImageNet where not.
+    Returns:
+        The size of each row's model, by the rows' names.
+    Raises:
+        UserError: flags, data, a model or its terms cannot be, or a folder holds another run; with the row's line.
+    """
+    for cell in cells:
+        cell.args  # noqa: B018 - resolves them
+        cell.check()
+    opened: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, Size] = {}
+    for cell in cells:
+        if cell.row.name in sizes:
+            continue
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                args = follow_weights(replace(cell.args, finetune="", pretrained=False))
+                key = repr([getattr(args, name) for name in OF_DATA])
+                if key not in opened:
+                    at_hand = with_data or args.data_path is not None or args.data_set == "DIGITS"
+                    opened[key] = _open_data(args) if at_hand else IMAGENET
+                sizes[cell.row.name] = _build(args, *opened[key])
+        except UserError as error:
+            raise cell.fail(error) from error
+    return sizes
+
+
+def _open_data(args: Resolved) -> tuple[int, int]:
+    """How many training images and classes there are."""
+    _, classes = build_dataset(False, args)
+    images, _ = build_dataset(True, args)
+    return len(images), len(classes)
+
+
+def _build(args: Resolved, images: int, classes: int) -> Size:
+    """The model with its hooks, tried on blank images as main.py tries it."""
+    device = torch.device("cpu")
+    backbone = build.build_backbone(args, classes)
+    diversity, measure = build.build_diversity(args, backbone)
+    model = build.build_student(args, backbone, diversity, measure, classes, device)
+    build.build_mixing(args, backbone, diversity)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.eval()(torch.zeros(1, *shape_of(args)))
+    numbers = 3 + args.model_ema  # a weight, its two moments, its average
+    return Size(images, parameters, float(counter.get_total_flops()), 4.0 * numbers * parameters * COPIES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def estimate(cells: Sequence[Cell], sizes: dict[str, Size], images_per_second: float | None) -> list[Estimate]:
+    """What each row's run would take.
+
+    A rate that was measured in a finished run of the row is taken; else that of another row, or the one that is
+    given for the first row, in proportion to the forward pass's work. Evaluation is not counted.
+
+    Args:
+        images_per_second: of one GPU with the first row.
+    """
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.row.name, cell)
+    known = {name: rate for name in first if (rate := _measured([c for c in cells if c.row.name == name]))}
+    if not known and images_per_second and first:
+        known = {next(iter(first)): images_per_second}
+        basis = "--images-per-second"
+    else:
+        basis = "a finished run"
+    return [_estimate(cell, sizes, known, basis) for cell in first.values()]
+
+
+def _estimate(cell: Cell, sizes: dict[str, Size], known: dict[str, float], basis: str) -> Estimate:
+    size = sizes[cell.row.name]
+    if not known:
+        return Estimate(cell.row, size, None, "")
+    if cell.row.name in known:
+        rate, said = known[cell.row.name], basis
+    else:
+        other = next(iter(known))
+        rate = known[other] * sizes[other].flops / size.flops
+        said = f"{basis} of {other}, by the forward pass's work"
+    return Estimate(cell.row, size, cell.args.epochs * size.images / rate / 3600, said)
+
+
+def _measured(cells: Sequence[Cell]) -> float | None:
+    """Images a second of one process, as a finished run printed it."""
+    for cell in cells:
+        cost: Any = read_json(cell.path / COST)
+        if cost and cost.get("images_per_second"):
+            return float(cost["images_per_second"]) / int(cost["processes"])
+    return None
+
+
+def describe(estimates: Sequence[Estimate]) -> str:
+    """The estimates, a line for each row, and their sum."""
+    lines = [f"{'row':32} {'runs':>4} {'parameters':>11} {'GFLOPs':>7} {'GPU hours':>10} {'disk':>8}  rate from"]
+    total, disk = 0.0, 0.0
+    for each in estimates:
+        hours = "unknown" if each.hours is None else f"{each.hours * each.row.seeds:,.1f}"
+        total += (each.hours or 0) * each.row.seeds
+        disk += each.size.disk * each.row.seeds
+        lines.append(
+            f"{each.row.name:32} {each.row.seeds:4} {each.size.parameters / 1e6:9.2f} M "
+            f"{each.size.flops / 1e9:7.2f} {hours:>10} {each.size.disk * each.row.seeds / 1e9:5.2f} GB  "
+            f"{each.basis}".rstrip()
+        )
+    unknown = sum(each.hours is None for each in estimates)
+    lines.append(
+        f"an estimate: {total:,.1f} GPU hours of training alone, {disk / 1e9:.2f} GB of checkpoints at most"
+    )
+    if unknown:
+        lines.append(
+            f"{unknown} rows of unknown rate: give --images-per-second of one GPU with the first row "
+            "(benchmarks/step.py measures it)"
+        )
+    return "\n".join(lines)

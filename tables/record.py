@@ -1,0 +1,106 @@
+"""The record of a table: what its runs left, without weights, and the pages that are written from it."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from errors import UserError, reason
+from loggers.text import LOG
+from tables import writing
+from tables.cells import ARGS, COST, REPORT, ROOT, Cell, cells_of
+from tables.numbers import kept, read_lines
+from tables.spec import Table
+from utils import write_atomically
+
+FILES = (LOG, ARGS, COST, REPORT)
+
+
+def keep(cell: Cell, folder: Path) -> None:
+    """Copy what a finished run left into a folder of records.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target = ROOT / folder / cell.table.runs / cell.row.name / f"seed-{cell.seed}"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (cell.path / name).is_file():
+                shutil.copyfile(cell.path / name, target / f".{name}")
+                (target / f".{name}").replace(target / name)
+    except OSError as error:
+        raise UserError(f"cannot write to --keep {folder}: {reason(error)}") from error
+
+
+def recorded(table: Table, folder: Path) -> list[Cell]:
+    """The cells of a folder of records."""
+    return kept(cells_of(table, [row for row in table.rows if row.config], folder))
+
+
+def pages(table: Table, cells: Sequence[Cell], command: str) -> dict[str, str]:
+    """The pages of a table as texts, by their suffixes.
+
+    Args:
+        cells: finished ones.
+        command: that makes the table, for the page.
+    """
+    layout = writing.lay_out(table, read_lines(table, cells))
+    return {
+        "md": writing.markdown(layout, command),
+        "tex": writing.latex(layout),
+        "csv": writing.summary_csv(layout),
+        "seeds.csv": writing.seeds_csv(layout),
+    }
+
+
+def write_pages(
+    table: Table, cells: Sequence[Cell], folder: Path, command: str, with_figure: bool = True
+) -> list[Path]:
+    """Write NAME.md, NAME.tex, NAME.csv, NAME.seeds.csv and NAME.png.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    texts = pages(table, cells, command)
+    written = []
+    try:
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        for suffix, text in texts.items():
+            path = folder / f"{table.name}.{suffix}"
+            write_atomically(ROOT / path, partial(_write, text.encode()))
+            written.append(path)
+        if with_figure:
+            written += _write_figure(table, cells, folder / f"{table.name}.png", fingerprint(texts))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {reason(error)}") from error
+    return written
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
+def fingerprint(texts: dict[str, str]) -> str:
+    """Of the numbers of a table, to see whether a figure shows them."""
+    return "sha256 " + hashlib.sha256((texts["csv"] + texts["seeds.csv"]).encode()).hexdigest()
+
+
+def _write_figure(table: Table, cells: Sequence[Cell], path: Path, mark: str) -> list[Path]:
+    from tables.figure import draw  # matplotlib takes time
+
+    part = path.with_name(f".{path.name}")
+    if not draw(table, read_lines(table, cells), ROOT / part, mark):
+        return []
+    (ROOT / part).replace(ROOT / path)
+    return [path]
+
+
+def described(words: Sequence[str]) -> str:
+    """The command that makes a table, as one types it."""
+    return shlex.join(["python", "script/reproduce_table.py", *words])

@@ -1,0 +1,253 @@
+"""A table for people and programs: Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from redundancy.presentation.tables import escape_latex
+from tables.numbers import Line
+from tables.spec import Column, Published, Table
+from tables.statistics import Difference, Summary
+
+MINUS, PLUS_MINUS, NOTHING, ZERO = "−", "±", "–", "°"  # noqa: RUF001
+NOT_RUN = "not run"
+
+
+def decimal(value: float, digits: int, sign: bool = False) -> str:
+    """A number with so many digits behind the point, and a real minus."""
+    text = f"{value:{'+' if sign else ''},.{digits}f}"
+    return (text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")) if text else text
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table as it is shown: the columns that have a number or could have one, and the notes beneath.
+
+    Attributes:
+        published: the columns in which others published something.
+        notes: by the sources' names, in the order in which they are first cited: their numbers.
+    """
+
+    table: Table
+    lines: Sequence[Line]
+    published: tuple[Column, ...]
+    notes: dict[str, int]
+
+    @property
+    def some_run(self) -> bool:
+        """Whether any row is one that is run here."""
+        return any(line.row.config for line in self.lines)
+
+    def heads(self) -> list[str]:
+        """The columns' headings."""
+        heads = [""]
+        for column in self.table.columns if self.some_run else ():
+            heads.append(column.label)
+            if column.difference:
+                heads.append("difference")
+        heads += [f"published {column.label}" for column in self.published]
+        return heads
+
+    def cells(self, line: Line) -> list[str]:
+        """A row's cells behind its label, in plain text; citations are [1], [2]."""
+        cells = []
+        for column in self.table.columns if self.some_run else ():
+            cells.append(self._measured(line, column))
+            if column.difference:
+                cells.append(_difference(line.differences[column.name], column.digits))
+        return cells + [self._cited(line, column) for column in self.published]
+
+    def _measured(self, line: Line, column: Column) -> str:
+        summary = line.summaries[column.name]
+        if summary is None:
+            return NOTHING if line.runs or not line.row.config else NOT_RUN
+        partly = f" ({summary.seeds} of {line.row.seeds})" if summary.seeds != line.row.seeds else ""
+        return _mean(summary, column.digits) + partly
+
+    def _cited(self, line: Line, column: Column) -> str:
+        found = [f"{value:g} [{self.notes[each.source]}]" for value, each in line.published(column)]
+        return ", ".join(found) or NOTHING
+
+    def remarks(self) -> list[str]:
+        """What the numbers are, in sentences."""
+        if not self.some_run:
+            return []
+        seeds = sorted({line.row.seeds for line in self.lines if line.row.config})
+        many = " or ".join(map(str, seeds))
+        what = f"Mean {PLUS_MINUS} standard deviation over {many} seeds." if seeds != [1] else "One seed."
+        remarks = [what]
+        baselines = dict.fromkeys(line.row.baseline for line in self.lines if line.row.baseline)
+        if baselines and any(column.difference for column in self.table.columns):
+            labels = " or ".join(f"'{self.table.row(name).label}'" for name in baselines)
+            remarks.append(
+                f"Differences are to {labels}, seed by seed, with Student's 95 % interval. "
+                f"{ZERO}: the interval includes 0, so no difference is shown."
+            )
+        return remarks
+
+    def sources(self) -> Iterable[tuple[int, str, str, str]]:
+        """The footnotes: number, text, link, and what one should know."""
+        for name, number in self.notes.items():
+            source = self.table.sources[name]
+            second = "Not the paper that trained the model. " if source.second_hand else ""
+            yield number, source.text, source.link, f"{second}{source.note}".strip()
+
+
+def lay_out(table: Table, lines: Sequence[Line]) -> Layout:
+    """Decide what is shown."""
+    published = tuple(column for column in table.columns if any(line.published(column) for line in lines))
+    cited: list[Published] = [each for line in lines for column in published for _, each in line.published(column)]
+    names = dict.fromkeys(each.source for each in cited)
+    return Layout(table, lines, published, {name: k for k, name in enumerate(names, 1)})
+
+
+def _mean(summary: Summary, digits: int) -> str:
+    spread = "" if math.isnan(summary.deviation) else f" {PLUS_MINUS} {decimal(summary.deviation, digits)}"
+    return decimal(summary.mean, digits) + spread
+
+
+def _difference(difference: Difference | None, digits: int) -> str:
+    if difference is None:
+        return NOTHING
+    text = decimal(difference.mean, digits, sign=True)
+    if math.isnan(difference.low):
+        return f"{text} {ZERO}"
+    interval = f"[{decimal(difference.low, digits, sign=True)}, {decimal(difference.high, digits, sign=True)}]"
+    return f"{text} {interval}" + (f" {ZERO}" if difference.includes_zero else "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Markdown
+
+
+def markdown(layout: Layout, command: str, level: int = 1) -> str:
+    """The table with its title, its notes and the command that makes it.
+
+    Args:
+        level: of the heading.
+    """
+    table = layout.table
+    heads = layout.heads()
+    parts = [f"{'#' * level} {table.title}"]
+    parts += [table.caption] if table.caption else []
+    rule = "|".join(["---", *("--:" for _ in heads[1:])])
+    rows = ["| " + " | ".join(_cell(head) for head in heads) + " |", f"|{rule}|"]
+    group = ""
+    for line in layout.lines:
+        if line.row.group != group:
+            group = line.row.group
+            rows.append("| " + " | ".join([f"*{_cell(group)}*" if group else "", *("" for _ in heads[1:])]) + " |")
+        rows.append("| " + " | ".join([_cell(line.row.label), *map(_cell, layout.cells(line))]) + " |")
+    parts.append("\n".join(rows))
+    parts += [" ".join(layout.remarks())] if layout.remarks() else []
+    notes = [
+        f"[{number}] {f'[{text}]({link})' if link else text}.{f' {note}' if note else ''}"
+        for number, text, link, note in layout.sources()
+    ]
+    parts += ["\n\n".join(notes)] if notes else []
+    parts += [f"```bash\n{command}\n```"] if command else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LaTeX
+
+
+def latex(layout: Layout) -> str:
+    """The table as a tabular that needs no package; notes are comments above it and lines below it."""
+    heads = layout.heads()
+    lines = [f"% {_ascii(layout.table.title)}. {_ascii(' '.join(layout.remarks()))}".rstrip()]
+    lines += [
+        r"{\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+        r"\hline",
+    ]
+    lines += [" & ".join(_tex(head) for head in heads) + r" \\", r"\hline"]
+    group = ""
+    for line in layout.lines:
+        if line.row.group != group:
+            group = line.row.group
+            lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\textit{{{_tex(group)}}}}} \\")
+        lines.append(" & ".join([_tex(line.row.label), *map(_tex, layout.cells(line))]) + r" \\")
+    lines += [r"\hline", r"\end{tabular}", ""]
+    for number, text, link, note in layout.sources():
+        lines += [
+            rf"\noindent [{number}] {_tex(text)}{', ' + _tex(link) if link else ''}. {_tex(note)}".rstrip() + r"\\"
+        ]
+    return "\n".join([*lines, "}", ""])
+
+
+SYMBOLS = {MINUS: "$-$", PLUS_MINUS: r"$\pm$", NOTHING: "--", ZERO: r"$^\circ$"}
+
+
+def _tex(text: str) -> str:
+    """A text that LaTeX prints as it is."""
+    return "".join(SYMBOLS.get(char) or escape_latex(char) for char in text)
+
+
+def _ascii(text: str) -> str:
+    for sign, plain in ((MINUS, "-"), (PLUS_MINUS, "+-"), (NOTHING, "-"), (ZERO, "o")):
+        text = text.replace(sign, plain)
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CSV
+
+
+def summary_csv(layout: Layout) -> str:
+    """A row and a column of the table in each line, with all digits."""
+    heads = [
+        "row",
+        "label",
+        "group",
+        "column",
+        "mean",
+        "deviation",
+        "seeds",
+        "difference",
+        "low",
+        "high",
+        "published",
+    ]
+    rows: list[list[object]] = [[*heads]]
+    for line in layout.lines:
+        for column in layout.table.columns:
+            summary, difference = line.summaries[column.name], line.differences[column.name]
+            published = "; ".join(f"{value:g} ({each.source})" for value, each in line.published(column))
+            if summary is None and not published and not line.row.config:
+                continue
+            rows.append([line.row.name, line.row.label, line.row.group, column.name])
+            rows[-1] += [_exact(summary.mean), _exact(summary.deviation), summary.seeds] if summary else ["", "", 0]
+            rows[-1] += [*map(_exact, difference[:3])] if difference else ["", "", ""]
+            rows[-1].append(published)
+    return _csv(rows)
+
+
+def seeds_csv(layout: Layout) -> str:
+    """Every run's numbers, one run in a line."""
+    names = [column.name for column in layout.table.columns]
+    rows: list[list[object]] = [["row", "seed", *names]]
+    for line in layout.lines:
+        for seed in sorted({seed for numbers in line.values.values() for seed in numbers}):
+            numbers = [line.values[name].get(seed) for name in names]
+            rows.append([line.row.name, seed, *("" if value is None else _exact(value) for value in numbers)])
+    return _csv(rows)
+
+
+def _exact(value: float) -> str:
+    return repr(float(value)) if math.isfinite(value) else ""
+
+
+def _csv(rows: Iterable[list[object]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
