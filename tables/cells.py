@@ -24,7 +24,7 @@ from tables.spec import OF_REPORT, Column, Row, Table
 from utils import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT, COST, ARGS, REPORT = "output.txt", "cost.json", "args.yaml", "report.json"
+OUTPUT, COST, ARGS, REPORT, BAD_END = "output.txt", "cost.json", "args.yaml", "report.json", "failed.txt"
 COSTS = ("images_per_second", "hours")
 PROGRESS = re.compile(r"^Epoch (\d+)/\d+ .*?\[(\d+)/(\d+)\].*? ([\d.]+) it/s", re.MULTILINE)
 # Flags of the data that `python -m redundancy` takes as main.py does.
@@ -87,9 +87,20 @@ class Cell:
         return len(read_log(self.path))
 
     @property
+    def has_ended(self) -> bool:
+        """Whether main.py has ended well here, and what it cost is written down."""
+        return (self.path / COST).is_file()
+
+    @property
     def finished(self) -> bool:
-        """Whether main.py has ended well here, and said what it cost."""
-        return (self.path / COST).is_file() and self.epochs == self.args.epochs
+        """Whether it has ended, and with all epochs that the table asks for."""
+        return self.has_ended and self.epochs == self.args.epochs
+
+    @property
+    def why_failed(self) -> str:
+        """Why it ended badly when it was run last; else ''."""
+        path = self.path / BAD_END
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
     @property
     def reported(self) -> bool:
@@ -238,6 +249,14 @@ def _flat(values: Any) -> Iterator[Any]:
             yield from _flat(each)
     else:
         yield values
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """Where a run's numbers come from: revision and versions, as its args.yaml says them, and the machine."""
+    path = folder / ARGS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    said = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    return {**said, **{name: str(value) for name, value in (read_json(folder / COST) or {}).items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tables.cells import Cell, read_value
 from tables.spec import Column, Published, Row, Table
@@ -20,6 +20,7 @@ class Line:
         summaries: None where nothing ran.
         differences: to the baseline; of the baseline itself, and of what did not run, None.
         runs: finished ones.
+        failed: those that ended badly.
     """
 
     row: Row
@@ -27,11 +28,7 @@ class Line:
     summaries: dict[str, Summary | None]
     differences: dict[str, Difference | None]
     runs: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether all seeds are there."""
-        return self.runs == self.row.seeds
+    failed: int
 
     def published(self, column: Column) -> list[tuple[float, Published]]:
         """What others published in a column, in the order of the file."""
@@ -42,15 +39,14 @@ def read_lines(table: Table, cells: Sequence[Cell]) -> list[Line]:
     """All rows of a table, with the numbers of those cells that are finished.
 
     Args:
-        cells: that are finished, of any rows.
+        cells: of any rows.
     """
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    runs: dict[str, int] = {}
-    for row in table.rows:
-        own = [cell for cell in cells if cell.row.name == row.name]
-        runs[row.name] = len(own)
-        values[row.name] = {column.name: _by_seed(column, own) for column in table.columns}
-    return [_line(table, row, values, runs[row.name]) for row in table.rows]
+    finished = {row.name: [c for c in cells if c.row.name == row.name and c.has_ended] for row in table.rows}
+    failed = Counter(cell.row.name for cell in cells if cell.why_failed)
+    values = {
+        name: {column.name: _by_seed(column, own) for column in table.columns} for name, own in finished.items()
+    }
+    return [_line(table, row, values, len(finished[row.name]), failed[row.name]) for row in table.rows]
 
 
 def _by_seed(column: Column, cells: Sequence[Cell]) -> dict[int, float]:
@@ -58,7 +54,7 @@ def _by_seed(column: Column, cells: Sequence[Cell]) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _line(table: Table, row: Row, values: dict[str, dict[str, dict[int, float]]], runs: int) -> Line:
+def _line(table: Table, row: Row, values: dict[str, dict[str, dict[int, float]]], runs: int, failed: int) -> Line:
     own = values[row.name]
     compared = row.baseline and row.baseline != row.name
     differences = {
@@ -68,14 +64,4 @@ def _line(table: Table, row: Row, values: dict[str, dict[str, dict[int, float]]]
         for column in table.columns
     }
     summaries = {name: summarise([*numbers.values()]) for name, numbers in own.items()}
-    return Line(row, own, summaries, differences, runs)
-
-
-def finished(cells: Sequence[Cell]) -> list[Cell]:
-    """Those whose numbers are final."""
-    return [cell for cell in cells if cell.finished]
-
-
-def kept(cells: Sequence[Cell]) -> list[Cell]:
-    """Those of a folder of records, which holds finished runs only."""
-    return [cell for cell in cells if Path(cell.path / "log.txt").is_file()]
+    return Line(row, own, summaries, differences, runs, failed)

@@ -13,16 +13,26 @@ from typing import IO
 from errors import UserError, reason
 from loggers.text import LOG
 from tables import writing
-from tables.cells import ARGS, COST, REPORT, ROOT, Cell, cells_of
-from tables.numbers import kept, read_lines
+from tables.cells import ARGS, BAD_END, COST, REPORT, ROOT, Cell, cells_of, origin
+from tables.numbers import read_lines
 from tables.spec import Table
 from utils import write_atomically
 
-FILES = (LOG, ARGS, COST, REPORT)
+ORIGIN = {
+    "revision": "revision",
+    "python": "Python",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "processes": "processes of a run:",
+    "processor": "processor:",
+    "gpu": "GPU:",
+}
+FILES = (LOG, ARGS, COST, REPORT, BAD_END)
 
 
 def keep(cell: Cell, folder: Path) -> None:
-    """Copy what a finished run left into a folder of records.
+    """Copy what a run left that has ended, well or badly, into a folder of records.
 
     Raises:
         UserError: it cannot be written.
@@ -30,6 +40,7 @@ def keep(cell: Cell, folder: Path) -> None:
     target = ROOT / folder / cell.table.runs / cell.row.name / f"seed-{cell.seed}"
     try:
         target.mkdir(parents=True, exist_ok=True)
+        (target / BAD_END).unlink(missing_ok=True)
         for name in FILES:
             if (cell.path / name).is_file():
                 shutil.copyfile(cell.path / name, target / f".{name}")
@@ -40,23 +51,34 @@ def keep(cell: Cell, folder: Path) -> None:
 
 def recorded(table: Table, folder: Path) -> list[Cell]:
     """The cells of a folder of records."""
-    return kept(cells_of(table, [row for row in table.rows if row.config], folder))
+    return cells_of(table, [row for row in table.rows if row.config], folder)
 
 
 def pages(table: Table, cells: Sequence[Cell], command: str) -> dict[str, str]:
     """The pages of a table as texts, by their suffixes.
 
     Args:
-        cells: finished ones.
+        cells: of any state.
         command: that makes the table, for the page.
     """
     layout = writing.lay_out(table, read_lines(table, cells))
     return {
-        "md": writing.markdown(layout, command),
+        "md": writing.markdown(layout, command, provenance(cells)),
         "tex": writing.latex(layout),
         "csv": writing.summary_csv(layout),
         "seeds.csv": writing.seeds_csv(layout),
     }
+
+
+def provenance(cells: Sequence[Cell]) -> str:
+    """Where the numbers come from, in a sentence: all revisions, versions and machines of the finished runs."""
+    origins = [origin(cell.path) for cell in cells if cell.has_ended]
+    parts = []
+    for name, words in ORIGIN.items():
+        values = dict.fromkeys(each[name] for each in origins if name in each)
+        if values:
+            parts.append(f"{words} {' and '.join(values)}")
+    return f"{len(origins)} runs: {'; '.join(parts)}." if parts else ""
 
 
 def write_pages(

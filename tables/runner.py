@@ -25,7 +25,7 @@ from errors import UserError, shown
 from loggers.progress import clock
 from program import STOPPED
 from state.lock import NAME as LOCK
-from tables.cells import OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
+from tables.cells import BAD_END, OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
 
 PART = ".report"  # while it is made
 PAUSE = 0.2  # seconds between two looks at what runs
@@ -107,6 +107,7 @@ class Runner:
     def _begin(self, slot: Slot, cell: Cell) -> None:
         slot.cell, slot.began, slot.measures = cell, time.monotonic(), cell.finished
         cell.path.mkdir(parents=True, exist_ok=True)
+        (cell.path / BAD_END).unlink(missing_ok=True)
         if slot.measures:
             shutil.rmtree(cell.path / PART, ignore_errors=True)
             command = cell.report_command(cell.folder / PART)
@@ -152,6 +153,7 @@ class Runner:
 
     def _fail(self, cell: Cell, why: str) -> None:
         self.failed[cell.name] = why
+        (cell.path / BAD_END).write_text(f"{why}\n", encoding="utf-8")
         self._say(f"{cell.name}: FAILED: {why}")
 
     # --------------------------------------------------------------------------------------------------------

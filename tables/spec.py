@@ -45,6 +45,7 @@ class Column:
     divide: float = 1
 
 
+NO_SPREAD = ("n_parameters",)  # the same with every seed
 KNOWN = {
     column.name: column
     for column in (
@@ -173,7 +174,7 @@ class _Part:
                 )
         for key in needed:
             if self.content.get(key) in (None, "", {}, []):
-                raise self.fail(f"{self.what} has no {key}", key)
+                raise self.fail(f"{self.what}: no {key}", key)
 
     def _typed(self, key: str, kind: type | tuple[type, ...], default: Any, words: str) -> Any:
         value = self.content.get(key, default)

@@ -12,7 +12,6 @@ from state.lock import Lock
 from tables import plan, record, slurm
 from tables.cells import ROOT, Cell, cells_of
 from tables.command import Options
-from tables.numbers import finished
 from tables.runner import Runner, is_locked, make_slots
 from tables.spec import Table
 
@@ -73,23 +72,23 @@ def run(table: Table, cells: Sequence[Cell], options: Options) -> int:
     def after_cell(cell: Cell) -> None:
         if options.keep is not None:
             record.keep(cell, options.keep)
-        record.write_pages(table, finished(every), options.output, command, with_figure=False)
+        record.write_pages(table, every, options.output, command, with_figure=False)
 
     if options.slurm is not None:
         failed = slurm.submit(cells, options.processes, options.slurm)
-        cells = finished(cells)  # what is left is to measure their redundancy
+        cells = [cell for cell in cells if cell.finished]  # what is left is to measure their redundancy
     else:
         failed = {}
     slots = make_slots(options.jobs, options.processes, cells[0].args.device if cells else "cpu")
     runner = Runner(cells, options.processes, slots, after_cell, failed)
     runner.run()
-    for cell in finished(every):
-        if options.keep is not None:
+    for cell in every:
+        if options.keep is not None and (cell.finished or cell.why_failed):
             record.keep(cell, options.keep)
-    written = record.write_pages(table, finished(every), options.output, command)
+    written = record.write_pages(table, every, options.output, command)
     if options.keep is not None:
         written += record.write_pages(table, record.recorded(table, options.keep), options.keep, command)
-    tell(table, finished(every), runner, command, written)
+    tell(table, every, runner, command, written)
     if runner.stopped:
         return INTERRUPTED if runner.stopped == signal.SIGINT else STOPPED
     return FAILED if runner.failed else 0
@@ -108,9 +107,9 @@ def tell(table: Table, cells: Sequence[Cell], runner: Runner, command: str, writ
 def render(table: Table, folder: Path) -> None:
     """Write the pages of a table from its records."""
     cells = record.recorded(table, folder)
-    every = cells_of(table, [row for row in table.rows if row.config], folder)
-    written = record.write_pages(table, cells, folder, typed(table, every))
-    print(f"{table.name}: {len(cells)} runs; written: {', '.join(map(str, written))}", flush=True)
+    written = record.write_pages(table, cells, folder, typed(table, cells))
+    ended = sum(cell.has_ended for cell in cells)
+    print(f"{table.name}: {ended} runs; written: {', '.join(map(str, written))}", flush=True)
 
 
 def typed(table: Table, cells: Sequence[Cell]) -> str:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from redundancy.presentation.tables import escape_latex
 from tables.numbers import Line
-from tables.spec import Column, Published, Table
+from tables.spec import NO_SPREAD, Column, Published, Table
 from tables.statistics import Difference, Summary
 
 MINUS, PLUS_MINUS, NOTHING, ZERO = "−", "±", "–", "°"  # noqa: RUF001
-NOT_RUN = "not run"
+NOT_RUN, FAILED = "not run", "failed"
 
 
 def decimal(value: float, digits: int, sign: bool = False) -> str:
@@ -64,9 +64,12 @@ class Layout:
     def _measured(self, line: Line, column: Column) -> str:
         summary = line.summaries[column.name]
         if summary is None:
+            if line.failed and not line.runs:
+                return FAILED
             return NOTHING if line.runs or not line.row.config else NOT_RUN
         partly = f" ({summary.seeds} of {line.row.seeds})" if summary.seeds != line.row.seeds else ""
-        return _mean(summary, column.digits) + partly
+        spread = column.value not in NO_SPREAD
+        return _mean(summary, column.digits, spread) + partly
 
     def _cited(self, line: Line, column: Column) -> str:
         found = [f"{value:g} [{self.notes[each.source]}]" for value, each in line.published(column)]
@@ -105,9 +108,9 @@ def lay_out(table: Table, lines: Sequence[Line]) -> Layout:
     return Layout(table, lines, published, {name: k for k, name in enumerate(names, 1)})
 
 
-def _mean(summary: Summary, digits: int) -> str:
-    spread = "" if math.isnan(summary.deviation) else f" {PLUS_MINUS} {decimal(summary.deviation, digits)}"
-    return decimal(summary.mean, digits) + spread
+def _mean(summary: Summary, digits: int, spread: bool) -> str:
+    shown = spread and not math.isnan(summary.deviation)
+    return decimal(summary.mean, digits) + (f" {PLUS_MINUS} {decimal(summary.deviation, digits)}" if shown else "")
 
 
 def _difference(difference: Difference | None, digits: int) -> str:
@@ -124,15 +127,11 @@ def _difference(difference: Difference | None, digits: int) -> str:
 # Markdown
 
 
-def markdown(layout: Layout, command: str, level: int = 1) -> str:
-    """The table with its title, its notes and the command that makes it.
-
-    Args:
-        level: of the heading.
-    """
+def markdown(layout: Layout, command: str, provenance: str) -> str:
+    """The table with its title, its notes, the command that makes it, and where its numbers come from."""
     table = layout.table
     heads = layout.heads()
-    parts = [f"{'#' * level} {table.title}"]
+    parts = [f"# {table.title}"]
     parts += [table.caption] if table.caption else []
     rule = "|".join(["---", *("--:" for _ in heads[1:])])
     rows = ["| " + " | ".join(_cell(head) for head in heads) + " |", f"|{rule}|"]
@@ -149,7 +148,7 @@ def markdown(layout: Layout, command: str, level: int = 1) -> str:
         for number, text, link, note in layout.sources()
     ]
     parts += ["\n\n".join(notes)] if notes else []
-    parts += [f"```bash\n{command}\n```"] if command else []
+    parts += [f"```bash\n{command}\n```", *([provenance] if provenance else [])]
     return "\n\n".join(parts) + "\n"
 
 
