@@ -172,9 +172,8 @@ def describe(estimates: Sequence[Estimate]) -> str:
             f"{each.basis}".rstrip()
         )
     unknown = sum(each.hours is None for each in estimates)
-    lines.append(
-        f"an estimate: {total:,.1f} GPU hours of training alone, {disk / 1e9:.2f} GB of checkpoints at most"
-    )
+    hours = "" if unknown == len(estimates) else f"{total:,.1f} GPU hours of training alone, "
+    lines.append(f"an estimate: {hours}{disk / 1e9:.2f} GB of checkpoints at most")
     if unknown:
         lines.append(
             f"{unknown} rows of unknown rate: give --images-per-second of one GPU with the first row "

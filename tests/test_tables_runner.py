@@ -1,0 +1,421 @@
+"""The runner of tables: side by side, kept, resumed, failed, stopped; with a program that stands for main.py."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errors import UserError
+from tables import cells, plan, record, runner, slurm
+from tables.cells import Cell, cells_of, read_log
+from tables.runner import Runner, Slot, make_slots
+from tables.spec import read_table
+
+# Stands for main.py: writes an epoch a moment, notes when it begins and ends, and does as the row's name says.
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+flags = sys.argv[1:]
+folder = Path(flags[flags.index("--output_dir") + 1])
+row, seed = folder.parent.name, int(flags[flags.index("--seed") + 1])
+notes, log = Path(os.environ["NOTES"]), folder / "log.txt"
+
+def note(word):
+    with open(notes, "a") as file:
+        file.write(json.dumps([word, row, seed, os.environ.get("CUDA_VISIBLE_DEVICES", "")]) + chr(10))
+
+note("begin")
+done = len(log.read_text().splitlines()) if log.exists() else 0
+if row == "bad":
+    print("some words")
+    print("main.py: error: nothing works here")
+    sys.exit(1)
+if row == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+for epoch in range(done, 2):
+    if row == "slow" and epoch == 1 and "HURRY" not in os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        note("ready")
+        signal.sigwait([signal.SIGTERM])
+        sys.exit(75)
+    time.sleep(0.2)
+    with open(log, "a") as file:
+        file.write(json.dumps({"epoch": epoch, "test_acc1": 90 + seed + epoch, "n_parameters": 7}) + chr(10))
+    print(f"Epoch {epoch + 1}/2  [10/10]  eta 0:00:00  {4 + epoch}.00 it/s  loss 1")
+    if row == "short":
+        break
+note("end")
+"""
+TABLE = """\
+title: Made up
+seeds: 2
+baseline: ROW
+flags: --epochs 2 --batch-size 8
+columns: [top1, parameters, images_per_second, hours]
+rows:
+"""
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the program notes what it does; it takes main.py's place."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.setattr(runner, "PAUSE", 0.02)
+    monkeypatch.setattr(runner, "interpreter", lambda command: [sys.executable, str(program), *command[2:]])
+    (tmp_path / "notes").touch()
+    return tmp_path / "notes"
+
+
+def made(tmp_path: Path, *rows: str, **keys: int) -> list[Cell]:
+    """The cells of a table with these rows."""
+    path = tmp_path / "made.yaml"
+    text = TABLE.replace("ROW", rows[0]) + "".join(f"  {row}: {{config: configs/digits.yaml}}\n" for row in rows)
+    path.write_text(text)
+    table = read_table(path, **keys)
+    return cells_of(table, table.rows, tmp_path / "out")
+
+
+def noted(notes: Path) -> list[list[Any]]:
+    return [json.loads(line) for line in notes.read_text().splitlines()]
+
+
+def finish(all_cells: list[Cell], jobs: int = 1, **rest: Any) -> Runner:
+    found = Runner(all_cells, 1, [Slot() for _ in range(jobs)], **rest)
+    found.run()
+    return found
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_so_many_at_a_time_and_seed_by_seed(tmp_path: Path, notes: Path, jobs: int) -> None:
+    ended: list[str] = []
+    found = finish(made(tmp_path, "one", "two", "three"), jobs, after_cell=lambda cell: ended.append(cell.name))
+    assert not found.failed and len(ended) == 6
+    at_once = most = 0
+    for word, *_ in noted(notes):
+        at_once += {"begin": 1, "end": -1}[word]
+        most = max(most, at_once)
+    assert most == jobs
+    begun = [(row, seed) for word, row, seed, _ in noted(notes) if word == "begin"]
+    assert [seed for _, seed in begun[:3]] == [0, 0, 0]  # an early end leaves whole comparisons
+    if jobs == 1:
+        assert begun == [(row, seed) for seed in (0, 1) for row in ("one", "two", "three")]
+
+
+def test_what_a_run_cost_is_written_down(tmp_path: Path, notes: Path) -> None:
+    """The median of 4 and 5 steps a second, of 8 images each; 2 epochs of 10 steps."""
+    all_cells = made(tmp_path, "one")
+    finish(all_cells)
+    cost = json.loads((all_cells[0].path / "cost.json").read_text())
+    assert cost["images_per_second"] == pytest.approx(8 * 4.5)
+    assert cost["hours"] == pytest.approx((10 / 4 + 10 / 5) / 3600)
+    assert cost["processes"] == 1 and "logical cores" in cost["processor"]
+
+
+def test_finished_cells_are_kept_and_broken_ones_go_on(
+    tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_cells = made(tmp_path, "one", "two")
+    finish(all_cells)
+    begun = len(noted(notes))
+    finish(all_cells)
+    assert len(noted(notes)) == begun
+    assert "4 cells: 4 finished before, 0 to run" in capsys.readouterr().out
+    log = all_cells[0].path / "log.txt"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    (all_cells[0].path / "cost.json").unlink()
+    finish(all_cells)
+    assert [note[:3] for note in noted(notes)[begun:]] == [["begin", "one", 0], ["end", "one", 0]]
+    assert [line["epoch"] for line in read_log(all_cells[0].path)] == [0, 1]
+
+
+def test_a_failing_cell_is_named_and_the_others_go_on(
+    tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_cells = made(tmp_path, "one", "bad", "killed", "short", "two", seeds=1)
+    found = finish(all_cells)
+    assert found.failed == {
+        "bad, seed 0": "ended with exit code 1: main.py: error: nothing works here",
+        "killed, seed 0": "ended with signal 9: it printed nothing",
+        "short, seed 0": "1 of 2 epochs are done, and main.py ended",
+    }
+    assert [cell.row.name for cell in all_cells if cell.finished] == ["one", "two"]
+    assert "bad, seed 0: FAILED: ended with exit code 1: main.py: error: nothing" in capsys.readouterr().out
+    page = record.pages(all_cells[0].table, all_cells, "")["md"]
+    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
+    assert "| failed |" in lines["bad"] and "| failed |" in lines["killed"] and "| 91.00 |" in lines["one"]
+    assert all_cells[1].why_failed.startswith("ended with exit code 1")
+    (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', "False"))
+    assert "bad, seed 0" not in finish(all_cells).failed and not all_cells[1].why_failed
+
+
+def test_a_failed_cell_of_a_row_leaves_the_rest_of_the_row(tmp_path: Path, notes: Path) -> None:
+    """Its mean says of how many seeds it is."""
+    (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', 'row == "one" and seed == 1'))
+    all_cells = made(tmp_path, "one", "two")
+    finish(all_cells)
+    page = record.pages(all_cells[0].table, all_cells, "")["md"]
+    assert "| one | 91.00 (1 of 2) |" in page and "| two | 91.50 ± 0.71 | 0.00 ° |" in page
+
+
+def test_a_signal_lets_runs_save_and_stop(tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing new begins, nothing counts as failed, and the next runner goes on."""
+    all_cells = made(tmp_path, "slow", "other")
+
+    def stop() -> None:
+        while not any(word == "ready" for word, *_ in noted(notes)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    found = finish(all_cells)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (found.stopped, found.failed) == (signal.SIGTERM, {})
+    assert "stopping: the runs finish their step and save" in capsys.readouterr().out
+    assert [row for word, row, *_ in noted(notes) if word == "begin"] == ["slow"]
+    os.environ["HURRY"] = "1"
+    try:
+        assert not finish(all_cells).failed and all(cell.finished for cell in all_cells)
+    finally:
+        del os.environ["HURRY"]
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder() -> Iterator[Any]:
+    """Starts a process that holds the lock of a folder, as main.py does."""
+    started: list[subprocess.Popen[str]] = []
+
+    def hold(folder: Path) -> subprocess.Popen[str]:
+        folder.mkdir(parents=True)
+        command = [sys.executable, "-c", HOLDER, str(folder / ".lock")]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        started.append(process)
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def test_a_cell_that_an_earlier_run_still_trains_is_waited_for(
+    tmp_path: Path, notes: Path, holder: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SHOWN", (0.05, 0.05))
+    all_cells = made(tmp_path, "one", "two", seeds=1)
+    process = holder(all_cells[0].path)
+
+    def release() -> None:
+        while not all_cells[1].finished:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.kill()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    finish(all_cells)
+    thread.join()
+    assert [row for word, row, *_ in noted(notes) if word == "begin"] == ["two", "one"]
+    assert "waiting for one, seed 0, which an earlier run is still training" in capsys.readouterr().out
+
+
+def test_a_run_that_took_the_folder_first_is_waited_for(tmp_path: Path, notes: Path, holder: Any) -> None:
+    """It began between the look at the lock and main.py's own: main.py ends with its message, and comes again."""
+    refuse = 'if not (folder / "second").exists():\n    (folder / "second").touch()\n    HOLD\n    sys.exit(2)\n'
+    hold = f"import subprocess; subprocess.Popen([sys.executable, '-c', {HOLDER!r}, str(folder / '.lock')], "
+    hold += "stdin=subprocess.PIPE, stdout=subprocess.PIPE).stdout.readline(); time.sleep(0.3)"
+    (tmp_path / "program.py").write_text(
+        PROGRAM.replace('note("begin")\n', 'note("begin")\n' + refuse.replace("HOLD", hold))
+    )
+    all_cells = made(tmp_path, "one", seeds=1)
+    assert not finish(all_cells).failed and all_cells[0].finished
+
+
+def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot.devices for slot in make_slots(2, 4, "auto")] == ["0,1,2,3", "4,5,6,7"]
+    assert [slot.devices for slot in make_slots(3, 2, "auto")] == ["0,1", "2,3", "4,5"]
+    assert [slot.devices for slot in make_slots(2, 4, "cpu")] == ["", ""]
+    with pytest.raises(UserError, match="--jobs 3 runs of --nproc 4 processes need 12 GPUs, and there are 8"):
+        make_slots(3, 4, "auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    slots = make_slots(2, 1, "auto")
+    monkeypatch.setattr(runner, "machine", dict)
+    Runner(made(tmp_path, "one", "two", seeds=1), 1, slots).run()
+    assert {devices for _, _, _, devices in noted(notes)} == {"5", "7"}
+
+
+def test_the_time_left_is_that_of_the_epochs_left(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 of 8 epochs in 10 seconds: 30 more."""
+    clock = iter([0.0, 10.0])
+    all_cells = made(tmp_path, "one", "two")
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    found = Runner(all_cells, 1, [Slot()])
+    assert found._left() == "time left unknown yet"
+    all_cells[0].path.mkdir(parents=True)
+    (all_cells[0].path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    assert found._left() == "about 0:00:30 left"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checks before anything runs
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    all_cells = made(tmp_path, "one")
+    cell = all_cells[0]
+    cell.check()
+    cell.path.mkdir(parents=True)
+    cells.config.write_args(cell.args, cell.path / "args.yaml")
+    cell.check()
+    other = cells.config.resolve(["--config", str(cells.ROOT / "configs/digits.yaml"), "--epochs", "3"])
+    cells.config.write_args(other, cell.path / "args.yaml")
+    with pytest.raises(UserError, match=r"holds a run with --batch-size 32, and .*made\.yaml says 8: move it away"):
+        cell.check()
+
+
+def test_what_a_run_fills_in_is_no_difference(tmp_path: Path) -> None:
+    """Class names and the preprocessing of images are written to args.yaml, and nobody gave them."""
+    cell = made(tmp_path, "one")[0]
+    cell.path.mkdir(parents=True)
+    filled = cells.replace(cell.args, class_names=["a", "b"], mean=[0.5] * 3, std=[0.5] * 3, crop_pct=1.0)
+    cells.config.write_args(filled, cell.path / "args.yaml")
+    cell.check()
+    more = cells.replace(cell.args, reg=["patch.cosine@last=0.5"])
+    cells.config.write_args(more, cell.path / "args.yaml")
+    with pytest.raises(UserError, match=r"holds a run with --reg \['patch.cosine@last=0.5'\], and .* says \[\]"):
+        cell.check()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{config: configs/none.yaml}", "row new: cannot read --config"),
+        ("{config: configs/digits.yaml, flags: --epoch 3}", "Did you mean --epochs"),
+        ("{config: configs/digits.yaml, flags: --reg patch.cosin=1}", "row new: .*patch.cosin"),
+        ("{config: configs/digits.yaml, flags: --model deit_tiny_patch16_225}", "row new: unknown model"),
+        ("{config: configs/digits.yaml, flags: --reg patch.cosine@12=1}", "row new: .*12"),
+        ("{config: configs/digits.yaml, flags: --remedy gfsa@40}", "row new: .*40"),
+        ("{config: configs/deit_tiny.yaml, flags: --data-set CIFAR}", "row new: .*data-path"),
+    ],
+)
+def test_rows_are_checked_before_anything_starts(tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "made.yaml"
+    path.write_text(TABLE.replace("ROW", "one") + f"  one: {{config: configs/digits.yaml}}\n  new: {row}\n")
+    table = read_table(path, seeds=1)
+    with pytest.raises(UserError, match=f"made.yaml, line 8: {message}"):
+        plan.check(cells_of(table, table.rows, tmp_path / "out"), with_data=True)
+
+
+def test_an_estimate_by_what_was_measured(tmp_path: Path, notes: Path) -> None:
+    """Hours of 1,437 images and 2 epochs at 36 images/s; twice the blocks take about twice the time."""
+    path = tmp_path / "made.yaml"
+    rows = "  one: {config: configs/digits.yaml}\n"
+    rows += "  deep: {config: configs/digits.yaml, flags: --model-kwargs depth=24}\n"
+    path.write_text(TABLE.replace("ROW", "one") + rows)
+    table = read_table(path, seeds=1)
+    all_cells = cells_of(table, table.rows, tmp_path / "out")
+    sizes = plan.check(all_cells, with_data=False)
+    unknown = plan.estimate(all_cells, sizes, None)
+    assert [each.hours for each in unknown] == [None, None] and "give --images-per-second" in plan.describe(unknown)
+    told = plan.estimate(all_cells, sizes, 100)
+    assert told[0].hours == pytest.approx(2 * 1437 / 100 / 3600) and told[0].basis == "--images-per-second"
+    finish(all_cells[:1])
+    one, deep = plan.estimate(all_cells, sizes, None)
+    assert one.hours == pytest.approx(2 * 1437 / 36 / 3600) and one.basis == "a finished run"
+    assert one.hours is not None and deep.hours is not None and 1.9 < deep.hours / one.hours < 2.05
+    assert deep.basis == "a finished run of one, by the forward pass's work"
+    assert sizes["one"].parameters == 615_626  # what main.py prints
+    assert sizes["one"].disk == 3 * 3 * 4 * 615_626  # weights and two moments in float32, in three files
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SLURM
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_jobs_are_submitted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through run_with_submitit.py itself; a job that waits is not submitted again, one that is gone is."""
+    pytest.importorskip("submitit", reason="needs submitit: pip install -r requirements-submitit.txt")
+    executable(tmp_path / "bin" / "sbatch", '#!/bin/sh\necho "Submitted batch job 4242"\n')
+    executable(tmp_path / "bin" / "srun", "#!/bin/sh\nexit 1\n")
+    executable(tmp_path / "bin" / "squeue", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked; cat {tmp_path}/queue\n')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    queue = tmp_path / "queue"
+    queue.write_text("")
+    all_cells = made(tmp_path, "one", seeds=1)
+    assert slurm.submit(all_cells, 0, "--partition gpu") == {}
+    assert (all_cells[0].path / "job.txt").read_text() == "4242\n"
+    queue.write_text("4242 gpu made-one-0 PENDING\n")
+    slurm.submit(all_cells, 0, "--partition gpu")
+    said = capsys.readouterr().out
+    assert "one, seed 0: job 4242\n" in said and "one, seed 0: job 4242 is in the queue" in said
+    assert (tmp_path / "asked").read_text().split() == ["--noheader", "--jobs", "4242"]
+    queue.write_text("")
+    slurm.submit(all_cells, 0, "--partition gpu")
+    assert capsys.readouterr().out == "one, seed 0: job 4242\n"
+    scripts = list((all_cells[0].path / "submitit").rglob("*.sh"))
+    assert (
+        scripts
+        and "--job-name=made-one-0" in scripts[0].read_text()
+        and "--partition=gpu" in scripts[0].read_text()
+    )
+
+
+def test_what_sbatch_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    failed = slurm.submit(made(tmp_path, "one", seeds=1), 1, "--partition gpu")
+    assert "no sbatch and srun on PATH" in failed["one, seed 0"]
+    with pytest.raises(UserError, match="--slurm cannot be read"):
+        slurm.submit([], 1, "'")
+
+
+def test_a_lock_of_another_process_is_seen(tmp_path: Path, holder: Any) -> None:
+    process = holder(tmp_path / "run")
+    assert runner.is_locked(tmp_path / "run") and not runner.is_locked(tmp_path / "none")
+    process.kill()
+    process.wait()
+    assert not runner.is_locked(tmp_path / "run")
+    with open(tmp_path / "run" / ".lock", "rb+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
