@@ -226,6 +226,15 @@ def test_recipe_resolves_and_opens_with_its_command(recipe: Path) -> None:
     assert "Result" in head
 
 
+@pytest.mark.parametrize("recipe", CONFIGS, ids=name_of)
+def test_numbers_for_the_model_are_no_text(recipe: Path) -> None:
+    """YAML takes 1e-4 for a text, which timm's constructors refuse."""
+    for value in config.resolve(["--config", str(recipe)]).model_kwargs.values():
+        if isinstance(value, str):
+            with pytest.raises(ValueError):
+                float(value)
+
+
 FIVE_TERMS = {
     "patch.mixing": 1,
     "patch.cosine@last": 0.5,
