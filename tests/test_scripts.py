@@ -68,7 +68,7 @@ def test_the_reference_launchers_exist() -> None:
     """The two names that the reference's users type."""
     names = {path.name for path in LAUNCHERS}
     assert {"run_deit_small_diverse.sh", "run_deit_small_24layer_diverse.sh"} <= names
-    assert len(names) == 8
+    assert len(names) == 12
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=name_of)
@@ -226,22 +226,56 @@ def test_recipe_resolves_and_opens_with_its_command(recipe: Path) -> None:
     assert "Result" in head
 
 
-@pytest.mark.parametrize("recipe", [path for path in CONFIGS if "_diverse" in path.name], ids=name_of)
+@pytest.mark.parametrize("recipe", CONFIGS, ids=name_of)
+def test_numbers_for_the_model_are_no_text(recipe: Path) -> None:
+    """YAML takes 1e-4 for a text, which timm's constructors refuse."""
+    for value in config.resolve(["--config", str(recipe)]).model_kwargs.values():
+        if isinstance(value, str):
+            with pytest.raises(ValueError):
+                float(value)
+
+
+FIVE_TERMS = {
+    "patch.mixing": 1,
+    "patch.cosine@last": 0.5,
+    "patch.contrastive@first:last": 0.5,
+    "attn.cosine@0": 1e-4,
+    "weight.cno@all": 5e-4,
+}
+
+
+def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """A recipe's keys without its terms, and its terms."""
+    recipe = yaml.safe_load(path.read_text())
+    return recipe, {spec: float(coef) for spec, coef in recipe.pop("regularizers", {}).items()}
+
+
+@pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.endswith("_diverse")], ids=name_of)
 def test_diverse_recipe_is_its_baseline_and_regularizers(recipe: Path) -> None:
     """Between the two of a pair nothing else may differ but names, and the coefficients are the reference's."""
-    diverse = yaml.safe_load(recipe.read_text())
-    plain = yaml.safe_load(recipe.with_name(recipe.name.replace("_diverse", "")).read_text())
-    assert {spec: float(coef) for spec, coef in diverse.pop("regularizers").items()} == {
-        "patch.mixing": 1,
-        "patch.cosine@last": 0.5,
-        "patch.contrastive@first:last": 0.5,
-        "attn.cosine@0": 1e-4,
-        "weight.cno@all": 5e-4,
-    }
+    diverse, terms = read_recipe(recipe)
+    plain, none = read_recipe(recipe.with_name(f"{recipe.stem.removesuffix('_diverse')}.yaml"))
+    left_out = {"patch.contrastive@first:last"} if "swin" in recipe.stem else set()  # layers of different width
+    assert terms == {spec: coef for spec, coef in FIVE_TERMS.items() if spec not in left_out}
+    assert none == {}
     diverse["model"] = diverse["model"].removesuffix("_diverse")
     if "output_dir" in diverse:
         diverse["output_dir"] = diverse["output_dir"].removesuffix("_diverse")
     assert diverse == plain
+
+
+PAPERS_FORM = {"patch.cosine@last": "patch.pairwise_cosine@last", "attn.cosine@0": "attn.pairwise_cosine@0"}
+
+
+@pytest.mark.parametrize("recipe", [path for path in CONFIGS if path.stem.endswith("_diverse_paper")], ids=name_of)
+def test_the_papers_form_differs_in_two_terms(recipe: Path) -> None:
+    """From the recipe of the code's form; their coefficients, places and order are the same."""
+    paper, terms = read_recipe(recipe)
+    code, theirs = read_recipe(recipe.with_name(f"{recipe.stem.removesuffix('_paper')}.yaml"))
+    assert [*terms.items()] == [(PAPERS_FORM.get(spec, spec), coef) for spec, coef in theirs.items()]
+    if "output_dir" in paper:
+        code["output_dir"] += "_paper"
+    assert paper == code
 
 
 # ------------------------------------------------------------------------------------------------------------
