@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from options.paths import expand, usable
 MOST_BYTES = 2**21  # of a file, which may name many classes
 MOST_VALUES = 10**4  # beside one for each byte; what an alias repeats counts each time
 DEEPEST = 50
+EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # a number that YAML takes for a text
 LARGEST_INT = 10**300  # which is less than the largest float
 
 
@@ -69,7 +71,7 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
     if isinstance(action, KeyValues):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise UserError(f"{path}: {name} must map names to values, not {_said(value)}")
-        return value
+        return _with_numbers(value)
     if isinstance(action, Size):
         value = value if isinstance(value, list) else [value]
     many = action.nargs == "+" or isinstance(action.default, list)
@@ -87,6 +89,15 @@ def _cast(action: argparse.Action, name: str, value: Any, path: str) -> Any:
             hint = did_you_mean(str(one), action.choices)
             raise UserError(f"{path}: {name} must be one of {', '.join(action.choices)}, not {_said(one)}.{hint}")
     return result
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value with its numbers as such: YAML reads 1e-4, which has no point, as a text."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(each) for each in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _said(value: Any) -> str:

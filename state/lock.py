@@ -14,6 +14,7 @@ from utils import broadcast_object, print_main
 
 NAME = ".lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
+TAKEN_WORDS = "another run is writing to"
 UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the file system has no locks
 
 
@@ -57,7 +58,7 @@ class Lock:
                 print_main(f"note: {self.folder} cannot be locked ({error.strerror}): start no second run in it")
             elif taken:
                 raise UserError(
-                    f"another run is writing to {self.flag} {self.folder}: wait for its end, or choose another one"
+                    f"{TAKEN_WORDS} {self.flag} {self.folder}: wait for its end, or choose another one"
                 ) from error
             else:
                 raise UserError(f"cannot write to {self.flag} {self.folder}: {error.strerror}") from error

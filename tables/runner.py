@@ -25,6 +25,7 @@ from errors import UserError, shown
 from loggers.progress import clock
 from program import STOPPED
 from state.lock import NAME as LOCK
+from state.lock import TAKEN_WORDS
 from tables.cells import BAD_END, OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
 
 PART = ".report"  # while it is made
@@ -72,9 +73,9 @@ class Runner:
     def __post_init__(self) -> None:
         self._waiting = [cell for cell in self.cells if not (cell.finished and cell.reported)]
         self._kept = len(self.cells) - len(self._waiting)
-        self._began = time.monotonic()
         self._done = 0
         self._epochs_before = self._epochs()
+        self._training = 0.0  # seconds of the runs that have ended
         self._shown = 0.0
         self._terminal = sys.stdout.isatty()
 
@@ -121,6 +122,7 @@ class Runner:
         assert cell is not None
         slot.cell = slot.process = None
         spent = clock(time.monotonic() - slot.began)
+        self._training += 0 if measured else time.monotonic() - slot.began
         if code != 0:
             self._end_badly(cell, code, measured)
             return
@@ -142,7 +144,7 @@ class Runner:
             self.after_cell(cell)
 
     def _end_badly(self, cell: Cell, code: int, measured: bool) -> None:
-        if is_locked(cell.path):  # by a run that an earlier runner began: it comes again when that one ends
+        if TAKEN_WORDS in last_words(cell.path):  # by a run of an earlier runner: it comes again when that one ends
             self._waiting.append(cell)
         elif code == STOPPED or (self.stopped and code < 0):
             if not self.stopped:
@@ -215,13 +217,15 @@ class Runner:
             print(f"[{self._kept + self._done}/{len(self.cells)}] {line}", flush=True)
 
     def _left(self) -> str:
-        """The time that the epochs left will take at the pace so far."""
+        """The time that the epochs left will take at the pace so far, with all slots at work."""
         done = self._epochs()
         here = done - self._epochs_before
         left = sum(cell.args.epochs for cell in self.cells) - done
         if not here:
             return "time left unknown yet"
-        return f"about {clock((time.monotonic() - self._began) / here * left)} left"
+        now = time.monotonic()
+        at_work = sum(now - slot.began for slot in self.slots if slot.cell and not slot.measures)
+        return f"about {clock((self._training + at_work) / here * left / len(self.slots))} left"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,17 @@ class Layout:
         """Whether any row is one that is run here."""
         return any(line.row.config for line in self.lines)
 
+    @property
+    def some_missing(self) -> bool:
+        """Whether rows differ in how many of their seeds are there."""
+        ran = [line for line in self.lines if line.row.config]
+        return len({(line.runs, line.row.seeds) for line in ran}) > 1 or any(
+            0 < each.runs < each.row.seeds for each in ran
+        )
+
     def heads(self) -> list[str]:
         """The columns' headings."""
-        heads = [""]
+        heads = ["", "seeds"] if self.some_missing else [""]
         for column in self.table.columns if self.some_run else ():
             heads.append(column.label)
             if column.difference:
@@ -55,6 +63,8 @@ class Layout:
     def cells(self, line: Line) -> list[str]:
         """A row's cells behind its label, in plain text; citations are [1], [2]."""
         cells = []
+        if self.some_missing:
+            cells.append(f"{line.runs} of {line.row.seeds}" if line.row.config else NOTHING)
         for column in self.table.columns if self.some_run else ():
             cells.append(self._measured(line, column))
             if column.difference:
@@ -67,7 +77,7 @@ class Layout:
             if line.failed and not line.runs:
                 return FAILED
             return NOTHING if line.runs or not line.row.config else NOT_RUN
-        partly = f" ({summary.seeds} of {line.row.seeds})" if summary.seeds != line.row.seeds else ""
+        partly = f" ({summary.seeds} of {line.runs})" if summary.seeds != line.runs else ""
         spread = column.value not in NO_SPREAD
         return _mean(summary, column.digits, spread) + partly
 
@@ -79,9 +89,9 @@ class Layout:
         """What the numbers are, in sentences."""
         if not self.some_run:
             return []
-        seeds = sorted({line.row.seeds for line in self.lines if line.row.config})
-        many = " or ".join(map(str, seeds))
-        what = f"Mean {PLUS_MINUS} standard deviation over {many} seeds." if seeds != [1] else "One seed."
+        seeds = sorted({line.runs for line in self.lines if line.runs})
+        many = f" {seeds[0]}" if len(seeds) == 1 else ""
+        what = "One seed." if seeds == [1] else f"Mean {PLUS_MINUS} standard deviation over{many} seeds."
         remarks = [what]
         baselines = dict.fromkeys(line.row.baseline for line in self.lines if line.row.baseline)
         if baselines and any(column.difference for column in self.table.columns):

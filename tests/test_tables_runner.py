@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from errors import UserError
+from state.lock import TAKEN_WORDS as TAKEN
 from tables import cells, plan, record, runner, slurm
 from tables.cells import Cell, cells_of, read_log
 from tables.runner import Runner, Slot, make_slots
@@ -169,7 +170,7 @@ def test_a_failed_cell_of_a_row_leaves_the_rest_of_the_row(tmp_path: Path, notes
     all_cells = made(tmp_path, "one", "two")
     finish(all_cells)
     page = record.pages(all_cells[0].table, all_cells, "")["md"]
-    assert "| one | 91.00 (1 of 2) |" in page and "| two | 91.50 ± 0.71 | 0.00 ° |" in page
+    assert "| one | 1 of 2 | 91.00 |" in page and "| two | 2 of 2 | 91.50 ± 0.71 | 0.00 ° |" in page
 
 
 def test_a_signal_lets_runs_save_and_stop(tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,16 +250,15 @@ def test_a_cell_that_an_earlier_run_still_trains_is_waited_for(
     assert "waiting for one, seed 0, which an earlier run is still training" in capsys.readouterr().out
 
 
-def test_a_run_that_took_the_folder_first_is_waited_for(tmp_path: Path, notes: Path, holder: Any) -> None:
+def test_a_run_that_took_the_folder_first_is_waited_for(tmp_path: Path, notes: Path) -> None:
     """It began between the look at the lock and main.py's own: main.py ends with its message, and comes again."""
-    refuse = 'if not (folder / "second").exists():\n    (folder / "second").touch()\n    HOLD\n    sys.exit(2)\n'
-    hold = f"import subprocess; subprocess.Popen([sys.executable, '-c', {HOLDER!r}, str(folder / '.lock')], "
-    hold += "stdin=subprocess.PIPE, stdout=subprocess.PIPE).stdout.readline(); time.sleep(0.3)"
-    (tmp_path / "program.py").write_text(
-        PROGRAM.replace('note("begin")\n', 'note("begin")\n' + refuse.replace("HOLD", hold))
-    )
+    refuse = 'if not (folder / "second").exists():\n    (folder / "second").touch()\n'
+    refuse += f'    print("main.py: error: {TAKEN} --output_dir x: wait for its end")\n    sys.exit(2)\n'
+    program = PROGRAM.replace('note("begin")\n', 'note("begin")\n' + refuse)
+    (tmp_path / "program.py").write_text(program)
     all_cells = made(tmp_path, "one", seeds=1)
     assert not finish(all_cells).failed and all_cells[0].finished
+    assert [word for word, *_ in noted(notes)] == ["begin", "begin", "end"]
 
 
 def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,14 +280,15 @@ def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.Mo
 def test_the_time_left_is_that_of_the_epochs_left(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2 of 8 epochs in 10 seconds: 30 more."""
-    clock = iter([0.0, 10.0])
+    """Two runs at a time, each with an epoch in 10 seconds: 6 more epochs take 30."""
     all_cells = made(tmp_path, "one", "two")
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
-    found = Runner(all_cells, 1, [Slot()])
+    monkeypatch.setattr(runner.time, "monotonic", lambda: 110.0)
+    slots = [Slot(cell=cell, began=100.0) for cell in all_cells[:2]]
+    found = Runner(all_cells, 1, slots)
     assert found._left() == "time left unknown yet"
-    all_cells[0].path.mkdir(parents=True)
-    (all_cells[0].path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    for cell in all_cells[:2]:
+        cell.path.mkdir(parents=True)
+        (cell.path / "log.txt").write_text('{"epoch": 0}\n')
     assert found._left() == "about 0:00:30 left"
 
 
@@ -325,7 +326,7 @@ def test_what_a_run_fills_in_is_no_difference(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{config: configs/none.yaml}", "row new: cannot read --config"),
-        ("{config: configs/digits.yaml, flags: --epoch 3}", "Did you mean --epochs"),
+        ("{config: configs/digits.yaml, flags: --epoch 3}", "row new: .*Did you mean --epochs"),
         ("{config: configs/digits.yaml, flags: --reg patch.cosin=1}", "row new: .*patch.cosin"),
         ("{config: configs/digits.yaml, flags: --model deit_tiny_patch16_225}", "row new: unknown model"),
         ("{config: configs/digits.yaml, flags: --reg patch.cosine@12=1}", "row new: .*12"),
