@@ -37,7 +37,7 @@ from options.parser import Parser
 PACKAGE = "dataset-fashion-mnist"
 IN_PACKAGE = Path("usr/share/datasets/fashion-mnist")
 ROOT_OF_PACKAGES = Path("/")
-# Of the unpacked files: the package packs them without their names and times, unlike the data set's own site.
+# Of the unpacked files: Debian packs them anew, so that its packed ones are not those whose MD5 torchvision knows.
 FILES = {
     "train-images-idx3-ubyte": (47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
     "train-labels-idx1-ubyte": (60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
