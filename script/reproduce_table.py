@@ -16,6 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tables.options import answer_at_once
+
+if __name__ == "__main__":
+    answer_at_once()  # --help and what is mistyped, before torch is imported
+
 from tables.command import main
 
 if __name__ == "__main__":

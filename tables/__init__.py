@@ -2,5 +2,8 @@
 
 spec: the file. cells: one run of main.py each, and what it left. plan: checks them, and estimates what they cost.
 runner, slurm: run them. statistics, numbers: means, and differences that are paired by seed. writing, figure: what
-people read. record: the evidence that is kept. command, work: the command line, and what it does.
+people read. record: the evidence that is kept. options, command: the command line, and what it does.
 """
+
+# main.py's flags that a run gets from its place in the table.
+OWN_FLAGS = ("config", "seed", "output_dir", "resume", "data_path", "eval", "check_data", "teacher_eval")

@@ -1,206 +1,134 @@
-"""The command line of script/reproduce_table.py."""
+"""script/reproduce_table.py: for each table check, run or submit, and write the pages."""
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from errors import UserError, shown
-from options.parser import Formatter, Parser, underscored
-from options.paths import check_path, expand
-from program import INTERRUPTED
-
-if TYPE_CHECKING:
-    from tables.spec import Table
-
-ROOT = Path(__file__).resolve().parents[1]
-TABLES = ROOT / "configs" / "tables"
-SOURCES = "sources.yaml"
-LONGEST = 4000  # characters of a message
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says.
-
-    Attributes:
-        tables: as they are read.
-        output: the folder of runs and pages; that of the records with `render`.
-        keep: where records are copied to, or None.
-        render: write pages from records, and run nothing.
-        given: main.py's flags for every cell.
-        argv: the command line as it was given.
-    """
-
-    tables: list[Table]
-    output: Path
-    keep: Path | None
-    render: bool
-    only: list[str]
-    processes: int
-    jobs: int
-    dry_run: bool
-    slurm: str | None
-    images_per_second: float | None
-    given: tuple[str, ...]
-    argv: tuple[str, ...]
-
-
-def get_args_parser() -> Parser:
-    """The parser, without main.py's flags."""
-    parser = Parser(
-        prog="reproduce_table.py",
-        usage="reproduce_table.py TABLE.yaml [...] [FLAGS] [-- FLAGS of main.py for every run]",
-        description="Train a table's runs, side by side and after any interruption, and write what came out.",
-        epilog="docs/tables.md says what stands in a table's file",
-        formatter_class=Formatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("tables", nargs="*", metavar="TABLE.yaml", help="of configs/tables, or one's own")
-    parser.add_argument("--data-path", "--data_path", default="", metavar="DATA", help="main.py's, for every run")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each run, one for each GPU")
-    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="runs side by side on this machine")
-    parser.add_argument(
-        "--seeds", type=int, default=None, metavar="N", help="of every row; by default what the table says"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="ROW", help="run these rows alone, and their baselines"
-    )
-    parser.add_argument(
-        "--dry-run",
-        "--dry_run",
-        action="store_true",
-        help="print the commands, and estimate time and disk; run nothing",
-    )
-    parser.add_argument(
-        *("--images-per-second", "--images_per_second"),
-        type=float,
-        default=None,
-        metavar="X",
-        help="with --dry-run: of one GPU with the first row, where no run of the table has measured it",
-    )
-    parser.add_argument(
-        "--slurm",
-        nargs="?",
-        const="",
-        default=None,
-        metavar="FLAGS",
-        help="submit every run as a job, by script/run_with_submitit.py with these flags, in one word: "
-        '--slurm "--partition gpu --timeout 2880"; the same command later writes what is finished',
-    )
-    parser.add_argument(
-        "--output", default="experiment/tables", metavar="FOLDER", help="of the runs and of the pages"
-    )
-    parser.add_argument(
-        "--keep",
-        default="",
-        metavar="FOLDER",
-        help="copy what each finished run left, without weights, and the pages",
-    )
-    parser.add_argument(
-        "--render",
-        default="",
-        metavar="FOLDER",
-        help="run nothing: write the pages from the records that --keep has left there; without TABLE of all "
-        "tables that have some",
-    )
-    return parser
-
-
-def read_options(argv: Sequence[str]) -> Options:
-    """Read the command line, and the tables.
-
-    Raises:
-        UserError: something in them cannot be.
-    """
-    words = list(argv)
-    end = words.index("--") if "--" in words else len(words)
-    said = get_args_parser().parse_args(words[:end])
-    given = tuple(words[end + 1 :])
-    from tables.spec import OWN_FLAGS, read_table  # torch takes time, and a mistyped flag is answered before
-
-    for word in given:
-        if word.startswith("--") and underscored(word[2:].partition("=")[0]) in OWN_FLAGS:
-            raise UserError(
-                f"{word} behind --: every run gets it from its row, its seed and this command's own flags"
-            )
-    for name, value, least in (("nproc", said.nproc, 1), ("jobs", said.jobs, 1), ("seeds", said.seeds, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
-    if said.images_per_second is not None and not said.images_per_second > 0:
-        raise UserError(f"--images-per-second must be above 0, not {said.images_per_second:g}")
-    if said.slurm is not None and said.jobs != 1:
-        raise UserError("--jobs is for runs on this machine; SLURM decides how many of its jobs run: drop one")
-    if said.images_per_second is not None and not said.dry_run:
-        raise UserError("--images-per-second is for --dry-run: drop it")
-    render = bool(said.render)
-    ran = {"--keep": said.keep, "--only": said.only, "--dry-run": said.dry_run, "--slurm": said.slurm is not None}
-    for flag in (flag for flag, value in ran.items() if render and value):
-        raise UserError(f"{flag} is for runs, and --render runs nothing: drop one")
-    tables = [
-        read_table(_found(path), said.seeds) for path in said.tables or (_recorded(said.render) if render else ())
-    ]
-    if not tables:
-        raise UserError("which table? e.g. python script/reproduce_table.py configs/tables/digits.yaml --jobs 2")
-    data = ("--data-path", str(_absolute(expand(said.data_path, "--data-path")))) if said.data_path else ()
-    return Options(
-        tables=tables,
-        output=_inside(said.render or said.output, "--render" if render else "--output"),
-        keep=_inside(said.keep, "--keep") if said.keep else None,
-        render=render,
-        only=said.only,
-        processes=said.nproc,
-        jobs=said.jobs,
-        dry_run=said.dry_run,
-        slurm=said.slurm,
-        images_per_second=said.images_per_second,
-        given=(*data, *given),
-        argv=tuple(argv),
-    )
-
-
-def _found(path: str) -> str:
-    """A table's file: from here, or from the project's folder."""
-    path = expand(path, "TABLE")
-    check_path("TABLE", path)
-    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
-
-
-def _recorded(folder: str) -> list[str]:
-    """The tables of configs/tables of which a folder of records has runs."""
-    files = [path for path in sorted(TABLES.glob("*.yaml")) if path.name != SOURCES]
-    if not Path(folder).is_dir():
-        raise UserError(f"--render {folder} is no folder")
-    from tables.spec import read_table
-
-    return [str(path) for path in files if (Path(folder) / read_table(path).runs).is_dir()]
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).absolute()
-
-
-def _inside(path: str, flag: str) -> Path:
-    """A folder, relative to the project where it lies inside: no record says where somebody keeps the project."""
-    path = expand(path, flag)
-    check_path(flag, path)
-    absolute = _absolute(path)
-    return absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute
+from program import FAILED, INTERRUPTED, STOPPED
+from state.lock import Lock
+from tables import plan, record, slurm
+from tables.cells import ROOT, Cell, cells_of
+from tables.options import LONGEST, PROGRAM, Options, read_options
+from tables.runner import Runner, is_locked, make_slots
+from tables.spec import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
     try:
-        options = read_options(sys.argv[1:] if argv is None else argv)
-        from tables.work import work  # torch takes time
-
-        return work(options)
+        return work(read_options(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(shown(f"reproduce_table.py: error: {error}", LONGEST), file=sys.stderr, flush=True)
+        print(shown(f"{PROGRAM}: error: {error}", LONGEST), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("\nreproduce_table.py: interrupted", file=sys.stderr)
+        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def work(options: Options) -> int:
+    """All tables, one after the other; returns the exit code."""
+    if options.render:
+        for table in options.tables:
+            render(table, options.output)
+        return 0
+    checked = [(table, *check(table, options)) for table in options.tables]
+    worst = 0
+    for table, cells, sizes in checked:
+        if options.dry_run:
+            dry_run(table, cells, sizes, options)
+            continue
+        with Lock(ROOT / options.output / table.runs, "--output"):
+            code = run(table, cells, options)
+        if code in (STOPPED, INTERRUPTED):
+            return code
+        worst = max(worst, code)
+    return worst
+
+
+def check(table: Table, options: Options) -> tuple[list[Cell], dict[str, plan.Size]]:
+    """The cells that are to run, and the sizes of their models, after all of them were tried."""
+    cells = cells_of(table, table.only(options.only), options.output, options.given)
+    print(f"checking {table.path}: {len({cell.row.name for cell in cells})} rows, {len(cells)} cells", flush=True)
+    return cells, plan.check(cells, with_data=not options.dry_run)
+
+
+def dry_run(table: Table, cells: Sequence[Cell], sizes: dict[str, plan.Size], options: Options) -> None:
+    """Print the commands, what is done of each, and what the rest may cost."""
+    for cell in cells:
+        print(f"\n# {cell.name}: {_where_it_stands(cell)}\n{_command(cell, options)}")
+    print(f"\n{table.title}\n{plan.describe(plan.estimate(cells, sizes, options.images_per_second))}\n")
+
+
+def _command(cell: Cell, options: Options) -> str:
+    if options.slurm is None:
+        return shlex.join(cell.commands(options.processes))
+    return shlex.join(slurm.submission(cell, options.processes, shlex.split(options.slurm)))
+
+
+def _where_it_stands(cell: Cell) -> str:
+    if cell.finished:
+        return "finished"
+    if is_locked(cell.path):
+        return "running"
+    return f"{cell.epochs} of {cell.args.epochs} epochs done" if cell.epochs else "to run"
+
+
+def run(table: Table, cells: Sequence[Cell], options: Options) -> int:
+    """Run or submit the cells, and write the pages; returns the exit code."""
+    every = cells_of(table, [row for row in table.rows if row.config], options.output, options.given)
+    command = typed(table, every)
+
+    def after_cell(cell: Cell) -> None:
+        if options.keep is not None:
+            record.keep(cell, options.keep)
+        record.write_pages(table, every, options.output, command, with_figure=False)
+
+    if options.slurm is not None:
+        failed = slurm.submit(cells, options.processes, options.slurm)
+        cells = [cell for cell in cells if cell.finished]  # what is left is to measure their redundancy
+    else:
+        failed = {}
+    slots = make_slots(options.jobs, options.processes, cells[0].args.device if cells else "cpu")
+    runner = Runner(cells, options.processes, slots, after_cell, failed)
+    runner.run()
+    for cell in every:
+        if options.keep is not None and (cell.finished or cell.why_failed):
+            record.keep(cell, options.keep)
+    written = record.write_pages(table, every, options.output, command)
+    if options.keep is not None:
+        written += record.write_pages(table, record.recorded(table, options.keep), options.keep, command)
+    tell(table, every, runner, command, written)
+    if runner.stopped:
+        return INTERRUPTED if runner.stopped == signal.SIGINT else STOPPED
+    return FAILED if runner.failed else 0
+
+
+def tell(table: Table, cells: Sequence[Cell], runner: Runner, command: str, written: Sequence[Path]) -> None:
+    """Print the table, what failed, and where the files are."""
+    print(f"\n{record.pages(table, cells, command)['md']}")
+    for name, why in runner.failed.items():
+        print(f"FAILED {name}: {why}")
+    if runner.failed or runner.stopped:
+        print("the same command goes on where this one ended")
+    print("written: " + ", ".join(map(str, written)), flush=True)
+
+
+def render(table: Table, folder: Path) -> None:
+    """Write the pages of a table from its records."""
+    cells = record.recorded(table, folder)
+    written = record.write_pages(table, cells, folder, typed(table, cells))
+    ended = sum(cell.has_ended for cell in cells)
+    print(f"{table.name}: {ended} runs; written: {', '.join(map(str, written))}", flush=True)
+
+
+def typed(table: Table, cells: Sequence[Cell]) -> str:
+    """The command that makes a table, as one types it in the project's folder."""
+    path = Path(table.path).absolute()
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+    needs_data = any(cell.args.data_set != "DIGITS" for cell in cells)
+    return record.described([str(shown), *(["--data-path", "DATA"] if needs_data else [])])

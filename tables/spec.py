@@ -16,12 +16,11 @@ from errors import UserError, did_you_mean, shown
 from options.parser import underscored
 from options.yaml_file import Located, read_yaml
 from redundancy.metrics import choose
+from tables import OWN_FLAGS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # also that of a folder
 MOST_SEEDS = 1000
 OF_REPORT = "report:"
-# Flags that a cell gets from its place in the table.
-OWN_FLAGS = ("config", "seed", "output_dir", "resume", "data_path", "eval", "check_data", "teacher_eval")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ PACKAGES = (
     "redundancy/presentation",
     "regularizers",
     "state",
+    "tables",
 )
 # From the ground up. A module may import what stands on lower floors, and its neighbours on its own.
 FLOORS = (
@@ -34,7 +35,7 @@ FLOORS = (
     ("loaders", "engine", "elsewhere"),
     ("state",),
     ("build", "runs", "warmup", "export", "check_data", "redundancy"),
-    ("main",),
+    ("main", "tables"),
     ("hubconf",),
 )
 # What each may know of the project, where that is less than what stands below it.
