@@ -18,6 +18,21 @@ TAKEN_WORDS = "another run is writing to"
 UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the file system has no locks
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run of another process is at work in a folder."""
+    try:
+        with open(folder / NAME, "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in TAKEN
+    return False
+
+
+def taken(folder: Path, flag: str) -> UserError:
+    """What a second run in a folder is told."""
+    return UserError(f"{TAKEN_WORDS} {flag} {folder}: wait for its end, or choose another one")
+
+
 class Lock:
     """Holds an output folder for this run while it is entered. All processes must enter together.
 
@@ -51,15 +66,13 @@ class Lock:
                 self._file = open(self.folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held while entered
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            taken = error.errno in TAKEN and self._file is not None
+            is_taken = error.errno in TAKEN and self._file is not None
             self._close()
             if error.errno in UNKNOWN:
                 (self.folder / NAME).unlink(missing_ok=True)
                 print_main(f"note: {self.folder} cannot be locked ({error.strerror}): start no second run in it")
-            elif taken:
-                raise UserError(
-                    f"{TAKEN_WORDS} {self.flag} {self.folder}: wait for its end, or choose another one"
-                ) from error
+            elif is_taken:
+                raise taken(self.folder, self.flag) from error
             else:
                 raise UserError(f"cannot write to {self.flag} {self.folder}: {error.strerror}") from error
 

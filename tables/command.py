@@ -10,11 +10,11 @@ from pathlib import Path
 
 from errors import UserError, shown
 from program import FAILED, INTERRUPTED, STOPPED
-from state.lock import Lock
+from state.lock import Lock, is_locked, taken
 from tables import plan, record, slurm
 from tables.cells import ROOT, Cell, cells_of
 from tables.options import LONGEST, PROGRAM, Options, read_options
-from tables.runner import Runner, is_locked, make_slots
+from tables.runner import Runner, make_slots
 from tables.spec import Table
 
 
@@ -36,6 +36,9 @@ def work(options: Options) -> int:
         for table in options.tables:
             render(table, options.output)
         return 0
+    for table in options.tables if not options.dry_run else ():
+        if is_locked(ROOT / options.output / table.runs):
+            raise taken(options.output / table.runs, "--output")
     checked = [(table, *check(table, options)) for table in options.tables]
     worst = 0
     for table, cells, sizes in checked:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from redundancy.presentation.styles import COLORS, FAINT, INK, drawable, in_style, new_figure
+from redundancy.presentation.styles import COLORS, FAINT, INK, drawable, in_style, new_figure, style
+from tables.cells import REPORT, Cell, read_json
 from tables.numbers import Line
 from tables.spec import Column, Table
 
-MOST = 5  # panels
-LABEL_WIDTH, PANEL_WIDTH, ROW, MARGIN = 1.6, 1.75, 0.21, 0.95  # inches
+MOST = 6  # panels
+LABEL_WIDTH, PANEL_WIDTH, ROW, MARGIN = 1.6, 1.6, 0.21, 0.95  # inches
 SHOWN, UNCLEAR = COLORS[0], INK
 LETTERS = 32  # of a row's label
 
@@ -44,6 +47,55 @@ def draw(table: Table, lines: Sequence[Line], path: Path, fingerprint: str) -> b
         figure.legend(handles=_legend(columns), loc="outside lower center", ncols=4)
         figure.savefig(path, format="png", dpi=160, metadata={"Software": None, "Description": fingerprint})
     return True
+
+
+def draw_layers(table: Table, cells: Sequence[Cell], path: Path, fingerprint: str) -> bool:
+    """Write as PNG how the metrics of the reports go through the layers: a panel each, a curve for each drawn row.
+
+    Args:
+        fingerprint: as for `draw`.
+    Returns:
+        Whether there was anything to draw.
+    """
+    reports: dict[str, list[Any]] = {row: [] for row in table.drawn}
+    for cell in cells:
+        found = read_json(cell.path / REPORT) if cell.row.name in reports and cell.has_ended else None
+        if found is not None:
+            reports[cell.row.name].append(found["models"][0]["findings"])
+    metrics = [name for name in table.metrics if _curves(reports, name)][:MOST]
+    if not metrics:
+        return False
+    with in_style():
+        figure = new_figure(PANEL_WIDTH * 1.35 * len(metrics), 2.5)
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            for place, (labels, values) in enumerate(_curves(reports, metric).values()):
+                look = style(place)
+                middle, spread = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
+                axes.plot(range(len(labels)), middle, **look.line, marker=look.marker, markersize=2.8)
+                axes.fill_between(range(len(labels)), middle - spread, middle + spread, color=look.color, alpha=0.2)
+                axes.set_xticks(range(0, len(labels), 3), labels[::3])
+            axes.set_title(metric, parse_math=False)
+            axes.set_xlabel("block")
+        drawn = [row for row in table.drawn if reports[row]]
+        looks = [(style(place), drawable(table.row(row).label)) for place, row in enumerate(drawn)]
+        handles = [Line2D([], [], **look.line, marker=look.marker, label=label) for look, label in looks]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.savefig(path, format="png", dpi=160, metadata={"Software": None, "Description": fingerprint})
+    return True
+
+
+def _curves(reports: Mapping[str, Sequence[Any]], metric: str) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Of a metric that runs over layers, or over layers and matrices: each row's layers, and [seeds, layers]."""
+    curves = {}
+    for row, findings in reports.items():
+        own = [each[metric] for each in findings if metric in each]
+        axes = [axis["name"] for axis in own[0]["axes"]] if own else []
+        if axes in (["layer"], ["layer", "matrix"]):
+            values = np.array([each["mean"] for each in own], dtype=np.float64)  # [seeds, layers] or [.., matrices]
+            values = values.mean(axis=-1) if len(axes) == 2 else values
+            labels = ["in" if label == "input" else label for label in own[0]["axes"][0]["labels"]]
+            curves[row] = labels, values
+    return curves
 
 
 def _panels(table: Table, ran: Sequence[Line]) -> list[Column]:
@@ -78,9 +130,17 @@ def _draw_panel(axes: Axes, column: Column, ran: Sequence[Line]) -> None:
         base = means.get(name)
         if base is not None:
             axes.axvline(base, color=FAINT, linewidth=0.8, linestyle=(0, (3, 2)), zorder=0)
+    axes.set_xlim(*_limits([value for line in ran for value in line.values[column.name].values()]))
     axes.set_xlabel(drawable(column.label), parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(axis="y", length=0)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Around all seeds, with room for intervals; wider ones are cut off, or they would hide the seeds."""
+    low, high = min(values), max(values)
+    room = 0.35 * (high - low or abs(high) or 1)
+    return low - room, high + room
 
 
 def _legend(columns: Sequence[Column]) -> list[Line2D]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -148,6 +149,9 @@ def read_options(argv: Sequence[str]) -> Options:
     from tables.spec import read_table  # torch takes time
 
     said, given = parse(argv)
+    missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"tables need {' and '.join(missing)}: pip install -r requirements-quickstart.txt")
     render = bool(said.render)
     paths = said.tables or (_recorded(said.render) if render else ())
     tables = [read_table(_found(path), said.seeds) for path in paths]

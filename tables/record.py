@@ -13,7 +13,7 @@ from typing import IO
 from errors import UserError, reason
 from loggers.text import LOG
 from tables import writing
-from tables.cells import ARGS, BAD_END, COST, REPORT, ROOT, Cell, cells_of, origin
+from tables.cells import ARGS, BAD_END, COST, REPORT, ROOT, Cell, cells_of, origin, read_json
 from tables.numbers import read_lines
 from tables.spec import Table
 from utils import write_atomically
@@ -84,7 +84,7 @@ def provenance(cells: Sequence[Cell]) -> str:
 def write_pages(
     table: Table, cells: Sequence[Cell], folder: Path, command: str, with_figure: bool = True
 ) -> list[Path]:
-    """Write NAME.md, NAME.tex, NAME.csv, NAME.seeds.csv and NAME.png.
+    """Write NAME.md, NAME.tex, NAME.csv, NAME.seeds.csv, and the figures.
 
     Raises:
         UserError: they cannot be written.
@@ -98,7 +98,7 @@ def write_pages(
             write_atomically(ROOT / path, partial(_write, text.encode()))
             written.append(path)
         if with_figure:
-            written += _write_figure(table, cells, folder / f"{table.name}.png", fingerprint(texts))
+            written += _write_figures(table, cells, folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {reason(error)}") from error
     return written
@@ -108,19 +108,27 @@ def _write(content: bytes, file: IO[bytes]) -> None:
     file.write(content)
 
 
-def fingerprint(texts: dict[str, str]) -> str:
-    """Of the numbers of a table, to see whether a figure shows them."""
-    return "sha256 " + hashlib.sha256((texts["csv"] + texts["seeds.csv"]).encode()).hexdigest()
+def fingerprint(table: Table, cells: Sequence[Cell]) -> str:
+    """Of all numbers that the figures show, to see whether they are those of these runs."""
+    texts = pages(table, cells, "")
+    reports = [read_json(cell.path / REPORT) for cell in cells if cell.row.name in table.drawn]
+    return "sha256 " + hashlib.sha256((texts["seeds.csv"] + texts["csv"] + repr(reports)).encode()).hexdigest()
 
 
-def _write_figure(table: Table, cells: Sequence[Cell], path: Path, mark: str) -> list[Path]:
-    from tables.figure import draw  # matplotlib takes time
+def _write_figures(table: Table, cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """NAME.png, and NAME.layers.png if rows are drawn layer by layer."""
+    from tables.figure import draw, draw_layers  # matplotlib takes time
 
-    part = path.with_name(f".{path.name}")
-    if not draw(table, read_lines(table, cells), ROOT / part, mark):
-        return []
-    (ROOT / part).replace(ROOT / path)
-    return [path]
+    mark, written = fingerprint(table, cells), []
+    for path, drawn in (
+        (folder / f"{table.name}.png", partial(draw, table, read_lines(table, cells))),
+        (folder / f"{table.name}.layers.png", partial(draw_layers, table, cells)),
+    ):
+        part = ROOT / path.with_name(f".{path.name}")
+        if drawn(part, mark):
+            part.replace(ROOT / path)
+            written.append(path)
+    return written
 
 
 def described(words: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ save and stop.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
@@ -24,8 +23,7 @@ from typing import IO
 from errors import UserError, shown
 from loggers.progress import clock
 from program import STOPPED
-from state.lock import NAME as LOCK
-from state.lock import TAKEN_WORDS
+from state.lock import TAKEN_WORDS, is_locked
 from tables.cells import BAD_END, OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
 
 PART = ".report"  # while it is made
@@ -246,18 +244,6 @@ def start(command: Sequence[str], output: IO[bytes], devices: str = "") -> subpr
         env=env,
         start_new_session=True,
     )
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a run is at work in a folder."""
-    try:
-        with open(folder / LOCK, "rb+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def last_words(folder: Path) -> str:

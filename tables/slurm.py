@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from errors import UserError, reason, shown
+from state.lock import is_locked
 from tables.cells import ROOT, Cell
-from tables.runner import is_locked
 
 JOB = "job.txt"  # in a cell's folder: its latest job
 SUBMITTED = re.compile(r"submitted job (\S+);")

@@ -115,6 +115,7 @@ class Table:
         runs: the folder of its cells.
         flags: of every row, main.py's.
         metrics, images: of the redundancy report on each cell; no metrics: none is made.
+        drawn: the rows whose report is drawn layer by layer.
     """
 
     path: str
@@ -125,6 +126,7 @@ class Table:
     flags: tuple[str, ...]
     metrics: tuple[str, ...]
     images: int
+    drawn: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -242,7 +244,7 @@ def read_table(path: str | Path, seeds: int | None = None) -> Table:
     top = _Part(path, content, "the table")
     top.only(TABLE_KEYS, needed=("title", "columns", "rows"))
     report = top.part("report", "report")
-    report.only(("metrics", "images"), needed=("metrics",) if report.content else ())
+    report.only(("metrics", "images", "draw"), needed=("metrics",) if report.content else ())
     metrics = report.texts("metrics")
     _check_metrics(report, metrics)
     columns = _read_columns(top, metrics)
@@ -257,11 +259,19 @@ def read_table(path: str | Path, seeds: int | None = None) -> Table:
         flags=_flags(top),
         metrics=metrics,
         images=report.integer("images", 256, 1, 10**9),
+        drawn=report.texts("draw"),
         columns=columns,
         rows=(),
         sources=sources,
     )
-    return replace(table, rows=_read_rows(top, table, seeds))
+    table = replace(table, rows=_read_rows(top, table, seeds))
+    ran = [row.name for row in table.rows if row.config]
+    for row in table.drawn:
+        if row not in ran:
+            raise report.fail(
+                f"draw names {shown(repr(row))}, which is no row that is run.{did_you_mean(row, ran)}", "draw"
+            )
+    return table
 
 
 def _check_metrics(part: _Part, metrics: tuple[str, ...]) -> None:

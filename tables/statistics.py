@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 
@@ -68,6 +67,8 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     Returns:
         None where no seed has both.
     """
+    from scipy import stats  # which training does not need
+
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return None

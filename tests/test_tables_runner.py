@@ -19,6 +19,7 @@ import torch
 
 from errors import UserError
 from state.lock import TAKEN_WORDS as TAKEN
+from state.lock import is_locked
 from tables import cells, plan, record, runner, slurm
 from tables.cells import Cell, cells_of, read_log
 from tables.runner import Runner, Slot, make_slots
@@ -414,9 +415,9 @@ def test_what_sbatch_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_lock_of_another_process_is_seen(tmp_path: Path, holder: Any) -> None:
     process = holder(tmp_path / "run")
-    assert runner.is_locked(tmp_path / "run") and not runner.is_locked(tmp_path / "none")
+    assert is_locked(tmp_path / "run") and not is_locked(tmp_path / "none")
     process.kill()
     process.wait()
-    assert not runner.is_locked(tmp_path / "run")
+    assert not is_locked(tmp_path / "run")
     with open(tmp_path / "run" / ".lock", "rb+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from processes import PATIENCE
 
+from state.lock import is_locked
 from tables import command
 
 ROOT = Path(__file__).parents[1]
@@ -98,9 +99,7 @@ def test_killed_and_started_again_gives_the_same_bit_for_bit(whole: tuple[Path, 
     first.send_signal(signal.SIGKILL)
     ended(first)
     second = start(table, output)
-    wait_for(
-        lambda: (output / "toys" / ".lock").exists() and epochs_in(output / "toys" / "five" / "seed-0"), second
-    )
+    wait_for(lambda: is_locked(output / "toys"), second)
     code, said = ended(start(table, output))
     assert code == 2 and f"another run is writing to --output {output / 'toys'}: wait for its end" in said
     assert ended(second)[0] == 0
@@ -150,6 +149,14 @@ def test_through_torchrun(whole: tuple[Path, str], tmp_path: Path) -> None:
     cost = json.loads((tmp_path / "out" / "toys" / "plain" / "seed-0" / "cost.json").read_text())
     assert cost["processes"] == 2
     assert "2 process(es) on cpu" in (tmp_path / "out" / "toys" / "plain" / "seed-0" / "output.txt").read_text()
+
+
+def test_missing_packages_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command.main([str(tmp_path / "toys.yaml")]) == 2
+    assert "tables need scipy and matplotlib: pip install -r requirements-quickstart.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
