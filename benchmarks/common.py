@@ -34,11 +34,19 @@ CLASSES = 1000
 
 
 class Batches:
-    """The same random, ImageNet-shaped batch, `steps` times: images [B, 3, S, S], labels [B]."""
+    """The same random batch, `steps` times: images [B, C, S, S], labels [B]; ImageNet's channels and classes."""
 
-    def __init__(self, batch_size: int, steps: int, size: int, device: torch.device) -> None:
-        images = torch.randn(batch_size, 3, size, size, device=device)
-        self.batch = images, torch.randint(CLASSES, (batch_size,), device=device)
+    def __init__(
+        self,
+        batch_size: int,
+        steps: int,
+        size: int,
+        device: torch.device,
+        channels: int = 3,
+        classes: int = CLASSES,
+    ) -> None:
+        images = torch.randn(batch_size, channels, size, size, device=device)
+        self.batch = images, torch.randint(classes, (batch_size,), device=device)
         self.steps = steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -55,15 +63,16 @@ class Recipe:
         name: of the file in configs/.
         device: where it trains.
         flags: of main.py; they win over the file.
+        classes: of the images.
     """
 
-    def __init__(self, name: str, device: torch.device, flags: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, device: torch.device, flags: Sequence[str] = (), classes: int = CLASSES) -> None:
         self.args = args = config.resolve(["--config", str(ROOT / "configs" / name), *flags])
         seed_everything(args.seed)
-        backbone = build.build_backbone(args, CLASSES)
+        backbone = build.build_backbone(args, classes)
         diversity, measured = build.build_diversity(args, backbone)
-        self.objective = build.build_objective(args, diversity, CLASSES, device)
-        self.model = build.build_student(args, backbone, diversity, measured, CLASSES, device)
+        self.objective = build.build_objective(args, diversity, classes, device)
+        self.model = build.build_student(args, backbone, diversity, measured, classes, device)
         self.precision = Precision(device, args.amp_dtype)
         self.mixing = build.build_mixing(args, backbone, diversity)
         run_state = build_run(args, self.model, self.precision, self.mixing)
@@ -96,6 +105,19 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def timed(train: Callable[[Batches], object], batches: Batches, device: torch.device) -> Callable[[], float]:
     """A round of training that returns its seconds per step."""
     return lambda: seconds(lambda: train(batches), device) / len(batches)
+
+
+def processor_time(
+    train: Callable[[Batches], object], batches: Batches, device: torch.device
+) -> Callable[[], float]:
+    """As `timed`, but the seconds that this process was given: other work on the machine does not count."""
+
+    def spent() -> float:
+        start = time.process_time()
+        train(batches)
+        return (time.process_time() - start) / len(batches)
+
+    return spent
 
 
 def take_turns(

@@ -20,12 +20,23 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import ROOT, Batches, Recipe, get_args_parser, machine, main, ratio, spread, take_turns, timed, write
+from common import (
+    ROOT,
+    Batches,
+    Recipe,
+    get_args_parser,
+    machine,
+    main,
+    processor_time,
+    ratio,
+    spread,
+    take_turns,
+    timed,
+    write,
+)
 from memory import peak_of
 
 from errors import UserError
@@ -93,19 +104,6 @@ def build(name: str, flags: argparse.Namespace, device: torch.device) -> Recipe:
         for attention in (each for block in range(layout.depth) for each in layout.attentions(block)):
             attention.fused_attn = False
     return recipe
-
-
-def processor_time(
-    train: Callable[[Batches], object], batches: Batches, device: torch.device
-) -> Callable[[], float]:
-    """As `timed`, but the seconds that this process was given: other work on the machine does not count."""
-
-    def spent() -> float:
-        start = time.process_time()
-        train(batches)
-        return (time.process_time() - start) / len(batches)
-
-    return spent
 
 
 def cost(name: str, flags: argparse.Namespace, device: torch.device) -> Cost:

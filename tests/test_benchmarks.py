@@ -30,6 +30,7 @@ REMEDIES = ["--only", "explicit_map", "layerscale", "gfsa:order=3"]
         ("loader.py", ["--rounds", "1"], {"default_loader_over_reference", "fast_resize_over_reference"}),
         ("report.py", [], {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"}),
         ("remedies.py", REMEDIES, {"gfsa:order=3_over_plain", "explicit_map_over_plain_memory"}),
+        ("rows.py", [str(ROOT / "configs/tables/digits.yaml"), "--only", "five"], {"five_over_plain"}),
         ("scaling.py", ["--rounds", "1", "--steps", "1"], {"weak_efficiency_five_terms_2"}),
     ],
 )
