@@ -94,7 +94,7 @@ def test_sources_of_a_file(tmp_path: Path) -> None:
         ("[patch.cosine_abs]", "[patch.cosin]", "line 4: --metrics patch.cosin: there is no such metric"),
         ("images: 16", "image: 16", "line 4: unknown key 'image' of report. Did you mean images"),
         ("images: 16", "images: 0", "line 4: images of report must be between 1"),
-        ("images: 16", "images: 16, draw: [fve]", "line 4: draw names 'fve', which is no row that is run. Did you mean five"),
+        ("images: 16", "images: 16, draw: [fve]", "line 4: draw names 'fve', which is no row that is"),
         ("  - top1\n", "  - top\n", "line 6: unknown column 'top': give name, label and value. Did you mean top"),
         ("  - top1\n", "  - top1\n  - top1\n", "two columns are called top1"),
         ("  - top1\n", "  top1: x\n", "is not YAML"),
