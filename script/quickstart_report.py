@@ -1,8 +1,8 @@
 """The table and the figure that end script/quickstart.sh.
 
-python script/quickstart_report.py FOLDER --seconds PLAIN DIVERSE
+python script/quickstart_report.py FOLDER --seconds PLAIN DIVERSE PAPER
 
-FOLDER holds the output folders `plain` and `diverse` of two runs of main.py; FOLDER/quickstart.png is written.
+FOLDER holds `plain`, `diverse` and `paper`, output folders of main.py; FOLDER/quickstart.png is written.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-RUNS = ("plain", "diverse")
+RUNS = ("plain", "diverse", "paper")
 STYLES = {
     "plain": {"color": "#4d4d4d", "linestyle": "--"},
     "diverse": {"color": "#0072b2", "linestyle": "-"},
+    "paper": {"color": "#d55e00", "linestyle": "-."},
 }
 PATCHES, SIGNED, HEADS = "test_patch.pairwise_cosine@last", "test_patch.cosine@last", "test_attn.pairwise_cosine@0"
 PANELS = {
@@ -75,7 +76,7 @@ def table(logs: dict[str, Log], seconds: dict[str, float]) -> str:
 
 
 def draw_panel(axes: Axes, logs: dict[str, Log], key: str) -> None:
-    """One quantity of both runs over the epochs."""
+    """One quantity of all runs over the epochs."""
     for run, log in logs.items():
         axes.plot([epoch + 1 for epoch in log["epoch"]], log[key], label=run, linewidth=1.8, **STYLES[run])
     axes.set_ylabel(PANELS[key])
@@ -94,15 +95,19 @@ def draw(logs: dict[str, Log], path: Path) -> None:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(logs), frameon=False
+    )
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare the two runs of script/quickstart.sh.")
-    parser.add_argument("folder", type=Path, help="holds plain/ and diverse/")
-    parser.add_argument("--seconds", type=float, nargs=2, required=True, metavar=("PLAIN", "DIVERSE"))
+    parser = argparse.ArgumentParser(description="Compare the runs of script/quickstart.sh.")
+    parser.add_argument("folder", type=Path, help="holds plain/, diverse/ and paper/")
+    parser.add_argument(
+        "--seconds", type=float, nargs=len(RUNS), required=True, metavar=tuple(map(str.upper, RUNS))
+    )
     args = parser.parse_args(argv)
     logs = {run: read_log(args.folder / run / "log.txt") for run in RUNS}
     settings = yaml.safe_load((args.folder / "plain" / "args.yaml").read_text())
@@ -116,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         "\ntop-1: of the last epoch, and the best of all epochs, on the 360 test images\n"
         "patch cosine: mean |cos| between different patches of an image, last block, before the final norm\n"
-        "signed: mean cos between patches, the form that is trained; opposite patches cancel out\n"
+        "signed: mean cos between patches, the form that `diverse` trains, as the reference's code does; opposite\n"
+        "patches cancel out. `paper` trains the mean |cos|\n"
         "head cosine: mean |cos| between the attention maps of different heads of block 0\n"
         "all on the test images; 1 is fully redundant\n"
     )

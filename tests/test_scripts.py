@@ -635,22 +635,24 @@ def test_report(report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
     """The table shows last and best accuracy, similarities and seconds; the figure is a PNG."""
     write_run(tmp_path / "plain", "digits.yaml", [50.0, 91.25, 90.5], 0.75)
     write_run(tmp_path / "diverse", "digits_diverse.yaml", [40.0, 80.0, 92.5], 0.5)
-    report.main([str(tmp_path), "--seconds", "61", "75"])
+    write_run(tmp_path / "paper", "digits_diverse_paper.yaml", [30.0, 95.0, 94.0], 0.25)
+    report.main([str(tmp_path), "--seconds", "61", "75", "78"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert any("12 blocks" in line for line in lines)
     assert ["plain", "90.50", "91.25", "0.750", "0.125", "0.250", "61"] in [line.split() for line in lines]
     assert ["diverse", "92.50", "92.50", "0.500", "0.125", "0.250", "75"] in [line.split() for line in lines]
+    assert ["paper", "94.00", "95.00", "0.250", "0.125", "0.250", "78"] in [line.split() for line in lines]
     assert rows["figure:"] == [str(tmp_path / "quickstart.png")]
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_quickstart_uses_the_recipes() -> None:
-    """Its two runs are main.py's with the two recipes of digits; their report comes last."""
+    """Its runs are main.py's with the three recipes of digits; the report on all of them comes last."""
     text = (ROOT / "script" / "quickstart.sh").read_text()
-    assert "show python main.py --config configs/digits.yaml --output_dir" in text
-    assert "show python main.py --config configs/digits_diverse.yaml --output_dir" in text
+    assert "for run in plain:digits diverse:digits_diverse paper:digits_diverse_paper; do" in text
+    assert 'show python main.py --config "configs/${run#*:}.yaml" --output_dir "$folder/${run%:*}"' in text
     words = text[text.rindex("show python") :].replace("\\\n", " ").replace('"', "").split()[4:]
     options = read_options([word.replace("$folder", "folder") for word in words])
-    assert options.words == ["plain=folder/plain/checkpoint.pth", "diverse=folder/diverse/checkpoint.pth"]
+    assert options.words == [f"{run}=folder/{run}/checkpoint.pth" for run in ("plain", "diverse", "paper")]
     assert (options.images, options.args.data_set, str(options.output)) == (360, "DIGITS", "folder/redundancy")
