@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,11 @@ def start(table: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     said, _ = process.communicate(timeout=PATIENCE)
     return process.returncode, said
+
+
+def without_revision(page: Path) -> bytes:
+    """A page's content, whoever commits or edits something meanwhile."""
+    return re.sub(rb"revision [^;]+;", b"", page.read_bytes()) if page.suffix == ".md" else page.read_bytes()
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
@@ -104,7 +110,7 @@ def test_killed_and_started_again_gives_the_same_bit_for_bit(whole: tuple[Path, 
     assert code == 2 and f"another run is writing to --output {output / 'toys'}: wait for its end" in said
     assert ended(second)[0] == 0
     for page in PAGES:
-        assert (output / page).read_bytes() == (whole[0] / "out" / page).read_bytes(), page
+        assert without_revision(output / page) == without_revision(whole[0] / "out" / page), page
     for row in ("plain", "five"):
         log, other = (
             (folder / "toys" / row / "seed-0" / "log.txt").read_bytes() for folder in (output, whole[0] / "out")
@@ -140,9 +146,10 @@ def test_a_dry_run_says_what_is_there(
     assert not (folder / "out" / "toys" / "plain" / "seed-1").exists()
 
 
-def test_through_torchrun(whole: tuple[Path, str], tmp_path: Path) -> None:
+def test_through_torchrun(tmp_path: Path) -> None:
     """Two processes of a run, under a runner that is itself told to use less."""
-    table = whole[0] / "toys.yaml"
+    table = tmp_path / "toys.yaml"
+    table.write_text("".join(line for line in TABLE.splitlines(True) if "report" not in line))
     flags = ["--nproc", "2", "--only", "plain", "--", "--epochs", "1", "--warmup-epochs", "0"]
     code, said = ended(start(table, tmp_path / "out", *flags))
     assert code == 0, said
