@@ -15,6 +15,7 @@ from options.flags import Args
 from options.parser import Resume, dashed, declared
 from redundancy.options import get_args_parser as redundancy_parser
 from regularizers import REFERENCE_FLAGS, parse_spec
+from tables.options import get_args_parser as tables_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -87,7 +88,8 @@ def test_nothing_is_left_to_fill_in(page):
 
 def project_files(page: str) -> list[str]:
     """What a page names that looks like a file or a folder of the project."""
-    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0].isalpha())
+    own = (path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0].isalpha())
+    folders = "|".join(name for name in own if name != "experiment")  # which holds runs
     text = PAGES[page]
     named = re.findall(rf"(?<![\w./-])(?:{folders})/[\w/.-]*\.(?:py|sh|sbatch|yaml|md|png)\b", text)
     named += re.findall(r"`((?:\w+/)*\w+\.(?:py|sh|sbatch|md)|\w+/)`", text)
@@ -108,7 +110,8 @@ def test_files_exist(page):
 def known_flags() -> set[str]:
     """Every flag of a program that the pages call."""
     known = set(flags.get_args_parser()._option_string_actions) | SLURM | TRACKERS
-    known |= set(torchrun_parser()._option_string_actions) | set(redundancy_parser()._option_string_actions)
+    for parser in (torchrun_parser(), redundancy_parser(), tables_parser()):
+        known |= set(parser._option_string_actions)
     for script in [*ROOT.glob("script/*.py"), *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     return known
