@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import build
@@ -105,7 +106,8 @@ def _build(args: Resolved, images: int, classes: int) -> Size:
     model = build.build_student(args, backbone, diversity, measure, classes, device)
     build.build_mixing(args, backbone, diversity)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # the fused kernel would not be counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.eval()(torch.zeros(1, *shape_of(args)))
     numbers = 3 + args.model_ema  # a weight, its two moments, its average
     return Size(images, parameters, float(counter.get_total_flops()), 4.0 * numbers * parameters * COPIES)

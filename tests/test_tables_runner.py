@@ -362,6 +362,8 @@ def test_an_estimate_by_what_was_measured(tmp_path: Path, notes: Path) -> None:
     assert one.hours is not None and deep.hours is not None and 1.9 < deep.hours / one.hours < 2.05
     assert deep.basis == "a finished run of one, by the forward pass's work"
     assert sizes["one"].parameters == 615_626  # what main.py prints
+    block = 12 * 17 * 64**2 + 2 * 17**2 * 64  # multiplications of 17 tokens, 64 wide: qkv, proj, MLP; attention
+    assert sizes["one"].flops == 2 * (12 * block + 16 * 192 * 64 + 64 * 10)  # and patches, head
     assert sizes["one"].disk == 3 * 3 * 4 * 615_626  # weights and two moments in float32, in three files
 
 
