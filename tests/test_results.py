@@ -10,7 +10,9 @@ from PIL import Image
 from tables import record
 from tables.cells import Cell
 from tables.command import typed
+from tables.numbers import read_lines
 from tables.spec import Table, read_table
+from tables.writing import lay_out
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -71,3 +73,32 @@ def test_no_record_says_where_somebody_works() -> None:
     for path in (path for path in RESULTS.rglob("*") if path.suffix in (".txt", ".yaml", ".json", ".md", ".csv")):
         text = path.read_text(encoding="utf-8")
         assert not any(word in text for word in ("/home/", "/root/", "/tmp/", "/work/", "/Users/")), path
+
+
+SHOWN = (
+    "top-1 (%)",
+    "patch |cos|, last block",
+    "effective rank of patches",
+    "head |cos|, block 0",
+    "|cos| in W_q, W_k, W_v",
+)
+
+
+def readme_lines() -> list[str]:
+    """The README's table: some rows and columns of results/digits.md, with their differences."""
+    table = read_table("configs/tables/digits.yaml")
+    layout = lay_out(table, read_lines(table, recorded(table)))
+    heads = layout.heads()
+    own = [heads.index(head) for head in SHOWN]
+    places = sorted({*own, *(place + 1 for place in own if heads[place + 1] == "difference")})
+    lines = [
+        heads,
+        *([line.row.label, *layout.cells(line)] for line in layout.lines if line.row.name in table.drawn),
+    ]
+    return ["| " + " | ".join(cells[place].replace("|", r"\|") for place in (0, *places)) + " |" for cells in lines]
+
+
+def test_the_readme_says_what_is_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [line for line in readme_lines() if line not in readme] == []
