@@ -16,12 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tables.options import answer_at_once
+import program
+from tables.options import PROGRAM, answer_at_once
 
 if __name__ == "__main__":
+    program.begin(PROGRAM)
     answer_at_once()  # --help and what is mistyped, before torch is imported
 
 from tables.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.leave(main())

@@ -142,11 +142,13 @@ class Runner:
             self.after_cell(cell)
 
     def _end_badly(self, cell: Cell, code: int, measured: bool) -> None:
+        """Name what failed; what was stopped, or met an earlier run, goes on later."""
         if TAKEN_WORDS in last_words(cell.path):  # by a run of an earlier runner: it comes again when that one ends
             self._waiting.append(cell)
-        elif code == STOPPED or (self.stopped and code < 0):
-            if not self.stopped:
-                self._fail(cell, "stopped by a signal, and saved")
+        elif self.stopped:  # torchrun's exit code says nothing of a run that saved
+            return
+        elif code == STOPPED:
+            self._fail(cell, "stopped by a signal, and saved")
         else:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._fail(cell, f"{'the report ended' if measured else 'ended'} with {how}: {last_words(cell.path)}")
