@@ -36,8 +36,7 @@ from utils import pick_device
 
 def recipe(table: Table, row: Row, device: torch.device, classes: int) -> Recipe:
     """A row, ready to train."""
-    name = str((ROOT / row.config).relative_to(ROOT / "configs"))
-    return Recipe(name, device, [*table.flags, *row.flags], classes)
+    return Recipe(str(ROOT / row.config), device, [*table.flags, *row.flags], classes)
 
 
 def run() -> None:

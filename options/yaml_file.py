@@ -171,6 +171,7 @@ class _LocatingLoader(_Loader):
     """Makes every mapping a `Located` one."""
 
     def construct_yaml_map(self, node: yaml.MappingNode) -> Iterator[Located]:
+        self.flatten_mapping(node)  # what '<<' merges in
         mapping = Located()
         mapping.line = node.start_mark.line + 1
         mapping.lines = {str(self.construct_object(key)): key.start_mark.line + 1 for key, _ in node.value}

@@ -21,10 +21,14 @@ UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the file 
 def is_locked(folder: Path) -> bool:
     """Whether a run of another process is at work in a folder."""
     try:
-        with open(folder / NAME, "rb+") as file:
+        file = open(folder / NAME, "rb+")  # noqa: SIM115 - closed below
+    except OSError:
+        return False  # there is none, or main.py will say why it cannot be opened
+    with file:
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in TAKEN
+        except OSError as error:
+            return error.errno in TAKEN
     return False
 
 

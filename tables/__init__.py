@@ -7,3 +7,4 @@ people read. record: the evidence that is kept. options, command: the command li
 
 # main.py's flags that a run gets from its place in the table.
 OWN_FLAGS = ("config", "seed", "output_dir", "resume", "data_path", "eval", "check_data", "teacher_eval")
+HELP = ("-h", "--help", "--list-regularizers", "--list_regularizers")  # which answer, and run nothing

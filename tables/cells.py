@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from options.config import Resolved
 from options.flags import Args
 from options.parser import dashed, declared
 from state.resumption import differences
-from tables.spec import OF_REPORT, Column, Row, Table
+from tables.spec import LARGEST, OF_COST, OF_REPORT, Column, Row, Table
 from utils import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, COST, ARGS, REPORT, BAD_END = "output.txt", "cost.json", "args.yaml", "report.json", "failed.txt"
-COSTS = ("images_per_second", "hours")
 PROGRESS = re.compile(r"^Epoch (\d+)/\d+ .*?\[(\d+)/(\d+)\].*? ([\d.]+) it/s", re.MULTILINE)
 # Flags of the data that `python -m redundancy` takes as main.py does.
 OF_DATA = (
@@ -100,12 +98,21 @@ class Cell:
     def why_failed(self) -> str:
         """Why it ended badly when it was run last; else ''."""
         path = self.path / BAD_END
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
     @property
     def reported(self) -> bool:
         """Whether there is nothing left to measure."""
-        return not self.table.metrics or not missing_metrics(self.path, self.table.metrics)
+        if not self.table.metrics:
+            return True
+        report = read_report(self.path)
+        return report is not None and report.images == self.table.images and not self.missing
+
+    @property
+    def missing(self) -> list[str]:
+        """The metrics of the table that the report lacks."""
+        report = read_report(self.path)
+        return [name for name in self.table.metrics if report is None or name not in report.known]
 
     def check(self) -> None:
         """Refuse a folder that holds another run than this cell's.
@@ -135,8 +142,12 @@ class Cell:
 
     def report_command(self, output: Path) -> list[str]:
         """What measures its redundancy."""
-        told = [self.row.label + "=" + str(self.folder / "checkpoint.pth"), "--output", str(output)]
-        told += ["--images", str(self.table.images), "--metrics", *self.table.metrics]
+        report = read_report(self.path)
+        others = (
+            report.known if report is not None and report.images == self.table.images else ()
+        )  # of other tables
+        told = [f"{self.row.name}={self.folder / 'checkpoint.pth'}", "--output", str(output)]
+        told += ["--images", str(self.table.images), "--metrics", *dict.fromkeys([*others, *self.table.metrics])]
         defaults = Args()
         for name in OF_DATA:
             value = getattr(self.args, name)
@@ -179,52 +190,85 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / LOG
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no log of main.py: {reason(error)}") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path} is no log of main.py: a line is no JSON object")
+    return lines
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if there is none.
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}; remove it, and run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: remove it, and run again")
+    return content
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's redundancy report.
+
+    Attributes:
+        findings: by the metrics' names.
+        known: the metrics that were measured, or of which the report says why they have no number.
+        images: how many were drawn, as its command says.
+    """
+
+    findings: Mapping[str, Any]
+    known: tuple[str, ...]
+    images: int
+
+
+def read_report(folder: Path) -> Measured | None:
+    """What `python -m redundancy` has left for a run; None if nothing.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / REPORT
+    content = read_object(path)
+    if content is None:
+        return None
+    try:
+        model = content["models"][0]
+        words = str(content["about"]["command"]).split()
+        images = int(words[words.index("--images") + 1])
+        return Measured(model["findings"], (*model["findings"], *model["gaps"]), images)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no redundancy report of a table: remove it, and run again") from error
 
 
 def read_value(column: Column, folder: Path) -> float | None:
     """The number of a finished run in a column; None if it has none, or none that is finite."""
-    if column.value in COSTS:
-        value = (read_json(folder / COST) or {}).get(column.value)
+    if column.value in OF_COST:
+        value = (read_object(folder / COST) or {}).get(column.value)
     elif column.value.startswith(OF_REPORT):
-        value = _of_report(read_json(folder / REPORT), column.value.removeprefix(OF_REPORT))
+        value = _of_report(read_report(folder), column.value.removeprefix(OF_REPORT))
     else:
         log = read_log(folder)
         value = log[-1].get(column.value) if log else None
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         return None
     return value / column.divide
 
 
-def missing_metrics(folder: Path, metrics: Sequence[str]) -> list[str]:
-    """Those that a run's report lacks."""
-    report = read_json(folder / REPORT)
-    model = report["models"][0] if report is not None else {"findings": {}, "gaps": {}}
-    return [name for name in metrics if name not in model["findings"] and name not in model["gaps"]]
-
-
-def _of_report(report: Any, place: str) -> float | None:
+def _of_report(report: Measured | None, place: str) -> float | None:
     """METRIC@LAYER of a report: 'mean' over the blocks, 'first', 'last', or a layer's name."""
     metric, _, layer = place.partition("@")
-    finding = report["models"][0]["findings"].get(metric) if report is not None else None
+    finding = report.findings.get(metric) if report is not None else None
     if finding is None:
         return None
     labels = finding["axes"][0]["labels"] if finding["axes"] else []
@@ -254,9 +298,9 @@ def _flat(values: Any) -> Iterator[Any]:
 def origin(folder: Path) -> dict[str, str]:
     """Where a run's numbers come from: revision and versions, as its args.yaml says them, and the machine."""
     path = folder / ARGS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     said = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
-    return {**said, **{name: str(value) for name, value in (read_json(folder / COST) or {}).items()}}
+    return {**said, **{name: str(value) for name, value in (read_object(folder / COST) or {}).items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,7 +315,7 @@ def write_cost(cell: Cell, processes: int, machine: Mapping[str, str]) -> None:
         for epoch, step, steps, rate in PROGRESS.findall(text):
             if step == steps and float(rate) > 0:
                 rates[int(epoch)] = int(steps), float(rate)
-    cost: dict[str, Any] = {name: None for name in COSTS}
+    cost: dict[str, Any] = {name: None for name in OF_COST}
     if rates:
         seconds = [steps / rate for steps, rate in rates.values()]
         cost["images_per_second"] = pictures * statistics.median(rate for _, rate in rates.values())
@@ -285,8 +329,3 @@ def printed(folder: Path) -> Iterator[str]:
     for path in (folder / OUTPUT, *sorted(folder.glob("submitit/*/*_0_log.out"))):
         if path.is_file():
             yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def with_folder(cell: Cell, folder: Path) -> Cell:
-    """The same cell elsewhere: where its record is kept."""
-    return replace(cell, folder=folder / cell.row.name / f"seed-{cell.seed}")

@@ -12,7 +12,8 @@ from errors import UserError, shown
 from program import FAILED, INTERRUPTED, STOPPED
 from state.lock import Lock, is_locked, taken
 from tables import plan, record, slurm
-from tables.cells import ROOT, Cell, cells_of
+from tables.cells import ROOT, Cell, cells_of, origin
+from tables.numbers import read_lines
 from tables.options import LONGEST, PROGRAM, Options, read_options
 from tables.runner import Runner, make_slots
 from tables.spec import Table
@@ -34,11 +35,12 @@ def work(options: Options) -> int:
     """All tables, one after the other; returns the exit code."""
     if options.render:
         for table in options.tables:
-            render(table, options.output)
+            render(table, options)
         return 0
     for table in options.tables if not options.dry_run else ():
         if is_locked(ROOT / options.output / table.runs):
             raise taken(options.output / table.runs, "--output")
+    check_folders(options)
     checked = [(table, *check(table, options)) for table in options.tables]
     worst = 0
     for table, cells, sizes in checked:
@@ -53,8 +55,32 @@ def work(options: Options) -> int:
     return worst
 
 
+def check_folders(options: Options) -> None:
+    """Refuse folders that cannot be written to, or that are one another.
+
+    Raises:
+        UserError: with the flag.
+    """
+    record.check_folder(options.output, "--output")
+    if options.keep is None:
+        return
+    record.check_folder(options.keep, "--keep")
+    keep, output = ((ROOT / folder).resolve() for folder in (options.keep, options.output))
+    if keep == output or keep.is_relative_to(output) or output.is_relative_to(keep):
+        raise UserError(f"--keep {options.keep} and --output {options.output} must lie beside each other")
+
+
+def cells_with_runs(table: Table, options: Options) -> list[Cell]:
+    """The cells of all rows that are run, each held against what is in its folder."""
+    every = cells_of(table, [row for row in table.rows if row.config], options.output, options.given)
+    for cell in every:
+        cell.check()
+    return every
+
+
 def check(table: Table, options: Options) -> tuple[list[Cell], dict[str, plan.Size]]:
     """The cells that are to run, and the sizes of their models, after all of them were tried."""
+    cells_with_runs(table, options)
     cells = cells_of(table, table.only(options.only), options.output, options.given)
     print(f"checking {table.path}: {len({cell.row.name for cell in cells})} rows, {len(cells)} cells", flush=True)
     return cells, plan.check(cells, with_data=not options.dry_run)
@@ -83,37 +109,45 @@ def _where_it_stands(cell: Cell) -> str:
 
 def run(table: Table, cells: Sequence[Cell], options: Options) -> int:
     """Run or submit the cells, and write the pages; returns the exit code."""
-    every = cells_of(table, [row for row in table.rows if row.config], options.output, options.given)
-    command = typed(table, every)
+    every = cells_with_runs(table, options)
 
     def after_cell(cell: Cell) -> None:
         if options.keep is not None:
             record.keep(cell, options.keep)
-        record.write_pages(table, every, options.output, command, with_figure=False)
+        record.write_pages(
+            table, every, options.output, typed(table, every, options.seeds, options.given), with_figure=False
+        )
 
+    failed: dict[str, str] = {}
     if options.slurm is not None:
         failed = slurm.submit(cells, options.processes, options.slurm)
         cells = [cell for cell in cells if cell.finished]  # what is left is to measure their redundancy
-    else:
-        failed = {}
-    slots = make_slots(options.jobs, options.processes, cells[0].args.device if cells else "cpu")
+    waiting = [cell for cell in cells if not (cell.finished and cell.reported)]
+    slots = make_slots(options.jobs, options.processes, waiting[0].args.device) if waiting else []
     runner = Runner(cells, options.processes, slots, after_cell, failed)
     runner.run()
-    for cell in every:
-        if options.keep is not None and (cell.finished or cell.why_failed):
-            record.keep(cell, options.keep)
-    written = record.write_pages(table, every, options.output, command)
+    command = typed(table, every, options.seeds, options.given)
+    written = []
     if options.keep is not None:
-        written += record.write_pages(table, record.recorded(table, options.keep), options.keep, command)
+        for cell in every:
+            if cell.finished or cell.why_failed:
+                record.keep(cell, options.keep)
+        recorded = record.recorded(table, options.keep)
+        written += record.write_pages(table, recorded, options.keep, command)
+    written = record.write_pages(table, every, options.output, command) + written
     tell(table, every, runner, command, written)
     if runner.stopped:
         return INTERRUPTED if runner.stopped == signal.SIGINT else STOPPED
-    return FAILED if runner.failed else 0
+    return FAILED if runner.failed or runner.trouble else 0
 
 
 def tell(table: Table, cells: Sequence[Cell], runner: Runner, command: str, written: Sequence[Path]) -> None:
     """Print the table, what failed, and where the files are."""
     print(f"\n{record.pages(table, cells, command)['md']}")
+    for name in empty_columns(table, cells):
+        print(
+            f"note: no run has a number in the column {name}: see the keys of log.txt, or the layers of the report"
+        )
     for name, why in runner.failed.items():
         print(f"FAILED {name}: {why}")
     if runner.failed or runner.stopped:
@@ -121,17 +155,38 @@ def tell(table: Table, cells: Sequence[Cell], runner: Runner, command: str, writ
     print("written: " + ", ".join(map(str, written)), flush=True)
 
 
-def render(table: Table, folder: Path) -> None:
+def empty_columns(table: Table, cells: Sequence[Cell]) -> list[str]:
+    """The columns in which no finished run has a number."""
+    lines = [line for line in read_lines(table, cells) if line.runs]
+    return [
+        column.name for column in table.columns if lines and not any(line.values[column.name] for line in lines)
+    ]
+
+
+def render(table: Table, options: Options) -> None:
     """Write the pages of a table from its records."""
-    cells = record.recorded(table, folder)
-    written = record.write_pages(table, cells, folder, typed(table, cells))
-    ended = sum(cell.has_ended for cell in cells)
+    cells = cells_with_runs(table, options)
+    written = record.write_pages(table, cells, options.output, typed(table, cells, options.seeds, options.given))
+    ended = sum(cell.finished for cell in cells)
     print(f"{table.name}: {ended} runs; written: {', '.join(map(str, written))}", flush=True)
 
 
-def typed(table: Table, cells: Sequence[Cell]) -> str:
-    """The command that makes a table, as one types it in the project's folder."""
+def typed(table: Table, cells: Sequence[Cell], seeds: int | None = None, given: Sequence[str] = ()) -> str:
+    """The command that makes a table, as one types it in the project's folder.
+
+    Args:
+        seeds, given: as they were given, see `Options`.
+    """
     path = Path(table.path).absolute()
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
-    needs_data = any(cell.args.data_set != "DIGITS" for cell in cells)
-    return record.described([str(shown), *(["--data-path", "DATA"] if needs_data else [])])
+    words = [str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name]
+    if any(cell.args.data_set != "DIGITS" for cell in cells):
+        words += ["--data-path", "DATA"]
+    processes = {origin(cell.path).get("processes", "1") for cell in cells if cell.finished}
+    if len(processes) == 1 and processes != {"1"}:
+        words += ["--nproc", *processes]
+    if seeds is not None:
+        words += ["--seeds", str(seeds)]
+    flags = list(given)
+    if "--data-path" in flags:
+        del flags[flags.index("--data-path") : flags.index("--data-path") + 2]
+    return record.described([*words, *(["--", *flags] if flags else [])])

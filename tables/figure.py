@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from redundancy.presentation.styles import COLORS, FAINT, INK, drawable, in_style, new_figure, style
-from tables.cells import REPORT, Cell, read_json
+from tables.cells import Cell, read_report
 from tables.numbers import Line
 from tables.spec import Column, Table
 
@@ -59,24 +59,26 @@ def draw_layers(table: Table, cells: Sequence[Cell], path: Path, fingerprint: st
     """
     reports: dict[str, list[Any]] = {row: [] for row in table.drawn}
     for cell in cells:
-        found = read_json(cell.path / REPORT) if cell.row.name in reports and cell.has_ended else None
+        found = read_report(cell.path) if cell.row.name in reports and cell.finished else None
         if found is not None:
-            reports[cell.row.name].append(found["models"][0]["findings"])
+            reports[cell.row.name].append(found.findings)
     metrics = [name for name in table.metrics if _curves(reports, name)][:MOST]
     if not metrics:
         return False
+    drawn = [row for row in table.drawn if reports[row]]
     with in_style():
         figure = new_figure(PANEL_WIDTH * 1.35 * len(metrics), 2.5)
         for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-            for place, (labels, values) in enumerate(_curves(reports, metric).values()):
-                look = style(place)
+            curves = _curves(reports, metric)
+            longest = max((labels for labels, _ in curves.values()), key=len)
+            axes.set_xticks(range(0, len(longest), 3), longest[::3])
+            for row, (labels, values) in curves.items():
+                look = style(drawn.index(row))
                 middle, spread = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
                 axes.plot(range(len(labels)), middle, **look.line, marker=look.marker, markersize=2.8)
                 axes.fill_between(range(len(labels)), middle - spread, middle + spread, color=look.color, alpha=0.2)
-                axes.set_xticks(range(0, len(labels), 3), labels[::3])
             axes.set_title(metric, parse_math=False)
             axes.set_xlabel("block")
-        drawn = [row for row in table.drawn if reports[row]]
         looks = [(style(place), drawable(table.row(row).label)) for place, row in enumerate(drawn)]
         handles = [Line2D([], [], **look.line, marker=look.marker, label=label) for look, label in looks]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

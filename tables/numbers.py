@@ -41,7 +41,7 @@ def read_lines(table: Table, cells: Sequence[Cell]) -> list[Line]:
     Args:
         cells: of any rows.
     """
-    finished = {row.name: [c for c in cells if c.row.name == row.name and c.has_ended] for row in table.rows}
+    finished = {row.name: [c for c in cells if c.row.name == row.name and c.finished] for row in table.rows}
     failed = Counter(cell.row.name for cell in cells if cell.why_failed)
     values = {
         name: {column.name: _by_seed(column, own) for column in table.columns} for name, own in finished.items()

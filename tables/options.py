@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 from errors import UserError, shown
 from options.parser import Formatter, Parser, underscored
 from options.paths import check_path, expand
-from tables import OWN_FLAGS
+from tables import HELP, OWN_FLAGS
 
 if TYPE_CHECKING:
     from tables.spec import Table
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "configs" / "tables"
 SOURCES = "sources.yaml"
+MOST = 1000  # seeds, runs at a time, processes
 LONGEST = 4000  # characters of a message
 PROGRAM = "reproduce_table.py"
 
@@ -33,6 +36,7 @@ class Options:
         tables: as they are read.
         output: the folder of runs and pages; that of the records with `render`.
         keep: where records are copied to, or None.
+        seeds: of every row, if they are given.
         render: write pages from records, and run nothing.
         given: main.py's flags for every cell.
     """
@@ -40,6 +44,7 @@ class Options:
     tables: list[Table]
     output: Path
     keep: Path | None
+    seeds: int | None
     render: bool
     only: list[str]
     processes: int
@@ -85,8 +90,6 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument(
         "--slurm",
-        nargs="?",
-        const="",
         default=None,
         metavar="FLAGS",
         help="submit every run as a job, by script/run_with_submitit.py with these flags, in one word: "
@@ -121,15 +124,23 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, tuple[str, ...]]:
     end = words.index("--") if "--" in words else len(words)
     said, given = get_args_parser().parse_args(words[:end]), tuple(words[end + 1 :])
     for word in given:
+        if word in HELP:
+            raise UserError(f"{word} behind -- asks main.py for help: call it alone")
         if word.startswith("--") and underscored(word[2:].partition("=")[0]) in OWN_FLAGS:
             raise UserError(
                 f"{word} behind --: every run gets it from its row, its seed and this command's own flags"
             )
     for name, value, least in (("nproc", said.nproc, 1), ("jobs", said.jobs, 1), ("seeds", said.seeds, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
-    if said.images_per_second is not None and not said.images_per_second > 0:
-        raise UserError(f"--images-per-second must be above 0, not {said.images_per_second:g}")
+        if value is not None and not least <= value <= MOST:
+            raise UserError(f"--{name} must be between {least} and {MOST}, not {value}")
+    if said.images_per_second is not None and not 0 < said.images_per_second < math.inf:
+        raise UserError(f"--images-per-second must be above 0, and finite, not {said.images_per_second:g}")
+    if not said.output:
+        raise UserError("--output must name a folder")
+    try:
+        shlex.split(said.slurm or "")
+    except ValueError as error:
+        raise UserError(f"--slurm cannot be read ({error}): {shown(said.slurm)}") from error
     if said.slurm is not None and said.jobs != 1:
         raise UserError("--jobs is for runs on this machine; SLURM decides how many of its jobs run: drop one")
     if said.images_per_second is not None and not said.dry_run:
@@ -153,6 +164,8 @@ def read_options(argv: Sequence[str]) -> Options:
     if missing:
         raise UserError(f"tables need {' and '.join(missing)}: pip install -r requirements-quickstart.txt")
     render = bool(said.render)
+    if render and not Path(expand(said.render, "--render")).is_dir():
+        raise UserError(f"--render {said.render} is no folder")
     paths = said.tables or (_recorded(said.render) if render else ())
     tables = [read_table(_found(path), said.seeds) for path in paths]
     if not tables:
@@ -162,6 +175,7 @@ def read_options(argv: Sequence[str]) -> Options:
         tables=tables,
         output=_inside(said.render or said.output, "--render" if render else "--output"),
         keep=_inside(said.keep, "--keep") if said.keep else None,
+        seeds=said.seeds,
         render=render,
         only=said.only,
         processes=said.nproc,
@@ -196,8 +210,6 @@ def _found(path: str) -> str:
 def _recorded(folder: str) -> list[str]:
     """The tables of configs/tables of which a folder of records has runs."""
     files = [path for path in sorted(TABLES.glob("*.yaml")) if path.name != SOURCES]
-    if not Path(folder).is_dir():
-        raise UserError(f"--render {folder} is no folder")
     from tables.spec import read_table
 
     return [str(path) for path in files if (Path(folder) / read_table(path).runs).is_dir()]

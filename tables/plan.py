@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from errors import UserError
 from options.config import Resolved
 from options.flags import shape_of
 from state.preprocessing import follow_weights
-from tables.cells import COST, Cell, read_json
+from tables.cells import COST, Cell, read_object
 from tables.spec import Row
 
 IMAGENET = 1_281_167, 1000  # training images and classes, where the data is not there
@@ -50,11 +51,13 @@ class Estimate:
     """Of one row.
 
     Attributes:
+        runs: that are left.
         hours: of GPUs, for one run; None where no rate is known.
         basis: where the rate is from.
     """
 
     row: Row
+    runs: int
     size: Size
     hours: float | None
     basis: str
@@ -121,7 +124,8 @@ def estimate(cells: Sequence[Cell], sizes: dict[str, Size], images_per_second: f
     """What each row's run would take.
 
     A rate that was measured in a finished run of the row is taken; else that of another row, or the one that is
-    given for the first row, in proportion to the forward pass's work. Evaluation is not counted.
+    given for the first row, in proportion to the forward pass's work. Neither evaluation nor terms are counted;
+    the latter look at what the model computes anyway.
 
     Args:
         images_per_second: of one GPU with the first row.
@@ -135,26 +139,27 @@ def estimate(cells: Sequence[Cell], sizes: dict[str, Size], images_per_second: f
         basis = "--images-per-second"
     else:
         basis = "a finished run"
-    return [_estimate(cell, sizes, known, basis) for cell in first.values()]
+    left = Counter(cell.row.name for cell in cells if not cell.finished)
+    return [_estimate(cell, left[name], sizes, known, basis) for name, cell in first.items()]
 
 
-def _estimate(cell: Cell, sizes: dict[str, Size], known: dict[str, float], basis: str) -> Estimate:
+def _estimate(cell: Cell, left: int, sizes: dict[str, Size], known: dict[str, float], basis: str) -> Estimate:
     size = sizes[cell.row.name]
     if not known:
-        return Estimate(cell.row, size, None, "")
+        return Estimate(cell.row, left, size, None, "")
     if cell.row.name in known:
         rate, said = known[cell.row.name], basis
     else:
         other = next(iter(known))
         rate = known[other] * sizes[other].flops / size.flops
         said = f"{basis} of {other}, by the forward pass's work"
-    return Estimate(cell.row, size, cell.args.epochs * size.images / rate / 3600, said)
+    return Estimate(cell.row, left, size, cell.args.epochs * size.images / rate / 3600, said)
 
 
 def _measured(cells: Sequence[Cell]) -> float | None:
     """Images a second of one process, as a finished run printed it."""
     for cell in cells:
-        cost: Any = read_json(cell.path / COST)
+        cost: Any = read_object(cell.path / COST)
         if cost and cost.get("images_per_second"):
             return float(cost["images_per_second"]) / int(cost["processes"])
     return None
@@ -162,15 +167,15 @@ def _measured(cells: Sequence[Cell]) -> float | None:
 
 def describe(estimates: Sequence[Estimate]) -> str:
     """The estimates, a line for each row, and their sum."""
-    lines = [f"{'row':32} {'runs':>4} {'parameters':>11} {'GFLOPs':>7} {'GPU hours':>10} {'disk':>8}  rate from"]
+    lines = [f"{'row':32} {'left':>4} {'parameters':>11} {'GFLOPs':>7} {'GPU hours':>10} {'disk':>8}  rate from"]
     total, disk = 0.0, 0.0
     for each in estimates:
-        hours = "unknown" if each.hours is None else f"{each.hours * each.row.seeds:,.1f}"
-        total += (each.hours or 0) * each.row.seeds
-        disk += each.size.disk * each.row.seeds
+        hours = "unknown" if each.hours is None else f"{each.hours * each.runs:,.1f}"
+        total += (each.hours or 0) * each.runs
+        disk += each.size.disk * each.runs
         lines.append(
-            f"{each.row.name:32} {each.row.seeds:4} {each.size.parameters / 1e6:9.2f} M "
-            f"{each.size.flops / 1e9:7.2f} {hours:>10} {each.size.disk * each.row.seeds / 1e9:5.2f} GB  "
+            f"{each.row.name:32} {each.runs:4} {each.size.parameters / 1e6:9.2f} M "
+            f"{each.size.flops / 1e9:7.2f} {hours:>10} {each.size.disk * each.runs / 1e9:5.2f} GB  "
             f"{each.basis}".rstrip()
         )
     unknown = sum(each.hours is None for each in estimates)

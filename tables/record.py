@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import IO
 from errors import UserError, reason
 from loggers.text import LOG
 from tables import writing
-from tables.cells import ARGS, BAD_END, COST, REPORT, ROOT, Cell, cells_of, origin, read_json
+from tables.cells import ARGS, BAD_END, COST, REPORT, ROOT, Cell, cells_of, origin, read_object
 from tables.numbers import read_lines
 from tables.spec import Table
 from utils import write_atomically
@@ -40,9 +41,10 @@ def keep(cell: Cell, folder: Path) -> None:
     target = ROOT / folder / cell.table.runs / cell.row.name / f"seed-{cell.seed}"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        (target / BAD_END).unlink(missing_ok=True)
         for name in FILES:
-            if (cell.path / name).is_file():
+            if not (cell.path / name).is_file():
+                (target / name).unlink(missing_ok=True)
+            else:
                 shutil.copyfile(cell.path / name, target / f".{name}")
                 (target / f".{name}").replace(target / name)
     except OSError as error:
@@ -70,9 +72,21 @@ def pages(table: Table, cells: Sequence[Cell], command: str) -> dict[str, str]:
     }
 
 
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a folder that cannot be written to, before hours are spent.
+
+    Raises:
+        UserError: with the reason.
+    """
+    path = ROOT / folder
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {flag} {folder}: {there} is no folder that can be written to")
+
+
 def provenance(cells: Sequence[Cell]) -> str:
     """Where the numbers come from, in a sentence: all revisions, versions and machines of the finished runs."""
-    origins = [origin(cell.path) for cell in cells if cell.has_ended]
+    origins = [origin(cell.path) for cell in cells if cell.finished]
     parts = []
     for name, words in ORIGIN.items():
         values = dict.fromkeys(each[name] for each in origins if name in each)
@@ -111,7 +125,7 @@ def _write(content: bytes, file: IO[bytes]) -> None:
 def fingerprint(table: Table, cells: Sequence[Cell]) -> str:
     """Of all numbers that the figures show, to see whether they are those of these runs."""
     texts = pages(table, cells, "")
-    reports = [read_json(cell.path / REPORT) for cell in cells if cell.row.name in table.drawn]
+    reports = [read_object(cell.path / REPORT) for cell in cells if cell.row.name in table.drawn]
     return "sha256 " + hashlib.sha256((texts["seeds.csv"] + texts["csv"] + repr(reports)).encode()).hexdigest()
 
 
@@ -128,6 +142,8 @@ def _write_figures(table: Table, cells: Sequence[Cell], folder: Path) -> list[Pa
         if drawn(part, mark):
             part.replace(ROOT / path)
             written.append(path)
+        else:
+            (ROOT / path).unlink(missing_ok=True)  # of other numbers
     return written
 
 

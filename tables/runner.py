@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +26,16 @@ from errors import UserError, shown
 from loggers.progress import clock
 from program import STOPPED
 from state.lock import TAKEN_WORDS, is_locked
-from tables.cells import BAD_END, OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
+from tables.cells import BAD_END, COST, OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
 
 PART = ".report"  # while it is made
 PAUSE = 0.2  # seconds between two looks at what runs
 SHOWN = 60.0, 1.0  # seconds between two lines that say where the work stands, in a file and on a terminal
 LAST_WORDS = 300  # letters of a failed run's last line
+OF_US = re.compile(r"(main\.py|redundancy): ")
+OF_PYTHON = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
+SAVED = "and saved"  # of a run that a signal has stopped
+MOST_MEETINGS = 20  # of a cell with a run that holds its folder
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Slot:
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     measures: bool = False  # the report, not main.py
+    printed: int = 0  # bytes that output.txt held when the process began
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Runner:
     Attributes:
         failed: what could not be finished, and why.
         stopped: by which signal, or 0.
+        trouble: what could not be written meanwhile, or ''.
     """
 
     cells: Sequence[Cell]
@@ -67,11 +75,13 @@ class Runner:
     after_cell: Callable[[Cell], None] = lambda cell: None
     failed: dict[str, str] = field(default_factory=dict)
     stopped: int = 0
+    trouble: str = ""
 
     def __post_init__(self) -> None:
         self._waiting = [cell for cell in self.cells if not (cell.finished and cell.reported)]
         self._kept = len(self.cells) - len(self._waiting)
         self._done = 0
+        self._met: Counter[str] = Counter()  # how often a cell has met an earlier run
         self._epochs_before = self._epochs()
         self._training = 0.0  # seconds of the runs that have ended
         self._shown = 0.0
@@ -89,6 +99,12 @@ class Runner:
                     self._look_at(slot)
                 self._show()
                 time.sleep(PAUSE)
+
+    def _stop_all(self) -> None:
+        """Let what runs save and stop."""
+        for slot in self.slots:
+            if slot.process is not None and slot.process.poll() is None:
+                slot.process.terminate()
 
     def _look_at(self, slot: Slot) -> None:
         """Take note of a run that has ended, and begin the next."""
@@ -111,8 +127,11 @@ class Runner:
             shutil.rmtree(cell.path / PART, ignore_errors=True)
             command = cell.report_command(cell.folder / PART)
         else:
+            for name in (COST, REPORT):  # of a run that had other epochs
+                (cell.path / name).unlink(missing_ok=True)
             command = cell.commands(self.processes)
         with open(cell.path / OUTPUT, "ab") as output:
+            slot.printed = output.tell()
             slot.process = start(command, output, slot.devices)
 
     def _end(self, slot: Slot, code: int) -> None:
@@ -122,7 +141,10 @@ class Runner:
         spent = clock(time.monotonic() - slot.began)
         self._training += 0 if measured else time.monotonic() - slot.began
         if code != 0:
-            self._end_badly(cell, code, measured)
+            self._end_badly(cell, code, measured, last_words(cell.path, slot.printed))
+            return
+        if measured and not (cell.path / PART / REPORT).is_file():
+            self._fail(cell, f"the report ended and left none: {last_words(cell.path, slot.printed)}")
             return
         if measured:
             os.replace(cell.path / PART / REPORT, cell.path / REPORT)
@@ -133,25 +155,34 @@ class Runner:
             self._fail(cell, f"{cell.epochs} of {cell.args.epochs} epochs are done, and main.py ended")
         elif not cell.reported:
             if measured:
-                self._fail(cell, f"the report lacks a metric, see {cell.folder / REPORT}")
-            else:
+                self._fail(cell, f"the report lacks {', '.join(cell.missing)}, see {cell.folder / REPORT}")
+            elif not self.stopped:
                 self._begin(slot, cell)
         else:
             self._done += 1
             self._say(f"{cell.name}: done in {spent}")
-            self.after_cell(cell)
+            self._tell(cell)
 
-    def _end_badly(self, cell: Cell, code: int, measured: bool) -> None:
+    def _tell(self, cell: Cell) -> None:
+        """Call what waits for finished cells; what it cannot write does not end the runs."""
+        try:
+            self.after_cell(cell)
+        except UserError as error:
+            self.trouble = str(error)
+            self._say(f"{error}: the runs go on")
+
+    def _end_badly(self, cell: Cell, code: int, measured: bool, said: str) -> None:
         """Name what failed; what was stopped, or met an earlier run, goes on later."""
-        if TAKEN_WORDS in last_words(cell.path):  # by a run of an earlier runner: it comes again when that one ends
-            self._waiting.append(cell)
-        elif self.stopped:  # torchrun's exit code says nothing of a run that saved
+        if self.stopped:  # also torchrun, whose exit code says nothing of a run that saved
             return
-        elif code == STOPPED:
+        if TAKEN_WORDS in said and self._met[cell.name] < MOST_MEETINGS:  # it comes again when that run ends
+            self._met[cell.name] += 1
+            self._waiting.append(cell)
+        elif code == STOPPED or SAVED in said:
             self._fail(cell, "stopped by a signal, and saved")
         else:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            self._fail(cell, f"{'the report ended' if measured else 'ended'} with {how}: {last_words(cell.path)}")
+            self._fail(cell, f"{'the report ended' if measured else 'ended'} with {how}: {said}")
 
     def _fail(self, cell: Cell, why: str) -> None:
         self.failed[cell.name] = why
@@ -168,6 +199,9 @@ class Runner:
         before = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             yield
+        except BaseException:
+            self._stop_all()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -176,9 +210,7 @@ class Runner:
         if not self.stopped:
             self._say("stopping: the runs finish their step and save")
         self.stopped = number
-        for slot in self.slots:
-            if slot.process is not None and slot.process.poll() is None:
-                slot.process.terminate()
+        self._stop_all()
 
     # --------------------------------------------------------------------------------------------------------
     # What is said meanwhile
@@ -248,35 +280,52 @@ def start(command: Sequence[str], output: IO[bytes], devices: str = "") -> subpr
     )
 
 
-def last_words(folder: Path) -> str:
-    """The last line that a run printed."""
+def last_words(folder: Path, start: int = 0) -> str:
+    """What a run said at its end: the error, if there is one, else its last line.
+
+    Args:
+        start: in bytes: what output.txt held before.
+    """
     try:
-        lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").splitlines()
+        text = (folder / OUTPUT).read_bytes()[start:].decode("utf-8", errors="replace")
     except OSError:
-        lines = []
-    said = [line for line in lines if line.strip()]
-    wrong = [line for line in said[-40:] if "error" in line.lower()]
-    return shown((wrong or said or ["it printed nothing"])[-1].strip(), LAST_WORDS)
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if OF_US.match(line)]  # torchrun's report comes behind it
+    others = [line for line in lines[-60:] if OF_PYTHON.match(line)]
+    return shown((own or others or lines or ["it printed nothing"])[-1], LAST_WORDS)
 
 
 def make_slots(jobs: int, processes: int, device: str) -> list[Slot]:
     """Room for so many runs at a time, each with GPUs of its own.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are not so many, or --device names one.
     """
     import torch
 
-    if not torch.cuda.is_available() or device == "cpu":
+    if not torch.cuda.is_available() or not (device == "auto" or device.startswith("cuda")):
         return [Slot() for _ in range(jobs)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
+    if ":" in device:
+        if jobs > 1:
+            raise UserError(
+                f"--device {device} is one GPU, and --jobs {jobs} runs need one each: give --device cuda"
+            )
+        return [Slot()]
+    gpus = visible_gpus(torch.cuda.device_count())
     if jobs * processes > len(gpus):
         raise UserError(
             f"--jobs {jobs} runs of --nproc {processes} processes need {jobs * processes} GPUs, and there are "
             f"{len(gpus)}: give fewer"
         )
     return [Slot(",".join(gpus[k * processes : (k + 1) * processes])) for k in range(jobs)]
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them: up to one that is none, like -1."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")] if given else [str(k) for k in range(count)]
+    return names[:count]
 
 
 def machine() -> dict[str, str]:

@@ -10,32 +10,34 @@ from collections.abc import Sequence
 
 from errors import UserError, reason, shown
 from state.lock import is_locked
-from tables.cells import ROOT, Cell
+from tables.cells import ROOT, Cell, write_cost
 
 JOB = "job.txt"  # in a cell's folder: its latest job
 SUBMITTED = re.compile(r"submitted job (\S+);")
 
 
 def submit(cells: Sequence[Cell], processes: int, flags: str) -> dict[str, str]:
-    """Submit those that are neither finished nor queued; returns why some could not be.
+    """Submit those that are neither finished nor queued, and close those that have ended; returns why some failed.
 
     Args:
         flags: of run_with_submitit.py, as they are typed.
-    Raises:
-        UserError: the flags cannot be read.
     """
-    try:
-        words = shlex.split(flags)
-    except ValueError as error:
-        raise UserError(f"--slurm cannot be read ({error}): {shown(flags)}") from error
+    words = shlex.split(flags)
     failed = {}
     for cell in (cell for cell in cells if not cell.finished):
         job = queued(cell)
         if job or is_locked(cell.path):
             print(f"{cell.name}: {f'job {job} is in the queue' if job else 'is being trained'}")
             continue
+        if cell.epochs == cell.args.epochs:
+            write_cost(cell, processes, {})
+            continue
+        if (cell.path / JOB).is_file():
+            before = (cell.path / JOB).read_text(encoding="utf-8").strip()
+            logs = cell.folder / "submitit"
+            print(f"{cell.name}: job {before} ended at epoch {cell.epochs} of {cell.args.epochs}; logs in {logs}")
         command = submission(cell, processes, words)
-        done = subprocess.run(
+        submitted = subprocess.run(
             [sys.executable, *command[1:]],
             cwd=ROOT,
             capture_output=True,
@@ -43,9 +45,9 @@ def submit(cells: Sequence[Cell], processes: int, flags: str) -> dict[str, str]:
             check=False,
             stdin=subprocess.DEVNULL,
         )
-        found = SUBMITTED.search(done.stdout)
-        if done.returncode != 0 or found is None:
-            failed[cell.name] = shown((done.stderr or done.stdout).strip(), 400)
+        found = SUBMITTED.search(submitted.stdout)
+        if submitted.returncode != 0 or found is None:
+            failed[cell.name] = shown((submitted.stderr or submitted.stdout).strip(), 400)
             print(f"{cell.name}: FAILED: {failed[cell.name]}", flush=True)
             continue
         cell.path.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,17 @@ from typing import Any
 
 from errors import UserError, did_you_mean, shown
 from options.parser import underscored
-from options.yaml_file import Located, read_yaml
+from options.yaml_file import EXPONENT, Located, read_yaml
 from redundancy.metrics import choose
-from tables import OWN_FLAGS
+from tables import HELP, OWN_FLAGS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # also that of a folder
 MOST_SEEDS = 1000
 OF_REPORT = "report:"
+LAYER = re.compile(r"mean|first|last|input|\d+")
+OF_LOG = re.compile(r"(train|test|ema_test|redundancy)_.+|max_acc|n_parameters|epoch")
+OF_COST = ("images_per_second", "hours")
+LARGEST = 1e15  # of a number of a table
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Column:
     Attributes:
         name: in `published`, and in the CSV file.
         label: its heading.
-        value: a key of log.txt, whose last epoch counts; report:METRIC@LAYER; or one of `cells.COSTS`.
+        value: a key of log.txt, whose last epoch counts; report:METRIC@LAYER; or one of `OF_COST`.
         digits: behind the point.
         difference: whether the difference to the baseline stands beside it.
         divide: what the value is divided by.
@@ -145,6 +149,8 @@ class Table:
         for name in names:
             if name not in known:
                 raise UserError(f"{self.path} has no row {shown(name)}.{did_you_mean(name, known)}")
+            if not known[name].config:
+                raise UserError(f"{self.path}: row {name} has published numbers alone: nothing to run")
             chosen |= {name, known[name].baseline}
         return tuple(row for row in self.rows if row.config and (not chosen or row.name in chosen))
 
@@ -198,7 +204,12 @@ class _Part:
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = self._typed(key, (int, float), default, "a number")
+        value = self.content.get(key, default)
+        if isinstance(value, str) and EXPONENT.fullmatch(value):
+            value = float(value)  # YAML takes 1e6, without a point, for a text
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numeric or not abs(value) <= LARGEST:
+            raise self.fail(f"{key} of {self.what} must be a number, not {shown(repr(value))}", key)
         return float(value)
 
     def words(self, key: str) -> tuple[str, ...]:
@@ -285,6 +296,8 @@ def _flags(part: _Part) -> tuple[str, ...]:
     """main.py's flags as they are typed, without those that a cell gets from its place."""
     words = part.words("flags")
     for word in words:
+        if word in HELP:
+            raise part.fail(f"{word} in flags of {part.what}: it asks for help", "flags")
         if word.startswith("--") and underscored(word[2:].partition("=")[0]) in OWN_FLAGS:
             raise part.fail(
                 f"{word} in flags of {part.what}: a cell gets it from its row, seed and folder", "flags"
@@ -315,9 +328,17 @@ def _read_column(part: _Part, metrics: tuple[str, ...]) -> Column:
     part.only(("name", "label", "value", "digits", "difference", "divide"), needed=("name", "value"))
     name, value = part.name("name", part.text("name")), part.text("value")
     if value.startswith(OF_REPORT):
-        metric = value.removeprefix(OF_REPORT).partition("@")[0]
+        metric, _, layer = value.removeprefix(OF_REPORT).partition("@")
         if metric not in metrics:
             raise part.fail(f"{value} needs {metric} among the metrics of report", "value")
+        if layer and not LAYER.fullmatch(layer):
+            raise part.fail(f"{value}: a layer is mean, first, last, input or a block's number", "value")
+    elif not OF_LOG.fullmatch(value) and value not in OF_COST:
+        raise part.fail(
+            f"value {shown(value)} is no key of log.txt (train_*, test_*, ema_test_*, max_acc, n_parameters), "
+            f"no report:METRIC@LAYER, and none of {', '.join(OF_COST)}",
+            "value",
+        )
     divide = part.number("divide", 1)
     if not divide:
         raise part.fail("divide must not be 0", "divide")
@@ -329,7 +350,7 @@ def _read_sources(top: _Part) -> dict[str, Source]:
     given = top.content.get("sources", Located())
     path = top.path
     if isinstance(given, str):
-        path = str(Path(top.path).with_name(given))
+        path = str(Path(top.path).parent / given)
         given = read_yaml(path, "sources", located=True)
     if not isinstance(given, Located):
         raise top.fail("sources must be a mapping, or the name of a file that holds one", "sources")
@@ -373,7 +394,7 @@ def _read_row(rows: _Part, name: str, table: Table, seeds: int, baseline: str) -
     config = part.text("config")
     return Row(
         name=rows.name(name, name),
-        label=part.text("label", name),
+        label=part.text("label") or name,
         config=config,
         flags=_flags(part),
         seeds=part.integer("seeds", seeds, 1, MOST_SEEDS),

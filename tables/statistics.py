@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
+ROUNDING = 1e-12  # relative to the numbers: a smaller spread is none
 
 
 class Summary(NamedTuple):
@@ -30,7 +31,7 @@ class Difference(NamedTuple):
 
     Attributes:
         mean: of the differences seed by seed.
-        low, high: their interval; NaN of one seed.
+        low, high: their interval; NaN of one seed, or where all differences are equal.
         seeds: that both rows have.
     """
 
@@ -77,5 +78,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     if count < 2:
         return Difference(mean, math.nan, math.nan, count)
     error = float(differences.std(ddof=1)) / math.sqrt(count)
+    if error <= ROUNDING * max(map(abs, [*values.values(), *baseline.values()])):
+        return Difference(mean, math.nan, math.nan, count)  # all equal: nothing is known of how they vary
     reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
     return Difference(mean, mean - reach, mean + reach, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ NOT_RUN, FAILED = "not run", "failed"
 def decimal(value: float, digits: int, sign: bool = False) -> str:
     """A number with so many digits behind the point, and a real minus."""
     text = f"{value:{'+' if sign else ''},.{digits}f}"
-    return (text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")) if text else text
+    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Layout:
         for column in self.table.columns if self.some_run else ():
             cells.append(self._measured(line, column))
             if column.difference:
-                cells.append(_difference(line.differences[column.name], column.digits))
+                cells.append(_difference(line.differences[column.name], column.digits, line.summaries[column.name]))
         return cells + [self._cited(line, column) for column in self.published]
 
     def _measured(self, line: Line, column: Column) -> str:
@@ -82,7 +83,7 @@ class Layout:
         return _mean(summary, column.digits, spread) + partly
 
     def _cited(self, line: Line, column: Column) -> str:
-        found = [f"{value:g} [{self.notes[each.source]}]" for value, each in line.published(column)]
+        found = [f"{value:,.12g} [{self.notes[each.source]}]" for value, each in line.published(column)]
         return ", ".join(found) or NOTHING
 
     def remarks(self) -> list[str]:
@@ -123,10 +124,12 @@ def _mean(summary: Summary, digits: int, spread: bool) -> str:
     return decimal(summary.mean, digits) + (f" {PLUS_MINUS} {decimal(summary.deviation, digits)}" if shown else "")
 
 
-def _difference(difference: Difference | None, digits: int) -> str:
+def _difference(difference: Difference | None, digits: int, summary: Summary | None) -> str:
     if difference is None:
         return NOTHING
     text = decimal(difference.mean, digits, sign=True)
+    if summary is not None and difference.seeds != summary.seeds:
+        text += f" ({difference.seeds} pairs)"
     if math.isnan(difference.low):
         return f"{text} {ZERO}"
     interval = f"[{decimal(difference.low, digits, sign=True)}, {decimal(difference.high, digits, sign=True)}]"
@@ -149,7 +152,7 @@ def markdown(layout: Layout, command: str, provenance: str) -> str:
     for line in layout.lines:
         if line.row.group != group:
             group = line.row.group
-            rows.append("| " + " | ".join([f"*{_cell(group)}*" if group else "", *("" for _ in heads[1:])]) + " |")
+            rows += ["| " + " | ".join([f"*{_cell(group)}*", *("" for _ in heads[1:])]) + " |"] if group else []
         rows.append("| " + " | ".join([_cell(line.row.label), *map(_cell, layout.cells(line))]) + " |")
     parts.append("\n".join(rows))
     parts += [" ".join(layout.remarks())] if layout.remarks() else []
@@ -163,7 +166,8 @@ def markdown(layout: Layout, command: str, provenance: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
+    """A text that Markdown shows as it is."""
+    return re.sub(r"([\\|*<`\[\]])", r"\\\1", text)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,7 +188,8 @@ def latex(layout: Layout) -> str:
     for line in layout.lines:
         if line.row.group != group:
             group = line.row.group
-            lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\textit{{{_tex(group)}}}}} \\")
+            heading = rf"\multicolumn{{{len(heads)}}}{{l}}{{\textit{{{_tex(group)}}}}} \\"
+            lines.append(heading if group else r"\hline")
         lines.append(" & ".join([_tex(line.row.label), *map(_tex, layout.cells(line))]) + r" \\")
     lines += [r"\hline", r"\end{tabular}", ""]
     for number, text, link, note in layout.sources():
@@ -199,7 +204,8 @@ SYMBOLS = {MINUS: "$-$", PLUS_MINUS: r"$\pm$", NOTHING: "--", ZERO: r"$^\circ$"}
 
 def _tex(text: str) -> str:
     """A text that LaTeX prints as it is."""
-    return "".join(SYMBOLS.get(char) or escape_latex(char) for char in text)
+    found = "".join(SYMBOLS.get(char) or escape_latex(char) for char in text)
+    return f"{{}}{found}" if found.startswith(("[", "*")) else found  # which a line's end before it would take
 
 
 def _ascii(text: str) -> str:
@@ -231,12 +237,12 @@ def summary_csv(layout: Layout) -> str:
     for line in layout.lines:
         for column in layout.table.columns:
             summary, difference = line.summaries[column.name], line.differences[column.name]
-            published = "; ".join(f"{value:g} ({each.source})" for value, each in line.published(column))
+            published = "; ".join(f"{value!r} ({each.source})" for value, each in line.published(column))
             if summary is None and not published and not line.row.config:
                 continue
             rows.append([line.row.name, line.row.label, line.row.group, column.name])
             rows[-1] += [_exact(summary.mean), _exact(summary.deviation), summary.seeds] if summary else ["", "", 0]
-            rows[-1] += [*map(_exact, difference[:3])] if difference else ["", "", ""]
+            rows[-1] += [*map(_exact, difference[:3]), difference.seeds] if difference else ["", "", "", 0]
             rows[-1].append(published)
     return _csv(rows)
 

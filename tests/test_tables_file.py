@@ -59,12 +59,24 @@ def test_a_table_is_read(tmp_path: Path) -> None:
     assert [row.seeds for row in read_table(write(tmp_path, TABLE), seeds=1).rows] == [1, 1, 1]
 
 
+def test_merged_mappings_and_numbers_without_a_point(tmp_path: Path) -> None:
+    """'<<' brings the keys of another row; 1e2 is a number, which YAML takes for a text."""
+    text = TABLE.replace("plain: {", "plain: &one {").replace(
+        "    config: configs/digits_diverse.yaml\n", "    <<: *one\n"
+    )
+    table = read_table(write(tmp_path, text.replace("digits: 3", "digits: 3, divide: 1e2")))
+    assert table.rows[1].config == "configs/digits.yaml" and table.rows[1].label == "all five"
+    assert table.columns[1].divide == 100
+
+
 def test_only_takes_the_baseline_along(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, TABLE))
     assert [row.name for row in table.only(["five"])] == ["plain", "five"]
     assert [row.name for row in table.only([])] == ["plain", "five"]  # the others' is never run
     with pytest.raises(UserError, match=r"has no row fve\. Did you mean five\?"):
         table.only(["fve"])
+    with pytest.raises(UserError, match="row theirs has published numbers alone: nothing to run"):
+        table.only(["theirs"])
 
 
 def test_sources_of_a_file(tmp_path: Path) -> None:
@@ -101,11 +113,15 @@ def test_sources_of_a_file(tmp_path: Path) -> None:
         (COSINE, "value: report:attn.std@last", "needs attn.std among the metrics"),
         ("digits: 3", "digit: 3", "line 8: unknown key 'digit' of a column. Did you mean digits"),
         ("digits: 3", "divide: 0", "line 8: divide must not be 0"),
+        ("digits: 3", "divide: .nan", "line 8: divide of a column must be a number, not nan"),
+        (COSINE, 'value: "report:patch.cosine_abs@lst"', "a layer is mean, first, last, input or a block's number"),
+        (COSINE, "value: tset_acc1", "line 8: value tset_acc1 is no key of log.txt"),
         ("difference: true", "difference: 1", "line 8: difference of a column must be true or false, not 1"),
         ("  five:\n", "  fi ve:\n", "line 11: 'fi ve' cannot be the name of a folder"),
         ("  five:\n", "  ../five:\n", "cannot be the name of a folder"),
         ("label: all five", "lable: all five", "line 12: unknown key 'lable' of row five. Did you mean label"),
         ("'depth=2'", "'depth=2", "flags of row five cannot be read"),
+        ("--lr 1e-3", "--help", "line 14: --help in flags of row five: it asks for help"),
         ("--lr 1e-3", "--seed 1", "line 14: --seed in flags of row five: a cell gets it from its row"),
         ("--lr 1e-3", "--output-dir=x", "line 14: --output-dir=x in flags of row"),
         ("others, published", "others, publish", "unknown key 'publish' of row theirs"),

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_a_failed_cell_of_a_row_leaves_the_rest_of_the_row(tmp_path: Path, notes
     all_cells = made(tmp_path, "one", "two")
     finish(all_cells)
     page = record.pages(all_cells[0].table, all_cells, "")["md"]
-    assert "| one | 1 of 2 | 91.00 |" in page and "| two | 2 of 2 | 91.50 ± 0.71 | 0.00 ° |" in page
+    assert "| one | 1 of 2 | 91.00 |" in page and "| two | 2 of 2 | 91.50 ± 0.71 | 0.00 (1 pairs) ° |" in page
 
 
 def test_a_signal_lets_runs_save_and_stop(tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +263,73 @@ def test_a_run_that_took_the_folder_first_is_waited_for(tmp_path: Path, notes: P
     assert [word for word, *_ in noted(notes)] == ["begin", "begin", "end"]
 
 
+def test_the_reason_is_that_of_this_attempt(tmp_path: Path, notes: Path) -> None:
+    """Not of an earlier one, nor the words of torchrun's report behind main.py's own."""
+    behind = 'print("  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html")'
+    (tmp_path / "program.py").write_text(PROGRAM.replace("    sys.exit(1)", f"    {behind}\n    sys.exit(1)"))
+    killed, bad = made(tmp_path, "killed", "bad", seeds=1)
+    killed.path.mkdir(parents=True)
+    (killed.path / "output.txt").write_text(f"main.py: error: {TAKEN} --output_dir x\n")
+    found = finish([killed, bad])
+    assert found.failed["killed, seed 0"] == "ended with signal 9: it printed nothing"
+    assert found.failed["bad, seed 0"] == "ended with exit code 1: main.py: error: nothing works here"
+
+
+def test_a_run_that_is_always_refused_fails_in_the_end(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MOST_MEETINGS", 2)
+    refuse = f'print("main.py: error: {TAKEN} --output_dir x")\nsys.exit(2)\n'
+    (tmp_path / "program.py").write_text(
+        PROGRAM.replace('note("end")\n', "").replace("done = len", f"{refuse}done = len")
+    )
+    found = finish(made(tmp_path, "one", seeds=1))
+    assert TAKEN in found.failed["one, seed 0"] and len(noted(notes)) == 3
+
+
+def test_a_page_that_cannot_be_written_ends_no_run(tmp_path: Path, notes: Path) -> None:
+    def after_cell(cell: Cell) -> None:
+        raise UserError("cannot write to out: no space")
+
+    all_cells = made(tmp_path, "one", "two", seeds=1)
+    found = finish(all_cells, after_cell=after_cell)
+    assert all(cell.finished for cell in all_cells) and found.trouble == "cannot write to out: no space"
+
+
+def test_other_epochs_than_the_tables_are_no_result(tmp_path: Path, notes: Path) -> None:
+    """A run that is being continued is not finished, and its old cost and report are gone when it begins."""
+    all_cells = made(tmp_path, "one", seeds=1)
+    finish(all_cells)
+    (cell,) = all_cells
+    log = cell.path / "log.txt"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    assert not cell.finished and "| not run |" in record.pages(cell.table, all_cells, "")["md"]
+    (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', "True"))
+    finish(all_cells)
+    assert not (cell.path / "cost.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("log.txt", b"null\n", "is no log of main.py: a line is no JSON object"),
+        ("log.txt", b'{"epoch": 0}\n{"epo', "is no log of main.py"),
+        ("log.txt", b"\xff\xfe", "is no log of main.py"),
+        ("cost.json", b"3", "holds no JSON object: remove it"),
+        ("cost.json", b"{", "cannot be read"),
+        ("report.json", b"[]", "holds no JSON object"),
+        ("report.json", b'{"models": []}', "is no redundancy report of a table"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, notes: Path, name: str, content: bytes, message: str) -> None:
+    all_cells = made(tmp_path, "one", seeds=1)
+    finish(all_cells)
+    (cell,) = all_cells
+    (cell.path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        cells.read_log(cell.path), cells.read_report(cell.path), cells.read_object(cell.path / "cost.json")
+
+
 def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -271,6 +339,13 @@ def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.Mo
     assert [slot.devices for slot in make_slots(2, 4, "cpu")] == ["", ""]
     with pytest.raises(UserError, match="--jobs 3 runs of --nproc 4 processes need 12 GPUs, and there are 8"):
         make_slots(3, 4, "auto")
+    assert make_slots(1, 1, "cuda:1")[0].devices == ""
+    with pytest.raises(UserError, match="--device cuda:1 is one GPU, and --jobs 2 runs need one each"):
+        make_slots(2, 1, "cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,-1,5")  # CUDA itself sees those before the -1
+    with pytest.raises(UserError, match="need 3 GPUs, and there are 2"):
+        make_slots(3, 1, "auto")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     slots = make_slots(2, 1, "auto")
     monkeypatch.setattr(runner, "machine", dict)
@@ -314,10 +389,10 @@ def test_what_a_run_fills_in_is_no_difference(tmp_path: Path) -> None:
     """Class names and the preprocessing of images are written to args.yaml, and nobody gave them."""
     cell = made(tmp_path, "one")[0]
     cell.path.mkdir(parents=True)
-    filled = cells.replace(cell.args, class_names=["a", "b"], mean=[0.5] * 3, std=[0.5] * 3, crop_pct=1.0)
+    filled = replace(cell.args, class_names=["a", "b"], mean=[0.5] * 3, std=[0.5] * 3, crop_pct=1.0)
     cells.config.write_args(filled, cell.path / "args.yaml")
     cell.check()
-    more = cells.replace(cell.args, reg=["patch.cosine@last=0.5"])
+    more = replace(cell.args, reg=["patch.cosine@last=0.5"])
     cells.config.write_args(more, cell.path / "args.yaml")
     with pytest.raises(UserError, match=r"holds a run with --reg \['patch.cosine@last=0.5'\], and .* says \[\]"):
         cell.check()
@@ -398,7 +473,7 @@ def test_jobs_are_submitted_once(
     assert (tmp_path / "asked").read_text().split() == ["--noheader", "--jobs", "4242"]
     queue.write_text("")
     slurm.submit(all_cells, 0, "--partition gpu")
-    assert capsys.readouterr().out == "one, seed 0: job 4242\n"
+    assert "one, seed 0: job 4242 ended at epoch 0 of 2; logs in " in capsys.readouterr().out
     scripts = list((all_cells[0].path / "submitit").rglob("*.sh"))
     assert (
         scripts
@@ -411,8 +486,21 @@ def test_what_sbatch_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "/nowhere")
     failed = slurm.submit(made(tmp_path, "one", seeds=1), 1, "--partition gpu")
     assert "no sbatch and srun on PATH" in failed["one, seed 0"]
-    with pytest.raises(UserError, match="--slurm cannot be read"):
-        slurm.submit([], 1, "'")
+
+
+def test_a_job_that_has_ended_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its epochs are in the log, and its own output says what it cost."""
+    executable(tmp_path / "bin" / "squeue", "#!/bin/sh\nexit 1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (cell,) = made(tmp_path, "one", seeds=1)
+    (cell.path / "submitit" / "4242").mkdir(parents=True)
+    (cell.path / "job.txt").write_text("4242\n")
+    (cell.path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1, "test_acc1": 91}\n')
+    said = "Epoch 1/2  [10/10]  eta 0:00:00  4.00 it/s\nEpoch 2/2  [10/10]  eta 0:00:00  4.00 it/s\n"
+    (cell.path / "submitit" / "4242" / "4242_0_log.out").write_text(said)
+    assert slurm.submit([cell], 2, "") == {} and cell.finished
+    cost = json.loads((cell.path / "cost.json").read_text())
+    assert (cost["images_per_second"], cost["processes"]) == (2 * 8 * 4, 2)
 
 
 def test_a_lock_of_another_process_is_seen(tmp_path: Path, holder: Any) -> None:
