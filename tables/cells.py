@@ -148,6 +148,7 @@ class Cell:
         )  # of other tables
         told = [f"{self.row.name}={self.folder / 'checkpoint.pth'}", "--output", str(output)]
         told += ["--images", str(self.table.images), "--metrics", *dict.fromkeys([*others, *self.table.metrics])]
+        told += ["--weights", "raw"]  # whose accuracy test_acc1 is
         defaults = Args()
         for name in OF_DATA:
             value = getattr(self.args, name)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from errors import UserError
+from redundancy.options import read_options
 from state.lock import TAKEN_WORDS as TAKEN
 from state.lock import is_locked
 from tables import cells, plan, record, runner, slurm
@@ -366,6 +367,26 @@ def test_the_time_left_is_that_of_the_epochs_left(
         cell.path.mkdir(parents=True)
         (cell.path / "log.txt").write_text('{"epoch": 0}\n')
     assert found._left() == "about 0:00:30 left"
+
+
+def test_a_report_is_of_the_runs_own_data_and_weights(tmp_path: Path) -> None:
+    """python -m redundancy reads the command; what a report of another table holds is measured again beside it."""
+    path = tmp_path / "made.yaml"
+    report = "report: {metrics: [patch.cosine_abs], images: 16}\n"
+    path.write_text(TABLE.replace("ROW", "one") + "  one: {config: configs/deit_tiny.yaml}\n" + report)
+    table = read_table(path, seeds=1)
+    (cell,) = cells_of(table, table.rows, tmp_path / "out", ("--data-path", "/images", "--fast-resize"))
+    options = read_options(cell.report_command(tmp_path / "report")[3:])
+    assert options.words == [f"one={cell.folder}/checkpoint.pth"] and options.metrics == ["patch.cosine_abs"]
+    assert (options.images, options.args.weights, options.args.data_path) == (16, "raw", "/images")
+    assert options.args.fast_resize and options.args.data_set == "IMNET"
+    cell.path.mkdir(parents=True)
+    model = {"findings": {"attn.std": {}}, "gaps": {"attn.entropy": "no map"}}
+    for images, metrics in ((16, ["attn.std", "attn.entropy", "patch.cosine_abs"]), (99, ["patch.cosine_abs"])):
+        about = {"command": f"python -m redundancy x --images {images}"}
+        (cell.path / "report.json").write_text(json.dumps({"about": about, "models": [model]}))
+        assert not cell.reported and cell.missing == ["patch.cosine_abs"]
+        assert read_options(cell.report_command(tmp_path / "report")[3:]).metrics == metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
