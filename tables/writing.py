@@ -231,6 +231,7 @@ def summary_csv(layout: Layout) -> str:
         "difference",
         "low",
         "high",
+        "pairs",
         "published",
     ]
     rows: list[list[object]] = [[*heads]]
