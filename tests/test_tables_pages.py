@@ -31,7 +31,10 @@ columns:
 rows:
   plain: {config: configs/digits.yaml, published: {top1: 79.8, source: other}}
   five:
-    {label: "[a] b_c | <d> *e*", group: diverse, config: configs/digits.yaml, published: {top1: 1234567.25, source: own}}
+    label: "[a] b_c | <d> *e*"
+    group: diverse
+    config: configs/digits.yaml
+    published: {top1: 1234567.25, source: own}
   last: {config: configs/digits.yaml}
 """
 
