@@ -153,7 +153,7 @@ def markdown(layout: Layout, command: str, provenance: str) -> str:
         if line.row.group != group:
             group = line.row.group
             rows += ["| " + " | ".join([f"*{_cell(group)}*", *("" for _ in heads[1:])]) + " |"] if group else []
-        rows.append("| " + " | ".join([_cell(line.row.label), *map(_cell, layout.cells(line))]) + " |")
+        rows.append("| " + " | ".join([_cell(line.row.label), *layout.cells(line)]) + " |")
     parts.append("\n".join(rows))
     parts += [" ".join(layout.remarks())] if layout.remarks() else []
     notes = [

@@ -72,9 +72,9 @@ def test_the_page(made: list[Cell]) -> None:
     assert lines == [
         r"|  | seeds | top-1 (%) | difference | \|cos\| | published top-1 (%) |",
         "|---|--:|--:|--:|--:|--:|",
-        "| plain | 2 of 2 | 90.50 ± 0.71 | – | – | 79.8 \\[1\\] |",  # noqa: RUF001
+        "| plain | 2 of 2 | 90.50 ± 0.71 | – | – | 79.8 [1] |",  # noqa: RUF001
         "| *diverse* |  |  |  |  |  |",
-        r"| \[a\] b_c \| \<d> \*e\* | 2 of 2 | 92.00 ± 0.71 | +1.50 ° | 0.375 ± 0.000 | 1,234,567.25 \[2\] |",
+        r"| \[a\] b_c \| \<d> \*e\* | 2 of 2 | 92.00 ± 0.71 | +1.50 ° | 0.375 ± 0.000 | 1,234,567.25 [2] |",
         "| last | 0 of 2 | not run | – | not run | – |",  # noqa: RUF001
     ]
     assert "[1] a survey. Not the paper that trained the model. Of somebody else." in page
