@@ -199,7 +199,7 @@ class Runner:
         before = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             yield
-        except BaseException:
+        except BaseException:  # whatever it is, no run stays behind; it is raised again
             self._stop_all()
             raise
         finally:

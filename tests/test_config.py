@@ -43,6 +43,21 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def test_numbers_without_a_point_in_model_kwargs(tmp_path):
+    """YAML takes them for texts; here they are numbers, as on the command line, also in lists and mappings."""
+    text = "model_kwargs: {init_values: 1e-4, a: [5E+2, x], b: {c: -2e3}, d: 1e-4x, e: 1.5}\n"
+    args = config.resolve(["--config", write(tmp_path / "c.yaml", text)])
+    assert args.model_kwargs == {
+        "init_values": 1e-4,
+        "a": [500.0, "x"],
+        "b": {"c": -2000.0},
+        "d": "1e-4x",
+        "e": 1.5,
+    }
+    given = config.resolve(["--model-kwargs", "init_values=1e-4"]).model_kwargs
+    assert given["init_values"] == args.model_kwargs["init_values"]
+
+
 def test_model_kwargs_are_merged(tmp_path):
     file = write(tmp_path / "c.yaml", "model_kwargs: {depth: 6, patch_size: 4}\n")
     args = config.resolve(["-c", file, "--model-kwargs", "depth=2", "--model-kwargs", "num_heads=3"])
