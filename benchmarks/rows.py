@@ -30,7 +30,8 @@ from common import (
 
 from errors import UserError
 from options.flags import shape_of
-from tables.spec import Row, Table, read_table
+from tables.reading import read_table
+from tables.spec import Row, Table
 from utils import pick_device
 
 

@@ -157,7 +157,7 @@ def read_options(argv: Sequence[str]) -> Options:
     Raises:
         UserError: something in them cannot be.
     """
-    from tables.spec import read_table  # torch takes time
+    from tables.reading import read_table  # torch takes time
 
     said, given = parse(argv)
     missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
@@ -210,7 +210,7 @@ def _found(path: str) -> str:
 def _recorded(folder: str) -> list[str]:
     """The tables of configs/tables of which a folder of records has runs."""
     files = [path for path in sorted(TABLES.glob("*.yaml")) if path.name != SOURCES]
-    from tables.spec import read_table
+    from tables.reading import read_table
 
     return [str(path) for path in files if (Path(folder) / read_table(path).runs).is_dir()]
 

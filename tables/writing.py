@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from tables.spec import NO_SPREAD, Column, Published, Table
 from tables.statistics import Difference, Summary
 
 MINUS, PLUS_MINUS, NOTHING, ZERO = "−", "±", "–", "°"  # noqa: RUF001
+HEADING = 14  # letters in a line of LaTeX's headings
+WIDE = 10  # columns from which LaTeX gets a smaller type
 NOT_RUN, FAILED = "not run", "failed"
 
 
@@ -177,13 +180,14 @@ def _cell(text: str) -> str:
 def latex(layout: Layout) -> str:
     """The table as a tabular that needs no package; notes are comments above it and lines below it."""
     heads = layout.heads()
+    size = r"\footnotesize" if len(heads) < WIDE else r"\scriptsize"
     lines = [f"% {_ascii(layout.table.title)}. {_ascii(' '.join(layout.remarks()))}".rstrip()]
     lines += [
-        r"{\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"{{{size}\setlength{{\tabcolsep}}{{3pt}}",
         rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
         r"\hline",
     ]
-    lines += [" & ".join(_tex(head) for head in heads) + r" \\", r"\hline"]
+    lines += [" & ".join(map(_tex_heading, heads)) + r" \\", r"\hline"]
     group = ""
     for line in layout.lines:
         if line.row.group != group:
@@ -193,10 +197,17 @@ def latex(layout: Layout) -> str:
         lines.append(" & ".join([_tex(line.row.label), *map(_tex, layout.cells(line))]) + r" \\")
     lines += [r"\hline", r"\end{tabular}", ""]
     for number, text, link, note in layout.sources():
-        lines += [
-            rf"\noindent [{number}] {_tex(text)}{', ' + _tex(link) if link else ''}. {_tex(note)}".rstrip() + r"\\"
-        ]
+        where = f", {_tex(link)}" if link else ""
+        lines.append(rf"\noindent [{number}] {_tex(text)}{where}. {_tex(note)}".rstrip() + r"\par")
     return "\n".join([*lines, "}", ""])
+
+
+def _tex_heading(text: str) -> str:
+    """A column's heading, broken into lines where it is wider than most numbers below it."""
+    parts = [_tex(part) for part in textwrap.wrap(text, HEADING)]
+    if len(parts) < 2:
+        return "".join(parts)
+    return r"\begin{tabular}[b]{@{}r@{}}" + r" \\ ".join(parts) + r"\end{tabular}"
 
 
 SYMBOLS = {MINUS: "$-$", PLUS_MINUS: r"$\pm$", NOTHING: "--", ZERO: r"$^\circ$"}

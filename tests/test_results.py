@@ -13,7 +13,8 @@ from tables import record
 from tables.cells import Cell
 from tables.command import typed
 from tables.numbers import read_lines
-from tables.spec import Table, read_table
+from tables.reading import read_table
+from tables.spec import Table
 from tables.writing import lay_out
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from errors import UserError
-from tables.spec import KNOWN, read_table
+from tables.reading import read_table
+from tables.spec import KNOWN
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path for path in (ROOT / "configs" / "tables").glob("*.yaml") if path.name != "sources.yaml")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from tables import figure, record
 from tables.cells import Cell, cells_of
-from tables.spec import read_table
+from tables.reading import read_table
 from tables.writing import decimal
 
 TABLE = """\
@@ -89,7 +91,21 @@ def test_the_latex(made: list[Cell]) -> None:
         r"{}[a] b\_c \textbar{} \textless{}d\textgreater{} *e* & 2 of 2 & 92.00 $\pm$ 0.71 & +1.50 $^\circ$" in text
     )
     assert r"a paper, 5 \% \& more, https://example.org/a\_b." in text and text.isascii()
-    assert text.count(r"\begin{tabular}{lrrrrr}") == text.count(r"\end{tabular}") == 1
+    assert text.count(r"\begin{tabular}{lrrrrr}") == 1
+    assert r" & \begin{tabular}[b]{@{}r@{}}published \\ top-1 (\%)\end{tabular} \\" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_takes_it(made: list[Cell], tmp_path: Path) -> None:
+    """In a document without packages."""
+    (tmp_path / "made.tex").write_text(record.pages(made[0].table, made, "")["tex"])
+    (tmp_path / "page.tex").write_text(
+        r"\documentclass{article}\begin{document}\input{made}\input{made}\end{document}"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "Output written on page.pdf (1 page" in run.stdout, run.stdout
 
 
 def test_the_csv_is_read_back(made: list[Cell]) -> None:

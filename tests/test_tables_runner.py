@@ -24,8 +24,8 @@ from state.lock import TAKEN_WORDS as TAKEN
 from state.lock import is_locked
 from tables import cells, plan, record, runner, slurm
 from tables.cells import Cell, cells_of, read_log
+from tables.reading import read_table
 from tables.runner import Runner, Slot, make_slots
-from tables.spec import read_table
 
 # Stands for main.py: writes an epoch a moment, notes when it begins and ends, and does as the row's name says.
 PROGRAM = """
