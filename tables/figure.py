@@ -18,9 +18,9 @@ from tables.numbers import Line
 from tables.spec import Column, Table
 
 MOST = 6  # panels
-LABEL_WIDTH, PANEL_WIDTH, ROW, MARGIN = 1.6, 1.6, 0.21, 0.95  # inches
+LETTER, PANEL_WIDTH, ROW, MARGIN = 0.058, 1.6, 0.21, 0.95  # inches
 SHOWN, UNCLEAR = COLORS[0], INK
-LETTERS = 32  # of a row's label
+LETTERS = 48  # at most, of a row's label
 
 
 def draw(table: Table, lines: Sequence[Line], path: Path, fingerprint: str) -> bool:
@@ -36,11 +36,13 @@ def draw(table: Table, lines: Sequence[Line], path: Path, fingerprint: str) -> b
     if not ran or not columns:
         return False
     with in_style():
-        figure = new_figure(LABEL_WIDTH + PANEL_WIDTH * len(columns), MARGIN + ROW * len(ran))
+        labels = [drawable(line.row.label, LETTERS) for line in ran]
+        width = LETTER * max(map(len, labels)) + PANEL_WIDTH * len(columns)
+        figure = new_figure(width, MARGIN + ROW * len(ran))
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for axes, column in zip(panels, columns, strict=True):
             _draw_panel(axes, column, ran)
-        panels[0].set_yticks(range(len(ran)), [drawable(line.row.label, LETTERS) for line in ran])
+        panels[0].set_yticks(range(len(ran)), labels)
         for label in panels[0].get_yticklabels():
             label.set_parse_math(False)
         panels[0].set_ylim(len(ran) - 0.4, -0.6)

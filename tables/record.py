@@ -91,7 +91,7 @@ def provenance(cells: Sequence[Cell]) -> str:
     for name, words in ORIGIN.items():
         values = dict.fromkeys(each[name] for each in origins if name in each)
         if values:
-            parts.append(f"{words} {' and '.join(values)}")
+            parts.append(f"{words} {', '.join(values)}")
     return f"{len(origins)} runs: {'; '.join(parts)}." if parts else ""
 
 
