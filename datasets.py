@@ -30,7 +30,7 @@ from options.flags import DATA_SETS, Args, sides
 STREAMS = ("tfds", "hfids")  # timm's other sources of data
 PREFIXES = ("wds", "torch")  # of names with a part of their own
 
-Example = tuple[Tensor, int, list[Box]]  # uint8 [C, H, W], label, boxes to erase
+Example = tuple[Tensor, int | Tensor, list[Box]]  # uint8 [C, H, W], label or mask [H, W], boxes to erase
 
 
 class LabelledImages(Dataset[Example]):
@@ -78,6 +78,10 @@ class LabelledImages(Dataset[Example]):
         if self.crop is not None:
             check_sides(self.name(source), *image.size, self.size, self.crop)
         return to_bytes(image) if self.as_bytes else image, label
+
+    def example(self, decoded: Any, label: int) -> tuple[Tensor, int]:
+        """What training takes of a decoded image and its label."""
+        return self.transform(decoded), label
 
     def __getitem__(self, index: int) -> Example:
         """The image transformed, uint8 [C, H, W], its label, and no boxes to erase: what evaluation takes."""

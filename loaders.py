@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence, Sized
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,7 +26,7 @@ from datasets import Example, LabelledImages
 from errors import UserError, shown
 from exchange import Exchange
 from images.decode import ImageError
-from images.found import digest
+from images.found import Sample, digest
 from images.transforms import Erasing, Preprocessing, preprocessing
 from options.flags import Args
 from samplers import Draw, RASampler, ResumableSampler, ShardSampler
@@ -40,6 +40,24 @@ STD = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples that depend on seed, epoch and position alone
+
+
+class Examples(Protocol):
+    """What can be trained on: images and what belongs to each, decoded by index, then made into an example.
+
+    Attributes:
+        samples: for `images.found.digest`.
+    """
+
+    samples: Sequence[Sample]
+
+    def __len__(self) -> int: ...
+
+    def decode(self, index: int) -> tuple[Any, int]:
+        """What is decoded, and a label; an ImageError if that cannot be."""
+
+    def example(self, decoded: Any, label: int) -> tuple[Tensor, int | Tensor]:
+        """An image uint8 [C, H, W], and its label or mask, by random numbers that are seeded before."""
 
 
 class SeededDataset(Dataset[Example]):
@@ -58,7 +76,7 @@ class SeededDataset(Dataset[Example]):
     """
 
     def __init__(
-        self, dataset: LabelledImages, erase: Erasing | None = None, skip_bad: bool = False, positions: int = 0
+        self, dataset: Examples, erase: Erasing | None = None, skip_bad: bool = False, positions: int = 0
     ) -> None:
         self.dataset = dataset
         self.erase = erase
@@ -86,9 +104,9 @@ class SeededDataset(Dataset[Example]):
                 decoded, label = self._decode(index, [draw.made for draw in copies])
                 for draw in copies:
                     seed_generators(draw.entropy)
-                    image = self.dataset.transform(decoded)
+                    image, target = self.dataset.example(decoded, label)
                     boxes = self.erase(image.shape, draw.position) if self.erase is not None else []
-                    examples.append((image, label, boxes))
+                    examples.append((image, target, boxes))
         return examples
 
     def _decode(self, index: int, made: list[int]) -> tuple[Any, int]:
@@ -128,7 +146,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 [B, C, H, W], in memory pixel by pixel (channels last).
-        labels: int64 [B].
+        labels: int64 [B], or masks uint8 [B, H, W].
         boxes: int64 [n, 5], what is erased of the whole batch: image, top, left, height, width.
         noise: float32 [m], what is put there: C x height x width numbers of each box, one box after the other.
     """
@@ -147,7 +165,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     rows = [[number, box.top, box.left, *box.noise.shape[1:]] for number, box in placed]
     return Batch(
         pixels.permute(0, 3, 1, 2),
-        torch.tensor(labels),
+        default_collate(list(labels)),
         torch.tensor(rows, dtype=torch.int64).view(-1, 5),
         torch.cat([torch.zeros(0), *(box.noise.flatten() for _, box in placed)]),
     )
@@ -325,7 +343,7 @@ def build_train_loader(
     samples = SeededDataset(dataset, boxes, args.skip_bad_images, len(order))
     sampler = ResumableSampler(order)
     options = {"batch_size": args.batch_size, "drop_last": True}
-    loader = _loader(args, samples, sampler, rank, device, **options)
+    loader = build_loader(args, samples, sampler, rank, device, **options)
     return TrainLoader(loader, device, samples, sampler, exchange, preprocessing(args))
 
 
@@ -342,11 +360,11 @@ def build_eval_loader(
     if len(dataset) == 0:
         raise UserError("the validation set has no images; check --data-path")
     shard = ShardSampler(dataset, world_size, rank) if args.dist_eval else SequentialSampler(dataset)
-    loader = _loader(args, dataset, shard, rank, device, batch_size=int(1.5 * args.batch_size))
+    loader = build_loader(args, dataset, shard, rank, device, batch_size=int(1.5 * args.batch_size))
     return DeviceLoader(loader, device, colours=preprocessing(args))
 
 
-def _loader(
+def build_loader(
     args: Args, dataset: Dataset[Any], sampler: Sampler[Any], rank: int, device: torch.device, **options: Any
 ) -> SteadyLoader:
     """A loader with a generator of its own, without which each pass would draw from the global one."""

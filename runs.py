@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -19,14 +21,15 @@ from models import DiverseViT
 from models.sharding import check_shards, shard
 from options import config
 from options.flags import Args
-from schedules import PlateauLR, build_schedule, global_batch, scaled_lr
+from schedules import PlateauLR, build_schedule, enter, global_batch, scaled_lr
 from state import checkpoint
 from state.contents import check_optimizer, check_scheduler
 from state.optimizers import try_optimizer
 from state.resumption import Earlier
-from state.run_state import RunState
+from state.run_state import TOP1, RunState, Score
 from utils import print_main
 
+MakeSchedule = Callable[[Any, Optimizer, float], Scheduler]  # of flags, optimizer and peak rate
 # The flags that make a schedule; the peak, which the global batch scales, is compared by itself.
 SCHEDULE = (
     *("epochs", "lr", "scale_lr_flag", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "seed"),
@@ -43,12 +46,16 @@ def build_run(
     mixing: Mixing,
     loader: TrainLoader | None = None,
     earlier: Earlier | None = None,
+    make_schedule: MakeSchedule = build_schedule,
+    score: Score = TOP1,
 ) -> RunState:
     """Optimizer, schedule and EMA of a fresh run, or of the one that `--resume` continues.
 
     Args:
         loader: of the training set; without one, nothing is known of an epoch's length and images.
         earlier: the run to continue; its state is given up.
+        make_schedule: of the flags, the optimizer and the peak rate.
+        score: by what epochs are compared.
     """
     ema = build_ema(args, model, precision.device)
     optimizer = build_optimizer(args, model.backbone)
@@ -59,8 +66,9 @@ def build_run(
             f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
             "set the environment variable TIMM_FUSED_ATTN=0"
         )
-    schedule = build_schedule(args, optimizer, scaled_lr(args))
+    schedule = make_schedule(args, optimizer, scaled_lr(args))
     run_state = RunState(model, optimizer, schedule, precision.scaler, ema, config.plain(args), mixing)
+    run_state.score = score
     run_state.precision = precision.name
     run_state.samples_per_step = args.batch_size * args.grad_accum_steps
     run_state.running.finite = Finite(args.nonfinite, args.nonfinite_patience)
@@ -68,10 +76,10 @@ def build_run(
         run_state.steps_per_epoch = len(loader) // args.grad_accum_steps
         run_state.replaced, run_state.images = loader.replaced, loader.digest()
     if earlier is not None:
-        continue_run(run_state, args, earlier)
+        continue_run(run_state, args, earlier, make_schedule)
     elif args.start_epoch > 0:
         run_state.epoch = args.start_epoch - 1
-        run_state.lr_scheduler.step(run_state.epoch)
+        enter(run_state.lr_scheduler, run_state.epoch, run_state.steps)
     if args.output_dir:
         try_saving(run_state, args)
     if ema is not None:
@@ -155,7 +163,9 @@ def _of_a_layer(args: Args, layer: nn.Module) -> Optimizer:
 # A run that goes on
 
 
-def continue_run(run_state: RunState, args: Args, earlier: Earlier) -> None:
+def continue_run(
+    run_state: RunState, args: Args, earlier: Earlier, make_schedule: MakeSchedule = build_schedule
+) -> None:
     """Load the checkpoint, and let the flags hold that have changed since.
 
     Raises:
@@ -186,13 +196,12 @@ def continue_run(run_state: RunState, args: Args, earlier: Earlier) -> None:
         print_main(f"note: from here on {change}")
         run_state.changes.append(f"after {run_state.place}: {change}")
     if args.resume_opt and (peak != before or any(name in earlier.was for name in SCHEDULE)):
-        reschedule(run_state, args, rates, schedule)
+        reschedule(run_state, args, rates, schedule, make_schedule)
 
 
 def begin_anew(run_state: RunState) -> None:
     """The optimizer as the flags build it, and their schedule as if it had been so from the first epoch on."""
-    if run_state.epoch >= 0:
-        run_state.lr_scheduler.step(run_state.epoch)
+    enter(run_state.lr_scheduler, run_state.epoch, run_state.steps)
     change = "fresh optimizer, and the flags' own schedule"
     print_main(f"note: from here on {change} (--no-resume-opt)")
     run_state.changes.append(f"after {run_state.place}: {change}")
@@ -211,7 +220,13 @@ def adopt_options(run_state: RunState, then: Args, now: Args) -> None:
         group.update({key: new[key] for key in new if key not in ("params", "lr") and new[key] != old.get(key)})
 
 
-def reschedule(run_state: RunState, args: Args, rates: list[float], before: dict[str, Any]) -> None:
+def reschedule(
+    run_state: RunState,
+    args: Args,
+    rates: list[float],
+    before: dict[str, Any],
+    make_schedule: MakeSchedule = build_schedule,
+) -> None:
     """A schedule of other flags, as if it had been so from the first epoch on.
 
     Args:
@@ -220,11 +235,10 @@ def reschedule(run_state: RunState, args: Args, rates: list[float], before: dict
     """
     for group, rate in zip(run_state.optimizer.param_groups, rates, strict=True):
         group["lr"] = group["initial_lr"] = rate
-    schedule = build_schedule(args, run_state.optimizer, scaled_lr(args))
+    schedule = make_schedule(args, run_state.optimizer, scaled_lr(args))
     if isinstance(schedule, PlateauLR):
         schedule.goes_on(before)
-    if run_state.epoch >= 0:
-        schedule.step(run_state.epoch)
+    enter(schedule, run_state.epoch, run_state.steps)
     run_state.lr_scheduler = schedule
 
 
@@ -233,4 +247,4 @@ def describe_resumed(run_state: RunState, path: str) -> str:
     done = f"epoch {run_state.epoch + 1} is done" if run_state.epoch >= 0 else "the first epoch has begun"
     step = run_state.running.step
     inside = f", and {step} steps after it" if step else ""
-    return f"resumed {path}: {done}{inside}, best top-1 {run_state.max_acc:.2f}%"
+    return f"resumed {path}: {done}{inside}, best {run_state.score.name} {run_state.max_acc:.2f}%"

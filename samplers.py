@@ -104,6 +104,45 @@ class RASampler(Sampler[int]):
         self.epoch = epoch
 
 
+class EndlessSampler(Sampler[int]):
+    """One shuffled pass over the data after another, cut into epochs of any length: training by steps.
+
+    The passes follow each other without a seam: pass k is a permutation of the N images, drawn from `seed` + k, and
+    entry p of process r in epoch e is entry (e S + p) R + r of that endless list.
+
+    Args:
+        dataset: anything with a length N.
+        num_replicas: number of processes R.
+        rank: this process r.
+        samples: S, of each process in an epoch.
+        seed: equal on all processes.
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int, samples: int, seed: int = 0) -> None:
+        _check_rank(num_replicas, rank)
+        self.dataset = dataset
+        self.num_replicas, self.rank = num_replicas, rank
+        self.samples, self.seed = samples, seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.dataset)
+        number, order = -1, torch.zeros(0, dtype=torch.long)
+        first, end = (epoch * self.samples * self.num_replicas for epoch in (self.epoch, self.epoch + 1))
+        for entry in range(first + self.rank, end, self.num_replicas):
+            if entry // count != number:
+                number = entry // count
+                order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + number))
+            yield int(order[entry % count])
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which part of the list the next pass takes."""
+        self.epoch = epoch
+
+
 class Draw(NamedTuple):
     """One sample of an epoch: which image, and everything that its random numbers may depend on.
 
@@ -131,7 +170,7 @@ class ResumableSampler(Sampler[Draw]):
         order: draws the indices, from its seed and epoch; `num_replicas`, `rank` and `seed` are read from it.
     """
 
-    def __init__(self, order: RASampler | DistributedSampler[Any]) -> None:
+    def __init__(self, order: RASampler | EndlessSampler | DistributedSampler[Any]) -> None:
         self.order = order
         self.start = 0
 

@@ -103,6 +103,44 @@ class PlateauLR(Scheduler):
         self.rates = [max(base * rate / was, self.lr_min) if was else base for base, rate, was in pairs]
 
 
+class PolyBySteps(Scheduler):
+    r"""A polynomial that is followed step by step, behind a linear warm-up: how segmentation is trained.
+
+        r(t) = base w(t) (1 - t / T)^p,     w(t) = 1 - (1 - f) (1 - t / W) for t < W, else 1
+
+    t counts the steps that are done, so that r(0) = f base is the first one's rate.
+
+    Args:
+        optimizer: whose rates are set.
+        steps: T, of the whole run.
+        warmup_steps: W.
+        warmup_share: f, of the rate that the warm-up starts from.
+        power: p.
+    Source: mmsegmentation's schedule of UperNet, as Patch Diversification's code uses it.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, steps: int, warmup_steps: int = 0, warmup_share: float = 1.0, power: float = 1.0
+    ) -> None:
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.steps, self.power = steps, power
+        self.warmup_steps, self.warmup_share = warmup_steps, warmup_share
+        self.update_groups(self._get_lr(0))
+
+    def _get_lr(self, t: int) -> list[float]:
+        share = max(1 - t / self.steps, 0.0) ** self.power
+        if t < self.warmup_steps:
+            share *= 1 - (1 - self.warmup_share) * (1 - t / self.warmup_steps)
+        return [base * share for base in self.base_values]
+
+
+def enter(schedule: Scheduler, epoch: int, steps: int) -> None:
+    """Set the rates that a run has after an epoch (-1: none), and after so many steps in all."""
+    if epoch >= 0:
+        schedule.step(epoch)
+    schedule.step_update(steps)
+
+
 def build_schedule(args: Args, optimizer: Optimizer, peak: float) -> Scheduler:
     """The schedule that the flags ask for; it is stepped after each epoch, as the reference does.
 

@@ -29,11 +29,13 @@ class Batches(NamedTuple):
         image_shape: channels, height and width.
         train: images in a batch of training.
         test: images in the batches of evaluation, each size once.
+        label_shape: of what is the label of one image: nothing of a class, height and width of a mask.
     """
 
     image_shape: tuple[int, int, int]
     train: int
     test: Sequence[int]
+    label_shape: Sequence[int] = ()
 
 
 def compile_model(backend: str, model: DiverseViT) -> None:
@@ -82,7 +84,7 @@ def warm_up(
 
     def blank(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.zeros(count, *batches.image_shape, device=device)
-        return images, torch.zeros(count, dtype=torch.long, device=device)
+        return images, torch.zeros(count, *batches.label_shape, dtype=torch.long, device=device)
 
     model.train(training_mode)
     for _ in range(2):

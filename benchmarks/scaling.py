@@ -28,7 +28,7 @@ import torch.distributed as dist
 from common import Batches, Recipe, get_args_parser, machine, main, take_turns, timed, write
 
 from errors import UserError
-from main import distribute
+from trainer import distribute
 from utils import find_launch, init_distributed, is_main, pick_device, world_size
 
 RECIPES = {"plain": "deit_small.yaml", "five_terms": "deit_small_diverse.yaml"}

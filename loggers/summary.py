@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from loggers.text import TextLog
@@ -21,10 +22,18 @@ class Summary(TextLog):
     numbers of the moving average in an epoch that has one, else the model's. The rest of log.txt follows under its
     own names, among it `test_*` (the model) and `ema_test_*` (the average). A cell is empty where an epoch has no
     such number.
+
+    Args:
+        path, lines: as in TextLog.
+        evaluated: the columns of an evaluation, and their keys in log.txt behind 'test_'.
     """
 
+    def __init__(self, path: Path, lines: Sequence[str], evaluated: Mapping[str, str] = EVALUATED) -> None:
+        super().__init__(path, lines)
+        self.evaluated = evaluated
+
     def _content(self) -> bytes:
-        rows = [row_of(json.loads(line)) for line in self.lines]
+        rows = [row_of(json.loads(line), self.evaluated) for line in self.lines]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=columns_of(rows))
         writer.writeheader()
@@ -32,11 +41,11 @@ class Summary(TextLog):
         return text.getvalue().encode()
 
 
-def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(record: Mapping[str, Any], evaluated: Mapping[str, str] = EVALUATED) -> dict[str, Any]:
     """A record of log.txt as a row: timm's columns, then the others."""
     row: dict[str, Any] = {"epoch": record["epoch"], "train_loss": record.get("train_loss")}
     prefix = "ema_test_" if "ema_test_loss" in record else "test_"
-    row |= {column: record.get(prefix + name) for column, name in EVALUATED.items()}
+    row |= {column: record.get(prefix + name) for column, name in evaluated.items()}
     row["lr"] = record.get("train_lr")
     return row | {name: value for name, value in record.items() if name not in row and name != "train_lr"}
 

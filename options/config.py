@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from timm.optim import list_optimizers
@@ -21,7 +21,7 @@ from errors import UserError, did_you_mean, shown
 from loggers.backends import check_packages
 from models.remedies import parse_remedies
 from options.flags import LARGEST, Args, get_args_parser
-from options.parser import dashed, declared
+from options.parser import Parser, dashed, declared
 from options.paths import usable
 from options.yaml_file import read_config
 from regularizers import REFERENCE_FLAGS, Spec, parse_spec
@@ -47,17 +47,27 @@ class Resolved(Args):
     measures: list[Spec] = field(default_factory=list)
 
 
+R = TypeVar("R", bound=Resolved)
+
 # ------------------------------------------------------------------------------------------------------------
 # Precedence
 
 
 def resolve(argv: Sequence[str] | None = None) -> Resolved:
-    """Parse the command line and its --config file.
+    """Parse main.py's command line and its --config file.
 
     Raises:
         UserError: an unknown flag or key, or a value that cannot be.
     """
-    parser = get_args_parser()
+    return resolve_as(Resolved, get_args_parser(), argv)
+
+
+def resolve_as(table: type[R], parser: Parser, argv: Sequence[str] | None = None) -> R:
+    """Parse a command line and its --config file, whose flags are those of a table.
+
+    Raises:
+        UserError: as `resolve`.
+    """
     given = usable(parser.given(argv))
     file = read_config(given["config"], parser) if given.get("config") else {}
     values = {**file, **given}
@@ -72,7 +82,7 @@ def resolve(argv: Sequence[str] | None = None) -> Resolved:
         values[flag] = next((spec.coef for spec in terms if spec.name == term), 0)
     measures = [parse_spec(text, with_coef=False) for text in values.get("measure", [])]
     values["remedy"] = [str(remedy) for remedy in parse_remedies(values.get("remedy", []))]
-    args = Resolved(**values, terms=terms, measures=measures)
+    args = table(**{**table.withheld, **values}, terms=terms, measures=measures)
     check(args)
     return args
 
@@ -123,7 +133,7 @@ def check_limits(args: Args) -> None:
     Raises:
         UserError: with the range.
     """
-    for name, flag in declared(Args).items():
+    for name, flag in declared(type(args)).items():
         if flag.limits is not None:
             _check_limits(name, getattr(args, name), *flag.limits)
 
@@ -343,7 +353,7 @@ def mixing_is_on(args: Args) -> bool:
 
 def plain(args: Args) -> dict[str, Any]:
     """The flags as plain data: what checkpoints and args.yaml hold."""
-    return {name: getattr(args, name) for name in sorted(declared(Args))}
+    return {name: getattr(args, name) for name in sorted(declared(type(args)))}
 
 
 def write_args(args: Args, path: Path, changes: Sequence[str] = ()) -> None:
@@ -357,7 +367,7 @@ def write_args(args: Args, path: Path, changes: Sequence[str] = ()) -> None:
     values = plain(args)
     del values["config"]
     for flag in REFERENCE_FLAGS:  # `reg` says the same
-        del values[flag]
+        values.pop(flag, None)
     lines = [f"# {name}: {shown(value, 10_000)}" for name, value in provenance().items()]
     lines += [f"# changed {shown(change)}" for change in changes]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=True, default_flow_style=None, width=116)

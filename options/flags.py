@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from errors import UserError, is_first_on_machine, shown
 from loggers.backends import BACKENDS
@@ -60,7 +60,13 @@ AS_REG = "the reference's spelling of --reg "
 
 @dataclass(frozen=True)
 class Args:
-    """The flags' values. A flag with `group` opens a group of --help."""
+    """The flags' values. A flag with `group` opens a group of --help.
+
+    Attributes:
+        withheld: the flags that a program built on this table does not offer, and the values that they have there.
+    """
+
+    withheld: ClassVar[Mapping[str, Any]] = {}
 
     mixing_coef: float = flag(
         0, EPOCH, AS_REG + "patch.mixing=C: classify every patch token as well", "--mixing_coef", group=DIVERSITY
@@ -514,7 +520,13 @@ def get_args_parser() -> Parser:
         formatter_class=Formatter,
         allow_abbrev=False,
     )
-    groups = parser.add_table(Args)
+    add_flags(parser, Args)
+    return parser
+
+
+def add_flags(parser: Parser, table: type[Args]) -> None:
+    """Add a table's flags, and --list-regularizers beside those of diversity."""
+    groups = parser.add_table(table)
     groups[DIVERSITY].add_argument(
         *("--list-regularizers", "--list_regularizers"),
         action=_ListRegularizers,
@@ -523,21 +535,27 @@ def get_args_parser() -> Parser:
         default=argparse.SUPPRESS,
         help="list every LEVEL.MEASURE with its equation, layers, cost and source, and exit",
     )
-    return parser
 
 
-def answer_at_once(argv: Sequence[str] | None = None) -> None:
+def answer_at_once(
+    argv: Sequence[str] | None = None,
+    make_parser: Callable[[], Parser] = get_args_parser,
+    program: str = "main.py",
+) -> None:
     """Answer --help, --list-regularizers and what is mistyped, before anything is imported that takes time.
 
+    Args:
+        make_parser: of the program's command line.
+        program: its name, for messages.
     Raises:
         SystemExit: it was one of them, and is answered.
     """
-    parser = get_args_parser()
+    parser = make_parser()
     try:
         file = parser.given(argv).get("config")
         if file:
             read_config(file, parser)
     except UserError as error:
         if is_first_on_machine():
-            print(shown(f"main.py: error: {error}", 4000), file=sys.stderr, flush=True)
+            print(shown(f"{program}: error: {error}", 4000), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -123,8 +123,13 @@ def _field(default: Any, declared: Flag) -> Any:
 
 
 def declared(table: type) -> dict[str, Flag]:
-    """What the fields of a table declare, by name."""
-    return {entry.name: entry.metadata["flag"] for entry in fields(table)}
+    """What the fields of a table declare, by name, without those that it withholds (`Args.withheld`)."""
+    withheld = getattr(table, "withheld", {})
+    return {name: row for name, row in _rows(table).items() if name not in withheld}
+
+
+def _rows(table: type) -> dict[str, Flag]:
+    return {entry.name: entry.metadata["flag"] for entry in fields(table) if "flag" in entry.metadata}
 
 
 def dashed(name: str) -> str:
@@ -179,10 +184,10 @@ class Parser(argparse.ArgumentParser):
         """
         groups: dict[str, argparse._ArgumentGroup] = {}
         types, defaults = get_type_hints(table), vars(table()) | other
-        title = ""
-        for name, row in declared(table).items():
+        title, wanted = "", declared(table)
+        for name, row in _rows(table).items():
             title = row.group or title
-            if only is not None and name not in only:
+            if name not in wanted or (only is not None and name not in only):
                 continue
             group = groups.get(title) or self.add_argument_group(title)
             groups[title] = group

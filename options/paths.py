@@ -12,7 +12,10 @@ from urllib.parse import urlsplit
 
 from errors import UserError, shown
 
-PATHS = ("config", "data_path", "output_dir", "resume", "finetune", "teacher_path", "val_labels")
+PATHS = (
+    *("config", "data_path", "output_dir", "resume", "finetune", "teacher_path", "val_labels"),
+    *("backbone", "head_weights", "class_file", "predictions"),  # of python -m segmentation
+)
 LONGEST_NAME = 255  # bytes of one part of a path, on the usual file systems
 LONGEST_PATH = 4095
 

@@ -165,7 +165,7 @@ def check_description(state: Any, path: str, names: Collection[str] = DESCRIBED)
     _check_names(vars(args) if isinstance(args, argparse.Namespace) else args, "args", path)
     flags = flags_of(state)
     types, table = get_type_hints(Args), declared(Args)
-    for name in flags.keys() & types.keys() & set(names):
+    for name in flags.keys() & table.keys() & set(names):
         value, limits = flags[name], table[name].limits
         low, high = limits or (-math.inf, math.inf)
         numbers = [each for each in (value if isinstance(value, list) else [value]) if _is_finite(each)]

@@ -37,15 +37,27 @@ class Change:
         name: the field.
         was, now: its values.
         rule: what the table says.
+        table: the flags' table.
     """
 
     name: str
     was: Any
     now: Any
     rule: Resume
+    table: type = Args
 
     def __str__(self) -> str:
-        return f"{_option(self.name, self.now)}, before {_value(self.was)}"
+        return f"{self.option(self.now)}, before {_value(self.was)}"
+
+    def option(self, value: Any) -> str:
+        """The flag with a value, as one would type it."""
+        if not isinstance(value, bool):
+            return f"--{dashed(self.name)} {_value(value)}"
+        action = "store_true" if value else "store_false"
+        options = [
+            option for option in declared(self.table)[self.name].options if option.keywords["action"] == action
+        ]
+        return options[-1].names[0].format(dashed(self.name)) if options else f"no --{dashed(self.name)}"
 
 
 @dataclass
@@ -135,7 +147,7 @@ def in_force(args: Resolved, earlier: Earlier) -> Resolved:
         ]
     kept: dict[str, Any] = {}
     for change in found:
-        before = _option(change.name, change.was)
+        before = change.option(change.was)
         if change.rule is Resume.STAYS:
             raise UserError(
                 f"{path} was trained with {before}, not {_value(change.now)}: keep it, or start from its weights "
@@ -148,7 +160,7 @@ def in_force(args: Resolved, earlier: Earlier) -> Resolved:
             )
         if change.rule is Resume.SAVED:
             kept[change.name] = change.was
-            print_main(f"note: {_option(change.name, change.now)} has no effect: the checkpoint's {before} holds")
+            print_main(f"note: {change.option(change.now)} has no effect: the checkpoint's {before} holds")
     earlier.changes = [change for change in found if change.rule in (Resume.EPOCH, Resume.NOW)]
     for change in earlier.changes:
         print_main(f"note: from here on {change}")
@@ -157,7 +169,7 @@ def in_force(args: Resolved, earlier: Earlier) -> Resolved:
 
 def differences(saved: Mapping[str, Any], args: Args) -> list[Change]:
     """The flags whose values differ, of those that a checkpoint holds, without those that may be anything."""
-    table = declared(Args)
+    table = declared(type(args))
     terms = _terms(saved)
     found = []
     for name, flag in table.items():
@@ -170,7 +182,7 @@ def differences(saved: Mapping[str, Any], args: Args) -> list[Change]:
         else:
             continue
         if was != now:
-            found.append(Change(name, was, now, flag.resume))
+            found.append(Change(name, was, now, flag.resume, type(args)))
     return found
 
 
@@ -188,15 +200,6 @@ def _terms(saved: Mapping[str, Any]) -> list[str] | None:
 def _as_list(value: Any) -> Any:
     """YAML and the command line make lists of what Python may have as tuples."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _option(name: str, value: Any) -> str:
-    """A flag with its value, as one would type it."""
-    if not isinstance(value, bool):
-        return f"--{dashed(name)} {_value(value)}"
-    action = "store_true" if value else "store_false"
-    options = [option for option in declared(Args)[name].options if option.keywords["action"] == action]
-    return options[-1].names[0].format(dashed(name)) if options else f"no --{dashed(name)}"
 
 
 def _value(value: Any) -> str:

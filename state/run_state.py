@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine import Running
 from errors import BAD_ARGUMENT, TrainingDiverged, UserError, reason
+from loggers.summary import EVALUATED
 from mixing import Mixing
 from mixing.mixup import Mixup
 from models.capture import DiverseViT
@@ -29,13 +30,32 @@ from state.saved_flags import flags_of
 from utils import all_reduce, gather_to_main, is_main, print_main, rank, set_streams, streams, world_size
 
 
+class Score(NamedTuple):
+    """By which number epochs are compared, the larger the better.
+
+    Attributes:
+        key: in what an evaluation gives.
+        best: in log.txt, the largest so far.
+        name: in print.
+        columns: of summary.csv, and their keys in what an evaluation gives.
+    """
+
+    key: str
+    best: str
+    name: str
+    columns: Mapping[str, str]
+
+
+TOP1 = Score("acc1", "max_acc", "top-1", EVALUATED)
+
+
 class Best(NamedTuple):
     """The best epoch so far, by the model or by its average.
 
     Attributes:
         epoch: its number, -1 before the first.
         weights: 'model' or 'model_ema', whichever was better (the model, if both were equal).
-        acc1, ema_acc1: top-1 of the two, in percent; None without an average.
+        acc1, ema_acc1: top-1 of the two, or what else is the run's score, in percent; None without an average.
     """
 
     epoch: int = -1
@@ -62,7 +82,8 @@ class RunState:
         mixing: draws from a stream of its own.
         epoch: the last finished epoch, -1 before the first.
         running: where the epoch after it stands.
-        max_acc: the best top-1 of the model so far, the last epoch's included.
+        score: by what epochs are compared.
+        max_acc: the model's best score so far, the last epoch's included.
         best: the best epoch so far, by the model or its average.
         log: the lines of log.txt.
         changes: which flags have changed while the run went on, in words.
@@ -83,6 +104,7 @@ class RunState:
     mixing: Mixing = field(default_factory=Mixup)
     epoch: int = -1
     running: Running = field(default_factory=Running)
+    score: Score = TOP1
     max_acc: float = 0.0
     best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
@@ -129,14 +151,14 @@ class RunState:
 
     @property
     def metric(self) -> float | None:
-        """Top-1 of the weights that timm's tools take from this state: the average's, where there is one.
+        """The score of the weights that timm's tools take from this state: the average's, where there is one.
 
         None in the middle of an epoch, and where these weights have not been evaluated.
         """
         if self.running.step or not self.log:
             return None
         last: dict[str, Any] = json.loads(self.log[-1])
-        return last.get("test_acc1" if self.ema is None else "ema_test_acc1")
+        return last.get(("test_" if self.ema is None else "ema_test_") + self.score.key)
 
     @property
     def is_best(self) -> bool:
@@ -148,6 +170,11 @@ class RunState:
         """How far the run is, in words."""
         step = self.running.step
         return f"epoch {self.epoch + 2}, step {step}" if step else f"epoch {self.epoch + 1}"
+
+    @property
+    def steps(self) -> int:
+        """Those that are done in the whole run."""
+        return (self.epoch + 1) * self.steps_per_epoch + self.running.step
 
     @property
     def samples(self) -> int:
@@ -283,16 +310,16 @@ class RunState:
         self.epoch += 1
         self.running.begin_epoch()
         self.replaced.zero_()
-        self.lr_scheduler.step(self.epoch, tested.get("acc1"))
+        self.lr_scheduler.step(self.epoch, tested.get(self.score.key))
         if tested:
-            self.max_acc = max(self.max_acc, tested["acc1"])
-            self._compare_with_best(tested["acc1"], averaged.get("acc1"))
+            self.max_acc = max(self.max_acc, tested[self.score.key])
+            self._compare_with_best(tested[self.score.key], averaged.get(self.score.key))
         record: dict[str, Any] = {f"train_{name}": value for name, value in trained.items()}
         record |= {f"test_{name}": value for name, value in tested.items()}
         record |= {f"ema_test_{name}": value for name, value in averaged.items()}
         record |= {f"redundancy_{name}": value for name, value in (monitored or {}).items()}
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        record |= {"max_acc": self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
+        record |= {self.score.best: self.max_acc, "epoch": self.epoch, "n_parameters": parameters}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self.log.append(json.dumps(finite, allow_nan=False))
         return finite

@@ -76,6 +76,8 @@ def read_trained(
 ) -> Trained:
     """Build the model that a checkpoint describes, and load its weights, without those of a head for patches.
 
+    Of a network for segmentation it is the backbone, without a classifier.
+
     The name, its arguments and the image size are those of the checkpoint's saved flags, and the number of classes
     is that of its head, unless given here.
 
@@ -92,7 +94,9 @@ def read_trained(
     check_description(state, path)
     evaluated = evaluation_of(state)
     use_ema = _uses_ema(state, weights, evaluated, path)
-    tensors = _plain_names(model_weights(state, path, ema=use_ema))
+    saved = model_weights(state, path, ema=use_ema)
+    segments = any(name.startswith("decode_head.") for name in saved)  # a backbone without a classifier
+    tensors = _plain_names(saved)
     flags = flags_of(state)
     given = {"model": model, "input_size": input_size, "model_kwargs": dict(model_kwargs or {})}
     flags = _filled(flags, given, only_if_silent)
@@ -109,7 +113,9 @@ def read_trained(
     if channels != 3:
         options["in_chans"] = channels
     shape = (channels, *sides(size))
-    if num_classes is None and "num_classes" not in options:
+    if segments:
+        num_classes = 0
+    elif num_classes is None and "num_classes" not in options:
         num_classes = _count_classes(name, tensors, path)
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -120,7 +126,7 @@ def read_trained(
     load_weights(backbone, without_patch_head(backbone, tensors), path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
-    names = _class_names(flags, backbone.num_classes, path)
+    names = () if segments else _class_names(flags, backbone.num_classes, path)
     images = preprocessing_of(state, path, name, shape)
     kind = "ema" if use_ema else "raw"
     says_model = bool(flags_of(state).get("model"))

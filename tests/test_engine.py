@@ -19,9 +19,11 @@ import build
 import main
 import runs
 import schedules
+import trainer
 from datasets import build_dataset
 from engine import Finite, Precision, Running, Updater, evaluate, evaluate_together, train_one_epoch
 from errors import TrainingDiverged, UserError
+from loaders import build_train_loader
 from loggers.progress import Progress
 from losses import Objective
 from mixing.mixup import Mixup
@@ -30,6 +32,7 @@ from options import config
 from program import Signals
 from redundancy.monitor import Monitor
 from regularizers import Diversity, parse_spec
+from runs import build_run
 from state.run_state import RunState
 
 CPU = Precision(torch.device("cpu"))
@@ -421,12 +424,17 @@ def rates(*argv: str) -> list[float]:
         return [{"acc1": 0.0, "acc5": 0.0, "loss": 0.0} for _ in networks]
 
     val_set, _ = build_dataset(False, args)
+    train_set, _ = build_dataset(True, args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "train_one_epoch", train_one_epoch)
+        patch.setattr(trainer, "train_one_epoch", train_one_epoch)
         patch.setattr(main, "evaluate_together", evaluate_together)
         model = DiverseViT(nn.Linear(2, 2))
-        monitor, trackers = Monitor(args, model.backbone, val_set), main.build_trackers(args)
-        main.train(*(args, model, Objective(), Diversity([], 0), monitor, val_set, CPU, Signals()), None, trackers)
+        monitor, trackers = Monitor(args, model.backbone, val_set), trainer.build_trackers(args)
+        mixing, loader = Mixup(), build_train_loader(args, train_set, 1, 0, CPU.device)
+        run_state = build_run(args, model, CPU, mixing, loader)
+        task = main.Classification(args, val_set, len(train_set), Diversity([], 0), monitor, CPU)
+        work = trainer.Work(args, run_state, Objective(), mixing, loader, CPU)
+        trainer.train(work, task, Signals(), trackers)
     return seen
 
 
@@ -441,7 +449,7 @@ def cosine_rate(epoch: int, epochs: int = 300) -> float:
 def test_learning_rates_of_all_300_epochs(monkeypatch, capsys):
     """8 processes x 128 images: 5e-4 * 1024 / 512 = 1e-3."""
     monkeypatch.setattr(schedules, "world_size", lambda: 8)
-    monkeypatch.setattr(main, "distribute", lambda model, device: model)
+    monkeypatch.setattr(trainer, "distribute", lambda model, device: model)
     seen = rates("--no-model-ema")
     assert len(seen) == 300
     assert seen == pytest.approx([cosine_rate(epoch) for epoch in range(300)], rel=1e-9)

@@ -20,6 +20,7 @@ from PIL import Image
 import build
 import datasets
 import main
+import trainer
 from datasets import LabelledImages
 from images.found import Found, Samples
 from models import build_model
@@ -280,14 +281,14 @@ def test_compiling_and_recomputing_change_no_number(four_steps, tmp_path):
 def test_nothing_is_compiled_after_the_first_step(four_steps, tmp_path, capsys, monkeypatch):
     """Three epochs of Mixup, CutMix and unmixed batches; evaluation ends with a smaller batch; then --eval."""
     torch._dynamo.reset()
-    warm_up, counts = main.warm_up, []
+    warm_up, counts = trainer.warm_up, []
 
     def counted(*args, **kwargs):
         seconds = warm_up(*args, **kwargs)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return seconds
 
-    monkeypatch.setattr(main, "warm_up", counted)
+    monkeypatch.setattr(trainer, "warm_up", counted)
     argv = [*RUN, *RECIPE, "--mixup-prob", "0.7", "--reprob", "0.25", "--measure", "patch.cosine", "--epochs", "3"]
     argv += ["--torchcompile", "aot_eager", "--output_dir", str(tmp_path)]
     torch._dynamo.utils.counters.clear()

@@ -13,7 +13,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
 from errors import UserError
-from samplers import RASampler, ResumableSampler, ShardSampler
+from samplers import EndlessSampler, RASampler, ResumableSampler, ShardSampler
 
 
 def naive_repeated(count, replicas, rank, epoch, repeats=3, seed=0, shuffle=True):
@@ -268,3 +268,30 @@ def test_shards_cover_every_sample_once(count, replicas):
     assert max(sizes) - min(sizes) <= 1
     for rank, shard in enumerate(shards):
         assert all(index % replicas == rank for index in shard)
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 20), st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_endless_passes_have_no_seam(count, replicas, samples, seed):
+    """All processes and epochs together go through one list of permutations, entry by entry."""
+    epochs = 4
+    stream = []
+    while len(stream) < epochs * samples * replicas:
+        generator = torch.Generator().manual_seed(seed + len(stream) // count)
+        stream += torch.randperm(count, generator=generator).tolist()
+    for rank in range(replicas):
+        sampler = EndlessSampler(range(count), replicas, rank, samples, seed)
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            first = epoch * samples * replicas
+            assert list(sampler) == stream[first + rank : first + samples * replicas : replicas]
+            assert len(sampler) == samples
+
+
+def test_endless_samples_can_be_continued_and_differ_in_their_seeds():
+    sampler = ResumableSampler(EndlessSampler(range(5), 2, 1, 12, seed=3))
+    sampler.set_epoch(1)
+    whole = list(sampler)
+    assert len({draw.entropy for draw in whole}) == 12 and [draw.position for draw in whole] == list(range(12))
+    sampler.set_epoch(1, start=7)
+    assert list(sampler) == whole[7:]

@@ -11,7 +11,7 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 
 from errors import UserError
 from options import config
-from schedules import PlateauLR, build_schedule, without_effect
+from schedules import PlateauLR, PolyBySteps, build_schedule, enter, without_effect
 
 ACCURACIES = [10.0, 20.0, 20.0, 20.0005, 19.0, 21.0, 21.0, 21.0, 21.0, 21.0, 30.0, 29.0, 29.0, 29.0, 29.0, 29.0]
 NOISE = {"noise_range_t": (3, 12), "noise_pct": 0.3, "noise_std": 0.2, "noise_seed": 7}
@@ -106,3 +106,29 @@ def test_flags_that_a_schedule_does_not_use_are_named():
     assert without_effect(args()) == []
     (line,) = without_effect(args("--sched", "multistep", "--decay-epochs", "5"))
     assert line == "--decay-epochs (used by step, wsd, rsqrt)"
+
+
+def test_polynomial_step_by_step():
+    """mmsegmentation's rule, written as it states it: the polynomial's rate, less a share of it in the warm-up."""
+    steps, warmup, share, power = 50, 8, 1e-2, 0.9
+    schedule = PolyBySteps(two_groups(), steps, warmup, share, power)
+    for step in range(steps + 1):
+        seen = [group["lr"] for group in schedule.optimizer.param_groups]
+        for base, rate in zip((1.0, 0.5), seen, strict=True):
+            regular = base * (1 - step / steps) ** power
+            less = (1 - step / warmup) * (1 - share) if step < warmup else 0.0
+            assert rate == pytest.approx(regular - regular * less, rel=1e-12, abs=1e-15)
+        schedule.step(step // 10, 0.5)  # the end of an epoch changes nothing
+        schedule.step_update(step + 1)
+    assert seen == [0.0, 0.0]
+
+
+def test_polynomial_goes_on_from_any_step():
+    before = PolyBySteps(two_groups(), 20, 5, 0.1)
+    enter(before, -1, 7)
+    after = PolyBySteps(two_groups(), 20, 5, 0.1)
+    after.load_state_dict(before.state_dict())
+    for schedule in (before, after):
+        schedule.step_update(8)
+    rates = [[group["lr"] for group in schedule.optimizer.param_groups] for schedule in (before, after)]
+    assert rates[0] == rates[1] == [pytest.approx(0.6), pytest.approx(0.3)]
