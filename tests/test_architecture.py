@@ -21,6 +21,7 @@ PACKAGES = (
     "redundancy/metrics",
     "redundancy/presentation",
     "regularizers",
+    "segmentation",
     "state",
     "tables",
 )
@@ -35,7 +36,8 @@ FLOORS = (
     ("loaders", "engine", "elsewhere"),
     ("state",),
     ("build", "runs", "warmup", "export", "check_data", "redundancy"),
-    ("main", "tables"),
+    ("trainer",),
+    ("main", "segmentation", "tables"),
     ("hubconf",),
 )
 # What each may know of the project, where that is less than what stands below it.

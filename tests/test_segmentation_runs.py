@@ -1,0 +1,170 @@
+"""Whole runs of segmentation: a tiny backbone, a dozen small images of odd sizes, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import forks
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from small_runs import assert_same, saved
+
+import trainer
+from engine import train_one_epoch
+from segmentation.command import main
+
+BACKBONE = ["--model", "deit_tiny_patch16_224", "--device", "cpu"]
+BACKBONE += ["--model-kwargs", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2"]
+FLAGS = ["--data-set", "FOLDER", "--crop-size", "16", "--resize", "24", "20", "--test-resize", "0", "--num_workers", "0"]
+FLAGS += ["--channels", "8", "--auxiliary-channels", "4", "--batch-size", "4", "--lr", "1e-2", "--print-freq", "100"]
+FLAGS += ["--iterations", "6", "--eval-interval", "3", "--warmup-iterations", "2", "--model-ema-decay", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures whose right half is bright: three classes, the third in a corner, and some unlabelled pixels."""
+    root = tmp_path_factory.mktemp("pairs")
+    random = np.random.default_rng(0)
+    for half, count in (("train", 7), ("val", 5)):
+        for kind in ("images", "masks"):
+            (root / kind / half).mkdir(parents=True)
+        for number in range(count):
+            height, width = 17 + 2 * number, 26 - number
+            mask = np.zeros((height, width), np.uint8)
+            mask[:, width // 2 :] = 1
+            mask[:5, :5] = 2
+            pixels = random.integers(0, 60, (height, width, 3)) + 90 * mask[..., None]
+            mask[-1] = 255
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / half / f"{number}.png")
+            Image.fromarray(mask).save(root / "masks" / half / f"{number}.png")
+    return root
+
+
+def run(images: Path, output: Path | None, *flags: str, model: list[str] = BACKBONE) -> int:
+    where = [] if output is None else ["--output_dir", str(output)]
+    return main([*model, *FLAGS, "--data-path", str(images), *where, *flags])
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with a term of each level that segmentation has."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert run(images, output, "--reg", "patch.cosine=0.1", "--reg", "attn.cosine=0.1", "--reg", "weight.so=1e-4") == 0
+    return output
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    first, last = log_of(whole)
+    assert {"train_ce", "train_auxiliary", "train_patch.cosine@last", "test_miou", "test_macc", "test_pixel_acc"} <= set(
+        last
+    )
+    assert last["epoch"] == 1 and last["max_miou"] == max(first["test_miou"], last["test_miou"]) > 0
+    assert last["train_loss"] == pytest.approx(
+        last["train_ce"]
+        + 0.4 * last["train_auxiliary"]
+        + 0.1 * (last["train_patch.cosine@last"] + last["train_attn.cosine@0"])
+        + 1e-4 * last["train_weight.so@all"],
+        rel=1e-5,
+    )
+    flags = yaml.safe_load((whole / "args.yaml").read_text())
+    assert flags["model"] == "deit_tiny_patch16_224" and "mixup" not in flags and flags["iterations"] == 6
+    names = saved(whole)["model"].keys()
+    assert {"backbone.blocks.0.attn.qkv.weight", "decode_head.conv_seg.weight", "auxiliary_head.conv_seg.bias"} <= names
+    assert (whole / "summary.csv").read_text().startswith("epoch,train_loss,eval_miou,eval_macc,eval_pixel_acc,")
+
+
+def test_args_yaml_repeats_the_run(images: Path, whole: Path, tmp_path: Path) -> None:
+    assert main(["--config", str(whole / "args.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    assert_same(saved(tmp_path / "again")["model"], saved(whole)["model"])
+    assert log_of(tmp_path / "again") == log_of(whole)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """SIGTERM comes in the middle of an interval; the same command with --resume auto does the rest."""
+    terms = ["--reg", "patch.cosine=0.1", "--reg", "attn.cosine=0.1", "--reg", "weight.so=1e-4", "--resume", "auto"]
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        class Stop:
+            def after_step(self, number: int) -> None:
+                running = args[5]
+                if running.updates == step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        options["observers"] = [*options["observers"], Stop()]
+        return train_one_epoch(*args, **options)
+
+    monkeypatch.setattr(trainer, "train_one_epoch", interrupted)
+    assert run(images, tmp_path, *terms) == 75
+    monkeypatch.undo()
+    stopped = saved(tmp_path)
+    assert stopped["step"] == (step + 1) % 3  # the signal is heard with the next step
+    assert run(images, tmp_path, *terms) == 0
+    for key in ("model", "model_ema", "optimizer", "lr_scheduler", "log", "processes", "best"):
+        assert_same(saved(tmp_path)[key], saved(whole)[key], key)
+
+
+def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
+    """The same crops in two batches of two: batch norm goes over both, so weights and scores agree."""
+    script = str(Path(forks.ROOT) / "segmentation" / "__main__.py")
+    common = [*BACKBONE, *FLAGS, "--data-path", str(images), "--reg", "patch.cosine=0.1", "--drop-path", "0"]
+    common += ["--head-drop", "0"]
+    for processes, batch in ((1, "4"), (2, "2")):
+        output = str(tmp_path / str(processes))
+        argv = [*common, "--batch-size", batch, "--output_dir", output]
+        ended = forks.run(processes, script, *argv, env={})
+        assert ended.returncode == 0, ended.stderr
+    one, two = (saved(tmp_path / name)["model"] for name in ("1", "2"))
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], rtol=1e-3, atol=2e-5), name
+    for alone, shared in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
+        assert alone["test_miou"] == pytest.approx(shared["test_miou"], abs=1.0)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_scores_do_not_depend_on_the_number_of_processes(images: Path, whole: Path, tmp_path: Path, processes: int) -> None:
+    script = str(Path(forks.ROOT) / "segmentation" / "__main__.py")
+    argv = [*BACKBONE, *FLAGS, "--data-path", str(images), "--eval", "--resume", str(whole / "checkpoint.pth")]
+    alone, several = (forks.run(count, script, *argv, env={}) for count in (1, processes))
+    assert alone.returncode == several.returncode == 0, several.stderr
+    lines = [line for line in alone.stdout.splitlines() if "mIoU" in line]
+    assert len(lines) == 2 and lines == [line for line in several.stdout.splitlines() if "mIoU" in line]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--iterations", "7"], "--iterations 7 are not a multiple of --eval-interval 3"),
+        (["--reg", "patch.mixing=1"], "patch.mixing takes the label of a whole image"),
+        (["--reg", "patch.cosine@norm=1"], "patch.cosine@norm is at a layer behind the last block"),
+        (["--frozen", "--reg", "patch.cosine=1"], "--frozen trains the heads alone"),
+        (["--head", "linear", "--neck", "deconv"], "--head linear reads the last map alone: drop --neck deconv"),
+        (["--scale-range", "2", "1"], "--scale-range takes two factors above 0"),
+        (["--backbone", "nothing.pth"], "--backbone nothing.pth: no such file"),
+        (["--mixup", "0.8"], "unrecognized arguments: --mixup"),
+        (["--stride", "8"], "--stride is that of --inference slide"),
+        (["--predictions", "there"], "--predictions is written by --eval"),
+        (["--class-names", "one", "two"], "2 names"),
+        (["--map-layers", "0", "9", "1", "2"], "has blocks 0 to 3, and no 9"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert run(images, tmp_path / "run", *flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("segmentation: error: ") and words in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
