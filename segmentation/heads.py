@@ -2,8 +2,8 @@
 
 The heads of segmentation_models_pytorch (UPerNetDecoder) and transformers (UperNetHead) compute the same function,
 once the parameters are renamed. They have no dropout before the classifier, other names than mmseg's checkpoints,
-and, in the first, a LayerNorm on every map that belongs to some backbones alone; each costs a package of its own.
-So the head is written here, with mmseg's names, and tests/test_segmentation_network.py compares it with transformers'.
+and, in the first, a LayerNorm on every map that cannot be left out; each costs a package of its own. So the head is
+written here, with mmseg's names, and tests/test_segmentation_network.py compares it with transformers'.
 
 Legend: B images, C channels, D width of a map, K classes, h x w pixels of a map, H x W of an image.
 """
