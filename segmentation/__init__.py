@@ -1,0 +1,1 @@
+"""Transfer: semantic segmentation with a trained backbone."""
