@@ -48,15 +48,30 @@ class SegmentedImages(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             ImageError: one of them cannot be read, they differ in size, or the mask holds numbers of no class.
         """
-        source, label = self.samples[index]
-        image, mask = self.pairs.read_image(source), self.pairs.read_mask(self.pairs.masks[index])
+        image, mask = self.read_image(index), self.read_mask(index)
+        self.check_sizes(index, image, mask)
+        return (image, mask), 0
+
+    def read_image(self, index: int) -> Image.Image:
+        """An image alone, RGB; see `decode`."""
+        return self.pairs.read_image(self.samples[index][0])
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """A mask alone, uint8 [H, W]; see `decode`."""
+        return self.pairs.read_mask(self.pairs.masks[index])
+
+    def check_sizes(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
+        """Refuse a mask of another size than its image.
+
+        Raises:
+            ImageError: it is.
+        """
         if mask.shape != (image.height, image.width):
-            drawn, taken = self.pairs.name(self.pairs.masks[index]), self.pairs.name(source)
+            drawn, taken = self.pairs.name(self.pairs.masks[index]), self.pairs.name(self.samples[index][0])
             raise ImageError(
                 f"mask {drawn} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image {taken} has "
                 f"{image.width} x {image.height}: make them the same, or remove both"
             )
-        return (image, mask), label
 
     def example(self, decoded: Decoded, label: int) -> tuple[Tensor, Tensor]:
         """A training example, uint8 [C, h, w] and uint8 [h, w].
