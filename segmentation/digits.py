@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from images.lists import digits
 
@@ -14,6 +14,10 @@ SIDES = (16, 32)  # of a digit in pixels
 TRIES = 20  # to find room for one
 INK = 96  # of 255, from which on a pixel belongs to the digit
 CLASSES = ("background", *map(str, range(10)))
+# Black, then ten colours that are easily told apart (Tableau's)
+COLOURS = ["#000000", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"]
+COLOURS += ["#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
+PALETTE = np.array([ImageColor.getrgb(colour) for colour in COLOURS], np.uint8)
 
 
 def canvases(is_train: bool, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:

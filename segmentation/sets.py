@@ -12,7 +12,7 @@ from PIL import Image
 from errors import UserError, did_you_mean, shown
 from images.decode import load_image
 from images.found import Samples, Texts
-from segmentation.digits import CLASSES, canvases
+from segmentation.digits import CLASSES, PALETTE, canvases
 from segmentation.layouts import LAYOUTS, SETS, Files, Options
 from segmentation.masks import IGNORED, MaskReader, palette
 from utils import broadcast_object
@@ -67,7 +67,7 @@ def find_pairs(name: str, root: str | Path, is_train: bool, options: Options = O
             samples=Samples(images, np.zeros(len(images), np.int32)),
             masks=masks,
             classes=_named(name, CLASSES, options),
-            palette=palette(len(CLASSES)),
+            palette=PALETTE,
             read_image=Image.fromarray,
             read_mask=np.asarray,
             name=_canvas,
