@@ -7,10 +7,10 @@ image once; what it amounts to is the last line.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -34,6 +34,7 @@ from utils import (
 )
 from workers import SteadyLoader, default_workers
 
+Item = TypeVar("Item")
 BATCH = 32  # images that a worker hands over together
 LINES = 10  # of progress for each half, where there is no terminal
 
@@ -93,16 +94,22 @@ def check_data(args: Args) -> None:
 def look(half: str, faults: Faults, workers: int, signals: Signals, seconds: float) -> Seen:
     """Read this process's share of a half."""
     share = ShardSampler(faults, world_size(), rank())
+    found = list(walk(half, faults, share, workers, signals, seconds))
+    return Seen(frozenset(found) - {""}, len(found), len(found) < len(share))
+
+
+def walk(
+    half: str, items: Dataset[Item], share: ShardSampler, workers: int, signals: Signals, seconds: float
+) -> Iterator[Item]:
+    """This process's share of a half's items, in its order, with progress, until a signal comes."""
     options = {"sampler": share, "batch_size": BATCH, "collate_fn": list, "num_workers": workers}
-    loader = SteadyLoader(faults, seconds, **options)
+    loader = SteadyLoader(items, seconds, **options)
     progress = Progress(f"Reading {half} images", max(1, len(share) // LINES))
-    found: list[str] = []
     each = chain.from_iterable(loader)
     for _ in progress.over(1, len(share), Meters()):
         if signals.received:
-            break
-        found.append(next(each))
-    return Seen(frozenset(found) - {""}, len(found), len(found) < len(share))
+            return
+        yield next(each)
 
 
 def list_bad(found: Iterable[Seen]) -> Seen:
@@ -115,20 +122,24 @@ def list_bad(found: Iterable[Seen]) -> Seen:
     return Seen(bad, sum(seen.images for seen in everything), any(seen.stopped for seen in everything))
 
 
-def conclude(total: Seen, counts: str) -> None:
+def conclude(total: Seen, counts: str, what: str = "images") -> None:
     """Say what the list amounts to: on stdout if all is well.
 
+    Args:
+        total: what was found.
+        counts: how many there are of each half, in words.
+        what: they are.
     Raises:
-        UserError: images cannot be read.
+        UserError: some cannot be read.
         Interrupted: not all of them were looked at.
     """
     if total.stopped:
         raise Interrupted(
-            f"stopped by a signal after {total.images:,} of {counts} images; {len(total.bad):,} cannot be read"
+            f"stopped by a signal after {total.images:,} of {counts} {what}; {len(total.bad):,} cannot be read"
         )
     if total.bad:
         raise UserError(
-            f"{len(total.bad):,} of {counts} images cannot be read, and are listed above: repair or remove them"
+            f"{len(total.bad):,} of {counts} {what} cannot be read, and are listed above: repair or remove them"
         )
     if is_main():
-        print(f"all {counts} images can be read", flush=True)
+        print(f"all {counts} {what} can be read", flush=True)

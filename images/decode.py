@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from errors import LocalError
 from images.depth import UnknownPixels, check_format, to_grey
+
+Made = TypeVar("Made")
 
 
 class ImageError(LocalError):
@@ -36,7 +38,16 @@ def load_image(path: str) -> Image.Image:
         ImageError: the file is missing, empty, truncated, otherwise damaged or no image, claims more than twice
             Pillow's MAX_IMAGE_PIXELS, is no regular file, or what its pixels mean cannot be known (see depth.py).
     """
-    return decode(lambda: open(path, "rb", opener=_open_regular), path)
+    return read_file(path, _to_rgb)
+
+
+def read_file(path: str, convert: Callable[[Image.Image], Made]) -> Made:
+    """What `convert` makes of an image file that Pillow has opened, but not yet decoded.
+
+    Raises:
+        ImageError: as in `load_image`, and whatever `convert` raises as UnknownPixels or like Pillow.
+    """
+    return _decode(lambda: open(path, "rb", opener=_open_regular), path, convert)
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -49,9 +60,14 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def decode(open_file: Callable[[], IO[bytes]], name: str) -> Image.Image:
+    """The RGB image in an open file, as `load_image` reads it from a path."""
+    return _decode(open_file, name, _to_rgb)
+
+
+def _decode(open_file: Callable[[], IO[bytes]], name: str, convert: Callable[[Image.Image], Made]) -> Made:
     try:
         with open_file() as file:
-            return _to_rgb(Image.open(file))
+            return convert(Image.open(file))
     except UnknownPixels as error:
         raise ImageError(
             f"cannot decode image {name}: {error}; convert it to 8 bits a channel or remove the file"

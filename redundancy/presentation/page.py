@@ -1,6 +1,6 @@
 """The report as one page of HTML: no scripts, nothing from elsewhere; for light and dark, phones and paper.
 
-All text that comes from outside goes through `_text`, which escapes it.
+All text that comes from outside goes through `document.text`, which escapes it.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from errors import escaped, shown
 from redundancy.metrics.registry import METRICS, SECTIONS, SUMMARIES
 from redundancy.presentation import inline, tables, wording
+from redundancy.presentation.document import about_list, document, scrolling, text
 from redundancy.presentation.figures import Picture
 from redundancy.presentation.pictures import Gallery
 from redundancy.presentation.styles import PAGE_COLORS, Style, style
 from redundancy.presentation.tables import Cell, Groups, Row
 
-CSS = Path(__file__).with_name("page.css")
 NAME = 40  # letters of a label in a sentence
 LONG = 32  # letters from which on a cell may break
 READING = (
@@ -60,52 +59,13 @@ def render(groups: Groups, about: Mapping[str, Any], pictures: Mapping[str, Sequ
         sections[level] = (level.capitalize(), "\n".join([_legend(groups), *parts]))
     sections["examples"] = ("Examples", gallery.render())
     sections["gaps"] = ("What is missing", _gaps(groups))
-    sections["provenance"] = ("Provenance", _about(about))
-    return _document(_title(list(groups)), _lede(groups, about), gallery.images(), sections)
-
-
-def _document(title: str, lede: str, images: str, sections: Mapping[str, tuple[str, str]]) -> str:
-    present = {name: section for name, section in sections.items() if section[1]}
-    links = "".join(f'<li><a href="#{name}">{head}</a></li>' for name, (head, _) in present.items())
-    body = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{head}</h2>\n{content}\n</section>'
-        for name, (head, content) in present.items()
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-{CSS.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-{images}
-<header><h1>{title}</h1>
-{lede}
-<nav aria-label="Contents"><ul>{links}</ul></nav></header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def _text(words: Any) -> str:
-    """A text of others: harmless in HTML, and without what would turn its direction or hide."""
-    if isinstance(words, float):
-        words = wording.number(words)
-    return escape(escaped(f"{words:,}" if isinstance(words, int) else str(words)))
+    sections["provenance"] = ("Provenance", about_list(about))
+    return document(_title(list(groups)), _lede(groups, about), sections, gallery.images())
 
 
 def _prose(words: str) -> str:
     """Of a docstring: what is between backticks is code."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", _text(words))
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text(words))
 
 
 def _short(label: str) -> str:
@@ -124,7 +84,7 @@ def _lede(groups: Groups, about: Mapping[str, Any]) -> str:
     counts = [finding.count for models in groups.values() for one in models for finding in one.findings.values()]
     images = max(counts, default=0)
     if images:
-        parts.append(f"Measured on {_text(about.get('data') or wording.counted(images, 'image'))}.")
+        parts.append(f"Measured on {text(about.get('data') or wording.counted(images, 'image'))}.")
     if len(groups) > 1:
         parts.append(f"Differences are to <b>{_short(next(iter(groups)))}</b>.")
     seeds = [f"{_short(label)} ({len(models)} seeds)" for label, models in groups.items() if len(models) > 1]
@@ -144,7 +104,7 @@ def _models(groups: Groups) -> str:
     said = {key: {str(model.about.get(key, "")) for _, _, model in every} for key in keys}
     common = {key: every[0][2].about[key] for key in keys if len(said[key]) == 1 and key in every[0][2].about}
     varied = [key for key in keys if key not in common]
-    heads = "".join(f'<th scope="col">{_text(key)}</th>' for key in varied)
+    heads = "".join(f'<th scope="col">{text(key)}</th>' for key in varied)
     lines = []
     for label, seed, model in every:
         name = _swatched(label, list(groups)) + (f" <small>seed {seed}</small>" if len(groups[label]) > 1 else "")
@@ -153,20 +113,17 @@ def _models(groups: Groups) -> str:
     table = (
         f'<table><thead><tr><th scope="col">Model</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     )
-    alike = f"<h3>{'The same for all' if len(every) > 1 else 'What it is'}</h3>{_about(common)}" if common else ""
-    return _scrolling(table, "Models") + alike
+    alike = (
+        f"<h3>{'The same for all' if len(every) > 1 else 'What it is'}</h3>{about_list(common)}" if common else ""
+    )
+    return scrolling(table, "Models") + alike
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, (int, float)):
-        return f'<td class="number">{_text(value)}</td>'
+        return f'<td class="number">{text(value)}</td>'
     kind = ' class="long"' if len(str(value)) > LONG else ""
-    return f"<td{kind}>{_text(value)}</td>"
-
-
-def _scrolling(table: str, words: str) -> str:
-    """A box in which a wide table scrolls, also by keyboard."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{words}">{table}</div>'
+    return f"<td{kind}>{text(value)}</td>"
 
 
 def _legend(groups: Groups) -> str:
@@ -177,7 +134,7 @@ def _legend(groups: Groups) -> str:
 
 def _swatched(label: str, labels: Sequence[str]) -> str:
     """A label behind its line and marker."""
-    return f'<span class="label">{_swatch(style(labels.index(label)))}<span>{_text(label)}</span></span>'
+    return f'<span class="label">{_swatch(style(labels.index(label)))}<span>{text(label)}</span></span>'
 
 
 def _swatch(look: Style) -> str:
@@ -196,18 +153,9 @@ def _gaps(groups: Groups) -> str:
         for name, reason in ((name, reason) for model in models for name, reason in model.gaps.items()):
             reasons.setdefault(reason, {})[name] = None
         for reason, names in reasons.items():
-            listed = ", ".join(f"<code>{_text(name)}</code>" for name in names)
-            items.append(f"<li><b>{_text(label)}</b>: {_text(reason)} ({listed})</li>")
+            listed = ", ".join(f"<code>{text(name)}</code>" for name in names)
+            items.append(f"<li><b>{text(label)}</b>: {text(reason)} ({listed})</li>")
     return f'<ul class="gaps">{"".join(items)}</ul>' if items else ""
-
-
-def _about(about: Mapping[str, Any]) -> str:
-    """Names and what they are; commands as they are typed."""
-    lines = []
-    for key, value in about.items():
-        words = f"<pre>{_text(value)}</pre>" if key == "command" else _text(value)
-        lines.append(f"<div><dt>{_text(key)}</dt><dd>{words}</dd></div>")
-    return f'<dl class="about">{"".join(lines)}</dl>' if lines else ""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,13 +180,13 @@ def _summary(rows: list[Row], groups: Groups) -> str:
         if len(labels) > 1
         else ""
     )
-    notes = (f"{key} {_text(tables.note(rows))}", READING)
-    return _scrolling(table, "Summary") + "".join(f'<p class="how">{words}</p>' for words in notes)
+    notes = (f"{key} {text(tables.note(rows))}", READING)
+    return scrolling(table, "Summary") + "".join(f'<p class="how">{words}</p>' for words in notes)
 
 
 def _summary_row(row: Row) -> str:
-    name = f'<a href="#{_anchor(row.metric)}">{_text(wording.title(row.metric))}</a>'
-    code = "" if wording.title(row.metric) == row.metric else f"<code>{_text(row.metric)}</code>"
+    name = f'<a href="#{_anchor(row.metric)}">{text(wording.title(row.metric))}</a>'
+    code = "" if wording.title(row.metric) == row.metric else f"<code>{text(row.metric)}</code>"
     end = wording.redundant(row.metric)
     cells = "".join(_summary_cell(cell, end) for cell in row.cells.values())
     return f'<tr><th scope="row">{name}{code}</th><td>{end or wording.NOTHING}</td>{cells}</tr>'
@@ -246,7 +194,7 @@ def _summary_row(row: Row) -> str:
 
 def _summary_cell(cell: Cell, end: str) -> str:
     if not math.isfinite(cell.value.value):
-        why = f'<span class="gap">{_text(cell.gap)}</span>' if cell.gap else ""
+        why = f'<span class="gap">{text(cell.gap)}</span>' if cell.gap else ""
         return f'<td class="number">{wording.NOTHING}{why}</td>'
     value = f"<span>{wording.estimated(cell.value)}</span>"
     if cell.difference is None or not math.isfinite(cell.difference.value):
@@ -272,17 +220,17 @@ def _metric(row: Row, pictures: Sequence[Picture], groups: Groups) -> str:
     drawn = []
     for picture in pictures:
         drawing = inline.svg(picture.figure, wording.file_name(picture.name), escaped(picture.words), list(groups))
-        caption = f"<figcaption>{_text(picture.title)}</figcaption>" if picture.title else ""
+        caption = f"<figcaption>{text(picture.title)}</figcaption>" if picture.title else ""
         drawn.append(f"<figure>{drawing}{caption}</figure>")
     figures = f'<div class="figures">{"".join(drawn)}</div>' if drawn else ""
     missing = "".join(
-        f'<p class="gap"><b>{_text(label)}</b>: {_text(cell.gap)}</p>'
+        f'<p class="gap"><b>{text(label)}</b>: {text(cell.gap)}</p>'
         for label, cell in row.cells.items()
         if cell.gap
     )
     notes = _notes(name, groups)
-    head = f'<h3 id="{anchor}-head">{_text(wording.title(name))}</h3>'
-    code = "" if wording.title(name) == name else f"<code>{_text(name)}</code>"
+    head = f'<h3 id="{anchor}-head">{text(wording.title(name))}</h3>'
+    code = "" if wording.title(name) == name else f"<code>{text(name)}</code>"
     kind = "metric many" if len(drawn) > 1 else "metric"
     return (
         f'<article class="{kind}" id="{anchor}" aria-labelledby="{anchor}-head">{head}{code}\n'
@@ -306,7 +254,7 @@ def _made(name: str) -> str:
         sections["Summary"] = f"{SUMMARIES[metric.summary]}."
     lines = "".join(f"<div><dt>{key}</dt><dd>{_prose(words)}</dd></div>" for key, words in sections.items())
     remarks = f"<p>{_prose(metric.text.remarks)}</p>" if metric.text.remarks else ""
-    return f'<pre class="equation">{_text(metric.text.equation)}</pre>{remarks}<dl>{lines}</dl>'
+    return f'<pre class="equation">{text(metric.text.equation)}</pre>{remarks}<dl>{lines}</dl>'
 
 
 def _notes(name: str, groups: Groups) -> str:
@@ -322,7 +270,7 @@ def _notes(name: str, groups: Groups) -> str:
 def _note(words: str, labels: Iterable[str], count: int) -> str:
     labels = list(labels)
     return (
-        _text(words)
+        text(words)
         if len(labels) == count
-        else f"{wording.listed([_short(label) for label in labels])}: {_text(words)}"
+        else f"{wording.listed([_short(label) for label in labels])}: {text(words)}"
     )

@@ -6,7 +6,6 @@ enlarges without smoothing.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -18,6 +17,7 @@ from PIL import Image
 from errors import escaped
 from redundancy.finding import Assessed, Example
 from redundancy.presentation import wording
+from redundancy.presentation.document import data_uri, png
 
 SIDE = 224  # pixels of an image's longer side, at most
 HEADS = 12  # maps shown of a model
@@ -102,7 +102,7 @@ class Gallery:
         """The id of an image, and its height and width on the page."""
         picture = Image.fromarray(image)
         picture.thumbnail((SIDE, SIDE))
-        data = _png(picture)
+        data = png(picture)
         name = self._images.setdefault(data, f"image-{len(self._images)}")
         return name, (picture.height, picture.width)
 
@@ -111,7 +111,7 @@ class Gallery:
         stored = []
         for data, name in self._images.items():
             width, height = Image.open(io.BytesIO(data)).size
-            stored.append(f'<image id="{name}" width="{width}" height="{height}" href="{_uri(data)}"/>')
+            stored.append(f'<image id="{name}" width="{width}" height="{height}" href="{data_uri(data)}"/>')
         return f'<svg class="store" aria-hidden="true">{"".join(stored)}</svg>' if stored else ""
 
 
@@ -119,14 +119,4 @@ def _map(values: np.ndarray, width: int, height: int) -> str:
     """Values from 0 to 1 as colours, clear where there is none, over the whole image."""
     pixels = COLORS(np.ma.masked_invalid(values), bytes=True)  # [rows, columns, 4]
     place = f'width="{width}" height="{height}" preserveAspectRatio="none"'
-    return f'<image class="map" {place} href="{_uri(_png(Image.fromarray(pixels)))}"/>'
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    return f'<image class="map" {place} href="{data_uri(png(Image.fromarray(pixels)))}"/>'
