@@ -49,7 +49,8 @@ class Examples(Protocol):
         samples: for `images.found.digest`.
     """
 
-    samples: Sequence[Sample]
+    @property
+    def samples(self) -> Sequence[Sample]: ...
 
     def __len__(self) -> int: ...
 

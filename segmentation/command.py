@@ -21,6 +21,7 @@ from losses import Objective
 from models import DiverseViT, Needs
 from models.capture import check_captured
 from models.weights import has_average, load_weights, model_weights
+from options.config import provenance
 from options.flags import shape_of, sides
 from program import Signals
 from regularizers import Diversity
@@ -34,7 +35,7 @@ from segmentation.loading import build_eval_loader, build_train_loader
 from segmentation.network import Segmenter
 from segmentation.objective import PixelLoss, Unmixed, synchronised
 from segmentation.options import PROGRAM
-from segmentation.page import Gallery
+from segmentation.predictions import Predictions
 from segmentation.sets import Pairs, find_pairs
 from segmentation.settings import Settings, described, names_of, recipe_of, resolve, stride_of
 from segmentation.starting import build_network, find_origin
@@ -45,7 +46,10 @@ from state.lock import Lock
 from state.run_state import check_class_names
 from state.saved_flags import flags_of
 from trainer import Work, build_trackers, finish, start, train
-from utils import broadcast_from_main, print_main, rank, world_size
+from utils import broadcast_from_main, find_launch, init_distributed, print_main, rank, world_size
+from workers import default_workers
+
+AVERAGE = "EMA"  # what a checkpoint's moving average is called in print
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Settings) -> None:
     """Build everything, then train, or evaluate and stop; or only read the images and masks."""
     if args.check_data:
-        check_pairs(args, [find_half(args, is_train) for is_train in (True, False)])
+        check_data(args)
         return
     precision = start(args)
     state = checkpoint.load(args.resume) if args.eval and args.resume else None
@@ -78,13 +82,13 @@ def run(args: Settings) -> None:
     model = build_model(args, network, diversity, len(pairs.classes), precision.device)
     val_set = images_of(args, pairs)
     loader = build_eval_loader(args, val_set, world_size(), rank(), precision.device)
-    predict = Predictor(sides(args.input_size), stride_of(args), args.inference, args.test_scales, args.test_flip)
+    predict = predictor_of(args)
     if args.eval:
-        evaluate_checkpoint(args, model, state, loader, pairs, precision, predict)
+        evaluate_checkpoint(args, model, state, loader, val_set, precision, predict)
         return
     output = Path(args.output_dir) if args.output_dir else None
     with Signals() as signals, Lock(output), build_trackers(args) as trackers:
-        train_set = images_of(args, find_half(args, is_train=True))
+        train_set = images_of(args, find_half(args, is_train=True, classes=pairs.classes))
         train_loader = build_train_loader(args, train_set, world_size(), rank(), precision.device)
         mixing, objective = Unmixed(), Objective(PixelLoss(auxiliary=args.auxiliary_coef), diversity)
         run_state = build_run(args, model, precision, mixing, train_loader, earlier, by_steps, MIOU)
@@ -92,9 +96,22 @@ def run(args: Settings) -> None:
         train(Work(args, run_state, objective, mixing, train_loader, precision), task, signals, trackers, earlier)
 
 
-def find_half(args: Settings, is_train: bool) -> Pairs:
-    """The training or the evaluation half of --data-set."""
-    names = names_of(args) if args.data_set == "FOLDER" else ()
+def check_data(args: Settings) -> None:
+    """--check-data: read all pairs of both halves once."""
+    init_distributed(find_launch(args.world_size), torch.device("cpu"), args.dist_url, args.dist_timeout)
+    halves = {"training": True, "validation": False}
+    found = {half: images_of(args, find_half(args, is_train)) for half, is_train in halves.items()}
+    workers = default_workers() if args.num_workers is None else args.num_workers
+    check_pairs(found, workers, args.dist_timeout)
+
+
+def find_half(args: Settings, is_train: bool, classes: Sequence[str] = ()) -> Pairs:
+    """The training or the evaluation half of --data-set.
+
+    Args:
+        classes: the names, where they are known from the other half.
+    """
+    names = classes or names_of(args) if args.data_set == "FOLDER" else ()
     said = Options(names, args.ignore_label, args.reduce_zero_label)
     return find_pairs(args.data_set, args.data_path or "", is_train, said)
 
@@ -118,6 +135,13 @@ def images_of(args: Settings, pairs: Pairs) -> SegmentedImages:
     mean = preprocessing(args).mean
     training = Training(recipe, args.in_chans, mean, args.distort)
     return SegmentedImages(pairs, training, Whole(recipe, args.in_chans))
+
+
+def predictor_of(args: Settings) -> Predictor:
+    """How evaluation finds the class of each pixel."""
+    slides = args.inference == "slide"
+    window = sides(args.input_size) if slides else None
+    return Predictor(window, stride_of(args) if slides else None, args.test_scales, args.test_flip)
 
 
 def by_steps(args: Settings, optimizer: torch.optim.Optimizer, peak: float) -> PolyBySteps:
@@ -176,28 +200,29 @@ def evaluate_checkpoint(
     model: DiverseViT,
     state: Any,
     loader: DeviceLoader,
-    pairs: Pairs,
+    images: SegmentedImages,
     precision: Precision,
     predict: Predictor,
 ) -> None:
     """--eval: print the scores of the weights in `state`, of their average, or of both, as --weights says."""
-    networks = {"EMA" if args.weights == "ema" else "network": model}
+    networks = {AVERAGE if args.weights == "ema" else "network": model}
     if args.weights == "auto" and has_average(state):
-        networks["EMA"] = copy.deepcopy(model)
+        networks[AVERAGE] = copy.deepcopy(model)
     for name, each in networks.items():
         if args.resume:
-            load_weights(each.backbone, model_weights(state, args.resume, ema=name == "EMA"), args.resume)
+            load_weights(each.backbone, model_weights(state, args.resume, ema=name == AVERAGE), args.resume)
     if not args.resume:
         print_main("warning: --eval without --resume evaluates untrained heads")
-    gallery = Gallery(Path(args.predictions), pairs, args.pictures) if args.predictions else None
+    written = Predictions(Path(args.predictions), images, args.pictures) if args.predictions else None
 
     def show(number: int, predicted: Tensor) -> None:
-        if gallery is not None:
-            gallery.add(number * world_size() + rank() if args.dist_eval else number, predicted)
+        if written is not None:
+            written.add(number * world_size() + rank() if args.dist_eval else number, predicted)
 
-    found = evaluate([*networks.values()], loader, precision, predict, pairs.classes, show=show)
+    found = evaluate([*networks.values()], loader, precision, predict, images.pairs.classes, show=show)
     for name, result in zip(networks, found, strict=True):
         print_main(f"{name}: {report_line(numbers_of(result))}")
     print_main(found[0].table())
-    if gallery is not None:
-        print_main(f"written: {gallery.finish(found[0])}")
+    if written is not None:
+        about = {"weights": args.resume or "untrained heads", "images": len(images), **provenance()}
+        print_main(f"written: {written.write_page(f'Segmentation of {args.data_set}', found[0], about)}")

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from images.decode import ImageError
+from images.transforms import Box
 from segmentation.sets import Pairs
 
 Decoded = tuple[Image.Image, np.ndarray]  # RGB, and uint8 [H, W]
 
 
-class SegmentedImages(Dataset[tuple[Tensor, Tensor]]):
+class SegmentedImages(Dataset[tuple[Tensor, Tensor, list[Box]]]):
     """Images with their masks. Reading a pair and transforming it are two steps: many views may follow one decode.
 
     Args:
@@ -80,11 +81,11 @@ class SegmentedImages(Dataset[tuple[Tensor, Tensor]]):
         """
         return self._train(*decoded)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """What evaluation takes: the whole image, resized, uint8 [C, h, w], and its own mask, uint8 [H, W].
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, list[Box]]:
+        """What evaluation takes: the image resized, uint8 [C, h, w], its own mask, uint8 [H, W], and no boxes.
 
         Raises:
             ImageError: as in `decode`.
         """
         (image, mask), _ = self.decode(index)
-        return self._test(image), torch.from_numpy(np.array(mask))
+        return self._test(image), torch.from_numpy(np.array(mask)), []

@@ -136,6 +136,7 @@ def build_segmenter(
     image_size: Size = (512, 512),
     frozen: bool = False,
     in_chans: int = 3,
+    dropout: float = 0.1,
 ) -> Segmenter:
     """A segmenter around a timm model, which loses its classifier.
 
@@ -148,11 +149,12 @@ def build_segmenter(
             last layer's patches after the backbone's own final norm.
         neck: how the four maps of a plain ViT get their sizes: 'scale', 'multilevel' or 'deconv'.
         layers: blocks of a plain ViT, or stages, that the maps are from, see `features.find_maps`.
-        channels, auxiliary_channels: C of UperNet and of the auxiliary head.
+        channels, auxiliary_channels: C of UperNet and of the auxiliary head; 0: there is no auxiliary head.
         image_size: height and width of training images.
         frozen: train neck and heads alone; the backbone stays in evaluation mode. (DINOv2's protocol is this with
             the linear head.)
         in_chans: channels of images.
+        dropout: before each classifier.
     Raises:
         UserError: a name that is unknown, or a backbone that gives no such maps.
     """
@@ -173,8 +175,8 @@ def build_segmenter(
         backbone,
         maps,
         build_neck(neck, maps),
-        UperHead(maps.widths, classes, channels),
-        FCNHead(maps.widths[2], classes, auxiliary_channels),
+        UperHead(maps.widths, classes, channels, dropout),
+        FCNHead(maps.widths[2], classes, auxiliary_channels, dropout) if auxiliary_channels else None,
         frozen,
     )
 

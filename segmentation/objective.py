@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class PixelLoss(LabelLoss):
         super().__init__()
         self.ignore_label, self.auxiliary = ignore_label, auxiliary
 
-    def __call__(self, captured: Captured, labels: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Term]:
+    def __call__(self, captured: Captured, labels: Any, teacher_logits: Tensor | None = None) -> dict[str, Term]:
         """The terms 'ce' and 'auxiliary' of masks [B, H, W]."""
         terms = {"ce": Term(pixel_cross_entropy(captured.logits, labels, self.ignore_label), 1.0)}
         if captured.dist_logits is not None:

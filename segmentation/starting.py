@@ -67,9 +67,8 @@ def find_origin(args: Settings) -> tuple[Settings, Origin | None]:
 
 def with_colours(args: Settings, said: dict[str, Any]) -> Settings:
     """The settings with the mean and deviation that are said, where the flags give none; else DeiT's."""
-    given = {name: list(said[name]) for name in ("mean", "std") if said.get(name) and getattr(args, name) is None}
-    args = replace(args, **given)
-    colours = preprocessing(args)
+    mean, std = args.mean or said.get("mean"), args.std or said.get("std")
+    colours = preprocessing(replace(args, mean=mean and list(mean), std=std and list(std)))
     return replace(args, mean=list(colours.mean), std=list(colours.std))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, shown
-from options.config import Resolved
+from options.config import R
 from options.flags import Args
 from options.parser import Resume, dashed, declared
 from regularizers import REFERENCE_FLAGS, parse_spec
@@ -129,7 +129,7 @@ def _path_of_newest(folder: Path) -> str | None:
     return str(found[0]) if found is not None else None
 
 
-def in_force(args: Resolved, earlier: Earlier) -> Resolved:
+def in_force(args: R, earlier: Earlier) -> R:
     """The flags that hold in a resumed run. Each change is named once, here, and noted in `earlier`.
 
     Raises:
