@@ -28,7 +28,7 @@ class Batches(NamedTuple):
     Attributes:
         image_shape: channels, height and width.
         train: images in a batch of training.
-        test: images in the batches of evaluation, each size once.
+        test: images in the batches of evaluation, each size once; none: it is not gone through.
         label_shape: of what is the label of one image: nothing of a class, height and width of a mask.
     """
 
@@ -92,7 +92,8 @@ def warm_up(
         terms |= objective.of_weights(unwrap(model).weights)
         updater.backward(total(terms))
         updater.optimizer.zero_grad()
-    evaluate(unwrap(model), [blank(count) for count in batches.test], updater.precision, measure)
+    if batches.test:
+        evaluate(unwrap(model), [blank(count) for count in batches.test], updater.precision, measure)
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)

@@ -187,8 +187,8 @@ def check_layers(diversity: Diversity, network: Segmenter) -> None:
         return  # all stages are read
     last = max(network.maps.layers)
     for term in diversity.terms:
-        beyond = [layer for pair in term.pairs for layer in pair if layer > last]
-        if beyond:
+        layers = [*term.layers, *(layer for pair in term.pairs for layer in pair)]
+        if term.spec.level != "weight" and max(layers, default=0) > last:
             raise UserError(
                 f"{term.spec.name} is at a layer behind the last block that the head reads, {last}: choose "
                 "layers up to it"

@@ -107,8 +107,9 @@ def names_of(args: Settings) -> list[str]:
 
 
 def described(args: Settings, saved: Args | dict[str, Any]) -> Settings:
-    """The settings with the model that a checkpoint's flags describe, where these do not name one."""
+    """The settings with the model and the colours that a checkpoint's flags describe, where these give none."""
     flags = saved if isinstance(saved, dict) else vars(saved)
+    args = replace(args, mean=args.mean or flags.get("mean"), std=args.std or flags.get("std"))
     if args.model or not flags.get("model"):
         return args
     kwargs = {**(flags.get("model_kwargs") or {}), **args.model_kwargs}

@@ -22,31 +22,9 @@ from segmentation.command import main
 
 BACKBONE = ["--model", "deit_tiny_patch16_224", "--device", "cpu"]
 BACKBONE += ["--model-kwargs", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2"]
-FLAGS = [
-    "--data-set",
-    "FOLDER",
-    "--crop-size",
-    "16",
-    "--resize",
-    "24",
-    "20",
-    "--test-resize",
-    "0",
-    "--num_workers",
-    "0",
-]
-FLAGS += [
-    "--channels",
-    "8",
-    "--auxiliary-channels",
-    "4",
-    "--batch-size",
-    "4",
-    "--lr",
-    "1e-2",
-    "--print-freq",
-    "100",
-]
+FLAGS = ["--data-set", "FOLDER", "--crop-size", "16", "--resize", "24", "20", "--test-resize", "0"]
+FLAGS += ["--channels", "8", "--auxiliary-channels", "4", "--batch-size", "4", "--lr", "1e-2"]
+FLAGS += ["--num_workers", "0", "--print-freq", "100"]
 FLAGS += ["--iterations", "6", "--eval-interval", "3", "--warmup-iterations", "2", "--model-ema-decay", "0.5"]
 TERMS = ["--reg", "patch.cosine=0.1", "--reg", "attn.cosine=0.1", "--reg", "weight.so=1e-4"]
 
@@ -84,9 +62,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps with a term of each level that segmentation has."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert (
-        run(images, output, "--reg", "patch.cosine=0.1", "--reg", "attn.cosine=0.1", "--reg", "weight.so=1e-4") == 0
-    )
+    assert run(images, output, *TERMS) == 0
     return output
 
 
@@ -156,7 +132,8 @@ def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
     """The same crops in two batches of two: batch norm goes over both, so weights and scores agree."""
     script = str(Path(forks.ROOT) / "segmentation" / "__main__.py")
     common = [*BACKBONE, *FLAGS, "--data-path", str(images), "--reg", "patch.cosine=0.1", "--drop-path", "0"]
-    common += ["--head-drop", "0"]
+    common += ["--head-drop", "0", "--opt", "sgd", "--lr", "0.1"]  # Adam makes a step of every rounding error
+    common += ["--iterations", "2", "--eval-interval", "1", "--warmup-iterations", "0"]
     for processes, batch in ((1, "4"), (2, "2")):
         output = str(tmp_path / str(processes))
         argv = [*common, "--batch-size", batch, "--output_dir", output]
@@ -164,9 +141,10 @@ def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stderr
     one, two = (saved(tmp_path / name)["model"] for name in ("1", "2"))
     for name, weight in one.items():
-        assert torch.allclose(weight, two[name], rtol=1e-3, atol=2e-5), name
+        assert torch.allclose(weight, two[name], rtol=1e-4, atol=1e-6), name
     for alone, shared in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
-        assert alone["test_miou"] == pytest.approx(shared["test_miou"], abs=1.0)
+        assert alone["train_loss"] == pytest.approx(shared["train_loss"], rel=1e-5)
+        assert alone["test_miou"] == pytest.approx(shared["test_miou"], abs=0.5)  # a pixel may be a draw
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -194,7 +172,6 @@ def test_scores_do_not_depend_on_the_number_of_processes(
         (["--mixup", "0.8"], "unrecognized arguments: --mixup"),
         (["--stride", "8"], "--stride is that of --inference slide"),
         (["--predictions", "there"], "--predictions is written by --eval"),
-        (["--class-names", "one", "two"], "2 names"),
         (["--map-layers", "0", "9", "1", "2"], "has blocks 0 to 3, and no 9"),
     ],
 )
