@@ -15,6 +15,7 @@ from options.flags import Args
 from options.parser import Resume, dashed, declared
 from redundancy.options import get_args_parser as redundancy_parser
 from regularizers import REFERENCE_FLAGS, parse_spec
+from segmentation.options import get_args_parser as segmentation_parser
 from tables.options import get_args_parser as tables_parser
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def test_files_exist(page):
 def known_flags() -> set[str]:
     """Every flag of a program that the pages call."""
     known = set(flags.get_args_parser()._option_string_actions) | SLURM | TRACKERS
-    for parser in (torchrun_parser(), redundancy_parser(), tables_parser()):
+    for parser in (torchrun_parser(), redundancy_parser(), segmentation_parser(), tables_parser()):
         known |= set(parser._option_string_actions)
     for script in [*ROOT.glob("script/*.py"), *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))

@@ -19,6 +19,7 @@ from small_runs import assert_same, saved
 import trainer
 from engine import train_one_epoch
 from segmentation.command import main
+from segmentation.settings import recipe_of, resolve
 
 BACKBONE = ["--model", "deit_tiny_patch16_224", "--device", "cpu"]
 BACKBONE += ["--model-kwargs", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2"]
@@ -182,3 +183,12 @@ def test_a_mistake_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith("segmentation: error: ") and words in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(forks.ROOT) / "configs" / "segmentation").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_recipes_are_configurations(path: Path) -> None:
+    args = resolve(["--config", str(path), "--model", "deit_small_patch16_224"])
+    assert args.epochs * args.eval_interval == args.iterations
+    assert args.data_set.lower() in path.stem and recipe_of(args).crop == (args.input_size,) * 2
