@@ -69,9 +69,8 @@ class Maps:
             UserError: the backbone does not take images of this size.
         """
         if self.only is None:
-            height, width = (
-                -(-side // multiple) * multiple for side, multiple in zip(size, self.whole, strict=True)
-            )
+            pairs = zip(size, self.whole, strict=True)
+            height, width = (side + -side % multiple for side, multiple in pairs)
             return height, width
         if size[0] > self.only[0] or size[1] > self.only[1]:
             raise UserError(
@@ -86,17 +85,14 @@ class Maps:
         A pixel of the logits that lies partly in the padding stays, so their size is rounded up, as that of the
         reference's maps is.
         """
-        covered = self.covered(size)
-        if covered == tuple(size):
-            return logits
-        pairs = zip(size, logits.shape[-2:], covered, strict=True)
-        height, width = (-(-side * cells // whole) for side, cells, whole in pairs)
-        return logits[..., :height, :width]
+        pairs = zip(size, logits.shape[-2:], self.covered(size), strict=True)
+        height, width = (cells - (covered - side) * cells // covered for side, cells, covered in pairs)
+        return logits.narrow(-2, 0, height).narrow(-1, 0, width)
 
     def _padded(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         below, right = (to - side for to, side in zip(self.covered((height, width)), (height, width), strict=True))
-        return F.pad(images, (0, right, 0, below)) if below or right else images
+        return F.pad(images, (0, right, 0, below))  # always: an export would remember a branch
 
 
 def build_backbone(name: str, image_size: Size, **overrides: Any) -> nn.Module:
