@@ -41,8 +41,12 @@ class AdaptiveMean(nn.AdaptiveAvgPool2d):
     torch computes this by itself, but exports loops over the cells of one size.
 
     Args:
-        output_size: s.
+        cells: s.
     """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(cells)
+        self.cells = cells
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D, h, w] -> [B, D, s, s]"""
@@ -53,9 +57,8 @@ class AdaptiveMean(nn.AdaptiveAvgPool2d):
 
     def _means(self, length: int, like: Tensor) -> Tensor:
         """A_n, [s, n]"""
-        cells = int(self.output_size)
-        cell = torch.arange(cells, device=like.device)[:, None]
-        first, last = cell * length // cells, rounded_up((cell + 1) * length, cells)
+        cell = torch.arange(self.cells, device=like.device)[:, None]
+        first, last = cell * length // self.cells, rounded_up((cell + 1) * length, self.cells)
         place = torch.arange(length, device=like.device)
         return ((first <= place) & (place < last)).to(like.dtype) / (last - first)
 
