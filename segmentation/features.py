@@ -139,13 +139,10 @@ def find_maps(
         raise UserError(f"{name} has {unit} 0 to {len(strides) - 1}, and no {outside[0]}: choose other layers")
     if list(layers) != sorted(layers):
         raise UserError(f"the layers {', '.join(map(str, layers))} are not in their order: sort them")
-    multiples = (
-        [_patch(backbone, strides[0])] if plain else [(stride, stride) for stride in (strides[0], strides[-1])]
-    )
+    multiples = [_patch(backbone, strides[0])] if plain else [(side, side) for side in (strides[0], strides[-1])]
     norms = [True, False] if last else [False]  # some families assert that their maps have no norm
-    candidates = [
-        Maps(tuple(layers), (), not plain, whole, None, normed) for whole in multiples for normed in norms
-    ]
+    maps = Maps(tuple(layers), (), hierarchical=not plain, whole=multiples[0])
+    candidates = [replace(maps, whole=whole, normed=normed) for whole in multiples for normed in norms]
     return _tried(backbone, candidates, image_size, in_chans)
 
 
@@ -221,8 +218,12 @@ def _shapes(backbone: Any, maps: Maps, size: Size, in_chans: int) -> list[torch.
     """
     with _evaluating(backbone):
         found = maps._read(backbone, _blank(backbone, size, in_chans))
-    if any(not isinstance(each, Tensor) or each.ndim != 4 for each in found):
-        raise ValueError("what it gives has no height and width")
+    strides = _strides(backbone)
+    for layer, each in zip(maps.layers, found, strict=True):
+        stride = (strides[layer], strides[layer]) if maps.hierarchical else maps.whole
+        sides = zip(each.shape[-2:], size, stride, strict=True)
+        if each.ndim != 4 or any(abs(cells - pixels / step) >= 1 for cells, pixels, step in sides):
+            raise ValueError(f"layer {layer} gives {list(each.shape)}, not one cell for {_shown(stride)} pixels")
     return [each.shape for each in found]
 
 
