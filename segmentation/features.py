@@ -69,9 +69,8 @@ class Maps:
             UserError: the backbone does not take images of this size.
         """
         if self.only is None:
-            height, width = (
-                -(-side // multiple) * multiple for side, multiple in zip(size, self.whole, strict=True)
-            )
+            pairs = zip(size, self.whole, strict=True)
+            height, width = (side + -side % multiple for side, multiple in pairs)
             return height, width
         if size[0] > self.only[0] or size[1] > self.only[1]:
             raise UserError(
@@ -86,17 +85,14 @@ class Maps:
         A pixel of the logits that lies partly in the padding stays, so their size is rounded up, as that of the
         reference's maps is.
         """
-        covered = self.covered(size)
-        if covered == tuple(size):
-            return logits
-        pairs = zip(size, logits.shape[-2:], covered, strict=True)
-        height, width = (-(-side * cells // whole) for side, cells, whole in pairs)
-        return logits[..., :height, :width]
+        pairs = zip(size, logits.shape[-2:], self.covered(size), strict=True)
+        height, width = (cells - (covered - side) * cells // covered for side, cells, covered in pairs)
+        return logits.narrow(-2, 0, height).narrow(-1, 0, width)
 
     def _padded(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         below, right = (to - side for to, side in zip(self.covered((height, width)), (height, width), strict=True))
-        return F.pad(images, (0, right, 0, below)) if below or right else images
+        return F.pad(images, (0, right, 0, below))  # always: an export would remember a branch
 
 
 def build_backbone(name: str, image_size: Size, **overrides: Any) -> nn.Module:
@@ -143,13 +139,10 @@ def find_maps(
         raise UserError(f"{name} has {unit} 0 to {len(strides) - 1}, and no {outside[0]}: choose other layers")
     if list(layers) != sorted(layers):
         raise UserError(f"the layers {', '.join(map(str, layers))} are not in their order: sort them")
-    multiples = (
-        [_patch(backbone, strides[0])] if plain else [(stride, stride) for stride in (strides[0], strides[-1])]
-    )
+    multiples = [_patch(backbone, strides[0])] if plain else [(side, side) for side in (strides[0], strides[-1])]
     norms = [True, False] if last else [False]  # some families assert that their maps have no norm
-    candidates = [
-        Maps(tuple(layers), (), not plain, whole, None, normed) for whole in multiples for normed in norms
-    ]
+    maps = Maps(tuple(layers), (), hierarchical=not plain, whole=multiples[0])
+    candidates = [replace(maps, whole=whole, normed=normed) for whole in multiples for normed in norms]
     return _tried(backbone, candidates, image_size, in_chans)
 
 
@@ -225,8 +218,12 @@ def _shapes(backbone: Any, maps: Maps, size: Size, in_chans: int) -> list[torch.
     """
     with _evaluating(backbone):
         found = maps._read(backbone, _blank(backbone, size, in_chans))
-    if any(not isinstance(each, Tensor) or each.ndim != 4 for each in found):
-        raise ValueError("what it gives has no height and width")
+    strides = _strides(backbone)
+    for layer, each in zip(maps.layers, found, strict=True):
+        stride = (strides[layer], strides[layer]) if maps.hierarchical else maps.whole
+        sides = zip(each.shape[-2:], size, stride, strict=True)
+        if each.ndim != 4 or any(abs(cells - pixels / step) >= 1 for cells, pixels, step in sides):
+            raise ValueError(f"layer {layer} gives {list(each.shape)}, not one cell for {_shown(stride)} pixels")
     return [each.shape for each in found]
 
 

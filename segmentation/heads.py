@@ -11,6 +11,7 @@ Legend: B images, C channels, D width of a map, K classes, h x w pixels of a map
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,44 @@ from regularizers.primitives import full_precision
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, without aligned corners.  [B, D, h, w] -> [B, D, *size]"""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+Number = TypeVar("Number", int, Tensor)
+
+
+def rounded_up(number: Number, by: int) -> Number:
+    """number / by, rounded up, for numbers from 1. (Not as -(-n // by): ONNX rounds towards zero.)"""
+    return (number - 1) // by + 1
+
+
+class AdaptiveMean(nn.AdaptiveAvgPool2d):
+    r"""Mean over s x s cells of a map, which can be exported for images of any size.
+
+        y = A_h x A_w^T,   A_n [s, n] = 1 / length of cell i from floor(i n / s) to ceil((i + 1) n / s), else 0
+
+    torch computes this by itself, but exports loops over the cells of one size.
+
+    Args:
+        cells: s.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(cells)
+        self.cells = cells
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D, h, w] -> [B, D, s, s]"""
+        if not torch.compiler.is_exporting():
+            return super().forward(features)
+        height, width = features.shape[-2:]
+        return self._means(height, features) @ features @ self._means(width, features).mT
+
+    def _means(self, length: int, like: Tensor) -> Tensor:
+        """A_n, [s, n]"""
+        cell = torch.arange(self.cells, device=like.device)[:, None]
+        first, last = cell * length // self.cells, rounded_up((cell + 1) * length, self.cells)
+        place = torch.arange(length, device=like.device)
+        return ((first <= place) & (place < last)).to(like.dtype) / (last - first)
 
 
 class ConvNormReLU(nn.Module):
@@ -72,7 +111,7 @@ class UperHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, classes, 1)
         self.dropout = nn.Dropout2d(dropout)
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormReLU(top, channels, 1)) for scale in scales
+            nn.Sequential(AdaptiveMean(scale), ConvNormReLU(top, channels, 1)) for scale in scales
         )
         self.bottleneck = ConvNormReLU(top + len(scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvNormReLU(width, channels, 1) for width in lower)

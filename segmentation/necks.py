@@ -5,7 +5,6 @@ Legend: B images, C channels, D width of a map, h x w pixels of a map.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from timm.layers import LayerNorm2d
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from errors import UserError, did_you_mean
 from segmentation.features import Maps
-from segmentation.heads import resize
+from segmentation.heads import resize, rounded_up
 
-SCALES = (4, 2, 1, 0.5)  # of the four maps of a plain ViT
+SCALES = ((4, 1), (2, 1), (1, 1), (1, 2))  # of the four maps of a plain ViT, as fractions
 
 
 class Neck(nn.Module):
@@ -123,9 +122,10 @@ def _doubling(width: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
 
 
-def _scaled(features: Tensor, scale: float) -> Tensor:
+def _scaled(features: Tensor, scale: tuple[int, int]) -> Tensor:
     """[B, D, h, w] -> [B, D, scale h, scale w], rounded up"""
-    if scale == 1:
+    times, over = scale
+    if times == over:
         return features
     height, width = features.shape[-2:]
-    return resize(features, (math.ceil(scale * height), math.ceil(scale * width)))
+    return resize(features, (rounded_up(height * times, over), rounded_up(width * times, over)))

@@ -158,6 +158,29 @@ def test_backbones_without_maps_are_refused() -> None:
         segmenter("swin_tiny_patch4_window7_224", neck="deconv")
 
 
+def test_maps_of_another_size_are_refused() -> None:
+    backbone = timm.create_model("deit_tiny_patch16_224", img_size=64, **TINY)
+    backbone.feature_info = [{**layer, "reduction": 16} for layer in backbone.feature_info]
+    with pytest.raises(UserError, match=r"layer 0 gives \[1, 24, 8, 8\], not one cell for 16 x 16 pixels"):
+        find_maps(backbone, (64, 64))
+
+
+def test_patches_that_are_no_squares() -> None:
+    arguments = {**TINY, "patch_size": (8, 4)}
+    backbone = build_backbone("vit_tiny_patch16_224", (32, 32), **arguments)
+    model = build_segmenter(backbone, CLASSES, image_size=(32, 32), **SMALL).eval()
+    assert model.maps.whole == (8, 4) and model.maps.only is None
+    assert model(torch.randn(1, 3, 31, 33)).shape == (1, CLASSES, 16, 33)
+
+
+def test_a_backbones_own_mistakes_are_told() -> None:
+    with pytest.raises(UserError, match=r"deit_tiny_patch16_224 cannot be built .*'depht'"):
+        build_backbone("deit_tiny_patch16_224", (32, 32), depht=3)
+    with pytest.raises(UserError, match="unknown model 'deit_tiny_patch'"):
+        build_backbone("deit_tiny_patch", (32, 32))
+    assert build_backbone("beit_base_patch16_224", (32, 48), **TINY).patch_embed.img_size == (32, 48)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Necks
 

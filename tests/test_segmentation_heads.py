@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from segmenters import CLASSES, bilinear, images, randomised
 from torch import Tensor
+from torch.export import Dim
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from segmentation.heads import FCNHead, LinearHead, UperHead, pixel_cross_entropy
+from segmentation.heads import AdaptiveMean, FCNHead, LinearHead, UperHead, pixel_cross_entropy
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -65,6 +67,16 @@ def test_linear_head_is_a_linear_function_of_normed_patches() -> None:
     normed = normed * head.bn.weight.view(-1, 1, 1) + head.bn.bias.view(-1, 1, 1)
     expected = torch.einsum("bdhw,kd->bkhw", normed, head.conv_seg.weight.flatten(1))
     torch.testing.assert_close(head([features]), expected + head.conv_seg.bias.view(-1, 1, 1))
+
+
+@pytest.mark.parametrize("cells", [1, 2, 3, 6])
+def test_the_pooling_is_exported_for_any_size(cells: int) -> None:
+    pool, dynamic = AdaptiveMean(cells), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    exported = torch.export.export(pool, (images(11, 7),), dynamic_shapes=(dynamic,)).module()
+    for size in ((11, 7), (6, 6), (16, 32), (2, 5)):
+        expected = F.adaptive_avg_pool2d(images(*size), cells)
+        torch.testing.assert_close(pool(images(*size)), expected, rtol=0, atol=0)
+        torch.testing.assert_close(exported(images(*size)), expected)
 
 
 def test_loss_is_a_mean_over_all_pixels() -> None:

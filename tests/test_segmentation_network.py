@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from segmenters import SWIN, TINY, images, segmenter
+from segmenters import CLASSES, SMALL, SWIN, TINY, images, segmenter
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from errors import UserError
 from models import DiverseViT, Needs
-from segmentation.network import Segmenter, load_mmseg
+from models.remedies import install_remedies
+from segmentation.features import build_backbone
+from segmentation.heads import resize
+from segmentation.inference import Predictor
+from segmentation.network import Segmenter, build_segmenter, load_mmseg
 
 
 def test_frozen_backbone_and_linear_head() -> None:
@@ -121,6 +125,30 @@ def test_the_wrapper_sees_the_blocks_inside(name: str) -> None:
     assert {layer: tokens.shape[1] for layer, tokens in captured.tokens.items()} == patches
     assert captured.attention[1].requires_grad
     assert wrapped.layout.patch_size == ((8, 8) if "deit" in name else (32, 32))
+
+
+@pytest.mark.parametrize("remedy", ["gfsa", "neutreno", "contranorm"])
+def test_remedies_in_the_backbone_act_on_the_maps(remedy: str) -> None:
+    plain, remedied = (build_backbone("deit_tiny_patch16_224", (64, 64), **TINY) for _ in range(2))
+    remedied.load_state_dict(plain.state_dict())
+    install_remedies(remedied, [remedy])
+    with torch.no_grad():
+        for name, parameter in remedied.named_parameters():
+            if ".remedies." in name:
+                parameter.fill_(0.3)
+    batch = images(64, 64).float()
+    model = build_segmenter(remedied, CLASSES, image_size=(64, 64), **SMALL).eval()
+    with_it, without = model.maps(remedied, batch)[3], model.maps(plain.eval(), batch)[3]
+    assert (with_it - without).abs().max() > 1e-4
+    tokens = remedied.blocks(remedied._pos_embed(remedied.patch_embed(batch)))[:, 1:]
+    torch.testing.assert_close(with_it, tokens.mT.unflatten(-1, (8, 8)))
+
+
+def test_a_prediction_for_an_image_of_odd_size() -> None:
+    model, picture = segmenter().eval(), images(61, 75)[0]
+    logits = model(picture[None])  # [1, K, 31, 38], two pixels each
+    expected = resize(logits, (61, 75)).argmax(dim=1)[0]
+    assert (Predictor()(model, picture, (61, 75)) == expected).double().mean() > 0.999
 
 
 # ------------------------------------------------------------------------------------------------------------
