@@ -135,6 +135,8 @@ def folder(root: Path, is_train: bool, options: Options) -> Files:
         raise UserError(
             f"--ignore-label {ignored} is no number that a mask can hold; give one from 0 to {NUMBERS - 1}"
         )
+    if len(options.class_names) > MOST_CLASSES:
+        raise UserError(f"{len(options.class_names)} names are given; there can be {MOST_CLASSES} classes at most")
     layout = LAYOUTS["FOLDER"]
     places = _places(root, is_train)
     if places is None:

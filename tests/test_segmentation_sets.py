@@ -296,8 +296,8 @@ def boxed(picture: np.ndarray) -> np.ndarray:
 
 def test_digits_lie_where_their_masks_say():
     """What is inked is labelled, and each mark looks like a real digit of that label, of the evaluation's half."""
-    images, masks = digits.canvases(False, count=40)
-    assert images.shape == (40, 64, 64, 3) and masks.shape == (40, 64, 64)
+    images, masks = digits.canvases(False, count=60)
+    assert images.shape == (60, 64, 64, 3) and masks.shape == (60, 64, 64)
     np.testing.assert_array_equal(images[..., 0] >= 96, masks > 0)
     real = load_digits()
     large = [
@@ -405,6 +405,7 @@ def test_two_images_of_one_name(tmp_path):
         ([255], Options(), "a single class"),
         ([0, 300], Options(), "have labels up to 300; there can be 255 classes at most"),
         ([0, 1], Options(reduce_zero_label=True), "a single class"),
+        ([0, 1], Options([str(k) for k in range(256)]), "256 names are given; there can be 255 classes at most"),
         ([0, 1], Options(ignore_label=70000), "--ignore-label 70000 is no number that a mask can hold"),
     ],
 )
