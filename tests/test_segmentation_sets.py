@@ -371,7 +371,7 @@ def test_images_without_masks(tmp_path):
         (tmp_path / f"masks/train/{i}.png").unlink()
     said = message(find_pairs, "FOLDER", tmp_path, True)
     assert "2 of 5 images" in said and "have no mask (the same name with .png)" in said
-    assert "images/train/1.jpg, images/train/2.jpg" in said
+    assert "'images/train/1.jpg', 'images/train/2.jpg'" in said
     find_pairs("FOLDER", tmp_path, False)
 
 
@@ -408,7 +408,8 @@ def test_two_images_of_one_name(tmp_path):
         ([255], Options(), "a single class"),
         ([0, 300], Options(), "have labels up to 300; there can be 255 classes at most"),
         ([0, 1], Options(reduce_zero_label=True), "a single class"),
-        ([0, 1], Options([str(k) for k in range(256)]), "256 names are given; there can be 255 classes at most"),
+        ([0, 1], Options([str(k) for k in range(256)]), "256 class names are given; give from 2 to 255"),
+        ([0, 1], Options(["a"]), "1 class names are given; give from 2 to 255"),
         ([0, 1], Options(ignore_label=70000), "--ignore-label 70000 is no number that a mask can hold"),
     ],
 )
