@@ -134,18 +134,21 @@ def digest(samples: Sequence[Sample]) -> str:
     """
     labels = samples.labels if isinstance(samples, Samples) else np.array([label for _, label in samples])
     sources = samples.sources if isinstance(samples, Samples) else ()
-    parts: list[np.ndarray] = [np.array([len(samples)]), labels]
-    if isinstance(sources, np.ndarray):
-        parts.append(sources)
-    elif isinstance(sources, Texts):
-        sizes = [_size(sources[number]) for number in range(0, len(samples), 1 + len(samples) // MOST_SIZES)]
-        parts += [*sources.arrays(), np.array(sizes)]
-    elif hasattr(sources, "arrays"):
-        parts += sources.arrays()
+    parts = [np.array([len(samples)]), labels, *traits(sources)]
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(np.ascontiguousarray(part).data)
     return hashed.hexdigest()
+
+
+def traits(sources: Any) -> list[np.ndarray]:
+    """What `digest` takes into account of sources: arrays that differ where these do."""
+    if isinstance(sources, np.ndarray):
+        return [sources]
+    if isinstance(sources, Texts):
+        sizes = [_size(sources[number]) for number in range(0, len(sources), 1 + len(sources) // MOST_SIZES)]
+        return [*sources.arrays(), np.array(sizes)]
+    return list(sources.arrays()) if hasattr(sources, "arrays") else []
 
 
 def _size(path: str) -> int:

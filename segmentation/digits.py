@@ -7,11 +7,11 @@ from PIL import Image, ImageColor
 
 from images.lists import digits
 
-CANVASES = {True: 400, False: 100}  # of the training half, of the other
+CANVASES = {True: 800, False: 100}  # of the training half, of the other
 SIZE = 64  # pixels of a canvas's side
-DIGITS = (2, 5)  # on a canvas, at least and at most; fewer where no room is found
-SIDES = (16, 32)  # of a digit in pixels
-TRIES = 20  # to find room for one
+DIGITS = (3, 4)  # on a canvas, at least and at most; fewer where no room is found
+SIDES = (24, 32)  # of a digit in pixels
+TRIES = 60  # to find room for one
 INK = 96  # of 255, from which on a pixel belongs to the digit
 CLASSES = ("background", *map(str, range(10)))
 # Black, then ten colours that are easily told apart (Tableau's)
@@ -23,13 +23,13 @@ PALETTE = np.array([ImageColor.getrgb(colour) for colour in COLOURS], np.uint8)
 def canvases(is_train: bool, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 64, 64, 3], white ink on black, and masks uint8 [N, 64, 64]: 0, or 1 + the digit.
 
-    Two to five digits, each 16 to 32 pixels high and wide, lie at random places without overlap. A pixel is a
+    One to four digits, each 24 to 32 pixels high and wide, lie at random places without overlap. A pixel is a
     digit's where its ink, enlarged by bicubic interpolation, is at least 96 of 255. The first 1,437 digits are for
     training, the last 360 for evaluation. Canvas i depends on the half and on i alone.
 
     Args:
         is_train: which half.
-        count: how many; by default 400 for training, 100 for evaluation.
+        count: how many; by default 800 for training, 100 for evaluation.
     Raises:
         UserError: scikit-learn is not installed.
     """

@@ -13,8 +13,9 @@ import numpy as np
 from torchvision.datasets import Cityscapes
 
 from errors import UserError, shown
+from images.tree import few
 from segmentation.masks import IGNORED, MOST_CLASSES, NUMBERS, largest_label, plain_meaning, read_names
-from segmentation.matching import MASK, by_stem, few, list_below, masks_of, pair
+from segmentation.matching import MASK, by_stem, list_below, masks_of, pair
 from utils import print_main
 
 NAMES = Path(__file__).with_name("classes")  # of the classes of some sets, one a line
@@ -118,7 +119,7 @@ def voc(root: Path, is_train: bool, options: Options) -> Files:
     gone = [name for name in names if name not in images]
     if gone:
         raise UserError(
-            f"{lists / half}.txt lists {len(gone)} of {len(names)} images that are not in {top / 'JPEGImages'}, "
+            f"{shown(str(lists / half))}.txt lists {len(gone)} of {len(names)} images that are not in JPEGImages, "
             f"e.g. {few(gone)}; add them, or correct the list"
         )
     wanted = {name: masks[name] for name in names if name in masks}
@@ -135,6 +136,8 @@ def folder(root: Path, is_train: bool, options: Options) -> Files:
         raise UserError(
             f"--ignore-label {ignored} is no number that a mask can hold; give one from 0 to {NUMBERS - 1}"
         )
+    if options.class_names and not 2 <= len(options.class_names) <= MOST_CLASSES:
+        raise UserError(f"{len(options.class_names)} class names are given; give from 2 to {MOST_CLASSES}")
     layout = LAYOUTS["FOLDER"]
     places = _places(root, is_train)
     if places is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from errors import UserError, shown
 from images.folders import list_images
-from images.tree import FEW, split
+from images.tree import few, split
 from utils import print_main
 
 MASK = ".png"
@@ -87,9 +87,3 @@ def pair(
             "images, or remove the masks"
         )
     return list(images.values()), [masks[stem] for stem in images]
-
-
-def few(names: Sequence[str]) -> str:
-    """The first of many paths, and how many more there are."""
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(shown(name, 100) for name in names[:FEW]) + more

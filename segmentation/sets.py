@@ -11,13 +11,35 @@ from PIL import Image
 
 from errors import UserError, did_you_mean, shown
 from images.decode import load_image
-from images.found import Samples, Texts
+from images.found import Samples, Texts, traits
 from segmentation.digits import CLASSES, PALETTE, canvases
 from segmentation.layouts import LAYOUTS, SETS, Files, Options
 from segmentation.masks import IGNORED, MaskReader, palette
 from utils import broadcast_object
 
 DATA_SETS = (*SETS, "DIGITS")
+
+
+class WithMasks(Sequence[Any]):
+    """What images can be read from; `images.found.digest` of it tells other masks, too.
+
+    Args:
+        images: a sequence of sources, or an array [N, ...].
+        masks: the same of their masks.
+    """
+
+    def __init__(self, images: Sequence[Any] | np.ndarray, masks: Sequence[Any] | np.ndarray) -> None:
+        self.images, self.masks = images, masks
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index]
+
+    def arrays(self) -> list[np.ndarray]:
+        """What makes them differ from others."""
+        return [*traits(self.images), *traits(self.masks)]
 
 
 class Pairs(NamedTuple):
@@ -64,7 +86,7 @@ def find_pairs(name: str, root: str | Path, is_train: bool, options: Options = O
     if name == "DIGITS":
         images, masks = canvases(is_train)
         return Pairs(
-            samples=Samples(images, np.zeros(len(images), np.int32)),
+            samples=_unlabelled(WithMasks(images, masks)),
             masks=masks,
             classes=_named(name, CLASSES, options),
             palette=PALETTE,
@@ -77,13 +99,18 @@ def find_pairs(name: str, root: str | Path, is_train: bool, options: Options = O
         raise UserError(f"--data-path {shown(str(root))} is not a folder; {LAYOUTS[name]}")
     files: Files = broadcast_object(lambda: SETS[name](top, is_train, options))
     prefix = f"{files.top}/"
+    sources, drawn = Texts(files.images, prefix), Texts(files.masks, prefix)
     return Pairs(
-        samples=Samples(Texts(files.images, prefix), np.zeros(len(files.images), np.int32)),
-        masks=Texts(files.masks, prefix),
+        samples=_unlabelled(WithMasks(sources, drawn)),
+        masks=drawn,
         classes=_named(name, files.classes, options),
         palette=palette(len(files.classes)) if files.palette is None else files.palette,
         read_mask=MaskReader(files.meaning, files.advice),
     )
+
+
+def _unlabelled(sources: Sequence[Any]) -> Samples:
+    return Samples(sources, np.zeros(len(sources), np.int32))
 
 
 def _canvas(source: np.ndarray) -> str:

@@ -29,7 +29,7 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Recipe(NamedTuple):
-    """The sizes of one data set.
+    """How the images of one data set are resized, cropped and changed.
 
     Attributes:
         crop: height and width of a training crop.
@@ -37,6 +37,7 @@ class Recipe(NamedTuple):
         test_fit: the same for tests, times 1.
         ratios: the smallest and largest factor.
         flip: how often images are mirrored.
+        distort: whether colours are distorted.
     """
 
     crop: tuple[int, int]
@@ -44,6 +45,7 @@ class Recipe(NamedTuple):
     test_fit: tuple[int, int] | None
     ratios: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
+    distort: bool = True
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -51,7 +53,8 @@ RECIPES: Mapping[str, Recipe] = {
     "CITYSCAPES": Recipe((1025, 1025), (2049, 1025), (2049, 1025)),
     "VOC": Recipe((512, 512), (2048, 512), (2048, 512)),
     "FOLDER": Recipe((512, 512), (2048, 512), (2048, 512)),
-    "DIGITS": Recipe((64, 64), (64, 64), None, ratios=(0.75, 1.5), flip=0.0),  # a mirrored digit is another symbol
+    # Its canvases hold digits of many sizes; a mirrored one is another symbol
+    "DIGITS": Recipe((64, 64), None, None, flip=0.0, distort=False),
 }
 
 
@@ -63,22 +66,15 @@ class Training:
     of the mask with IGNORED.
 
     Args:
-        recipe: the sizes, see RECIPES.
+        recipe: see RECIPES.
         channels: 1 makes images grey, at the end.
         mean: the channels' mean colour, of 0 to 1.
-        distort: the colours as well.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        channels: int = 3,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        distort: bool = True,
-    ) -> None:
+    def __init__(self, recipe: Recipe, channels: int = 3, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN) -> None:
         steps: list[Step] = [RandomFit(recipe.train_fit, recipe.ratios)] if recipe.train_fit is not None else []
         steps += [ClassRatioCrop(recipe.crop), v2.RandomHorizontalFlip(recipe.flip)]
-        steps += [PhotometricDistortion()] if distort else []
+        steps += [PhotometricDistortion()] if recipe.distort else []
         steps += [ToGrey()] if channels == 1 else []
         steps.append(PadTo(recipe.crop, of_channels(mean, channels)))
         self._steps = v2.Compose(steps)
@@ -92,7 +88,7 @@ class Whole:
     """The transform for tests: PIL image RGB -> uint8 [C, h, w], whole, resized to fit. Masks stay as they are.
 
     Args:
-        recipe: the sizes, see RECIPES.
+        recipe: see RECIPES.
         channels: 1 makes images grey.
     """
 

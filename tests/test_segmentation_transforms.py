@@ -332,7 +332,7 @@ def test_image_and_mask_stay_together():
     mask = blocks(70, 90)
     rows, columns = np.indices(mask.shape)
     image = Image.fromarray(np.stack([mask, columns, rows], axis=-1).astype(np.uint8))
-    transform = Training(SMALL._replace(train_fit=None, crop=(40, 120)), distort=False)
+    transform = Training(SMALL._replace(train_fit=None, crop=(40, 120), distort=False))
     mirrored = 0
     for seed in range(300):
         torch.manual_seed(seed)
@@ -351,7 +351,7 @@ def test_resized_masks_lie_over_their_images():
     """Resized by any factor: where an image of 0 and 200 is flat around a pixel, its mask has the same number."""
     mask = np.where(blocks(50, 70) == 0, 0, 200).astype(np.uint8)
     image = Image.fromarray(np.repeat(mask[..., None], 3, axis=-1))
-    transform = Training(SMALL._replace(crop=(30, 30)), distort=False)
+    transform = Training(SMALL._replace(crop=(30, 30), distort=False))
     for seed in range(30):
         torch.manual_seed(seed)
         pixels, labels = transform(image, mask)
