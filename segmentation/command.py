@@ -132,8 +132,7 @@ def check_names(args: Settings, pairs: Pairs) -> None:
 def images_of(args: Settings, pairs: Pairs) -> SegmentedImages:
     """A half of the data, with the transforms that the flags ask for."""
     recipe = recipe_of(args)
-    mean = preprocessing(args).mean
-    training = Training(recipe, args.in_chans, mean, args.distort)
+    training = Training(recipe, args.in_chans, preprocessing(args).mean)
     return SegmentedImages(pairs, training, Whole(recipe, args.in_chans))
 
 

@@ -84,6 +84,7 @@ def recipe_of(args: Settings) -> Recipe:
         test_fit=_fit(args.test_resize, own.test_fit),
         ratios=(args.scale_range[0], args.scale_range[1]),
         flip=args.flip_prob,
+        distort=args.distort,
     )
 
 
