@@ -53,8 +53,8 @@ RECIPES: Mapping[str, Recipe] = {
     "CITYSCAPES": Recipe((1025, 1025), (2049, 1025), (2049, 1025)),
     "VOC": Recipe((512, 512), (2048, 512), (2048, 512)),
     "FOLDER": Recipe((512, 512), (2048, 512), (2048, 512)),
-    # Its canvases hold digits of many sizes; a mirrored one is another symbol
-    "DIGITS": Recipe((64, 64), None, None, flip=0.0, distort=False),
+    # Enlarged a little and cropped; a mirrored digit is another symbol, and ink has no colour
+    "DIGITS": Recipe((64, 64), (64, 64), None, ratios=(1.0, 1.25), flip=0.0, distort=False),
 }
 
 
