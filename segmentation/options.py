@@ -166,11 +166,16 @@ class Flags(Args):
         limits=(0, PIXELS[1]),
     )
     scale_range: list[float] = flag(
-        [0.5, 2.0], EPOCH, "range of the factor by which they are scaled", nargs="+", metavar=("LOW", "HIGH")
+        [],
+        EPOCH,
+        "range of the factor by which they are scaled; these three are by default as the set's recipe has them",
+        nargs="+",
+        metavar=("LOW", "HIGH"),
+        limits=(0.01, 100),
     )
-    flip_prob: float = flag(0.5, EPOCH, "probability that a crop is mirrored", limits=SHARE)
-    distort: bool = switch(
-        True, EPOCH, on="distort brightness, contrast, saturation and hue (the default)", off="leave the colours"
+    flip_prob: float | None = flag(None, EPOCH, "probability that a crop is mirrored", limits=SHARE)
+    distort: bool | None = switch(
+        None, EPOCH, on="distort brightness, contrast, saturation and hue", off="leave the colours"
     )
 
     iterations: int = flag(160_000, NOW, "steps to train, in all", group="segmentation: schedule", limits=FROM_1)

@@ -47,8 +47,8 @@ def check(args: Settings) -> None:
     for name in ("resize", "test_resize", "stride"):
         if len(getattr(args, name)) > 2:
             raise UserError(f"--{dashed(name)} takes one or two numbers of pixels, not {len(getattr(args, name))}")
-    if len(args.scale_range) != 2 or not 0 < args.scale_range[0] <= args.scale_range[1]:
-        raise UserError("--scale-range takes two factors above 0, the smaller one first")
+    if args.scale_range and (len(args.scale_range) != 2 or args.scale_range[0] > args.scale_range[1]):
+        raise UserError("--scale-range takes two factors, the smaller one first")
     labelled = [spec.name for spec in args.terms if MEASURES[spec.measure].takes == "labels"]
     if labelled:
         raise UserError(f"{labelled[0]} takes the label of a whole image, and pixels have their own: drop it")
@@ -82,9 +82,9 @@ def recipe_of(args: Settings) -> Recipe:
         crop=sides(args.input_size),
         train_fit=_fit(args.resize, own.train_fit),
         test_fit=_fit(args.test_resize, own.test_fit),
-        ratios=(args.scale_range[0], args.scale_range[1]),
-        flip=args.flip_prob,
-        distort=args.distort,
+        ratios=(args.scale_range[0], args.scale_range[1]) if args.scale_range else own.ratios,
+        flip=own.flip if args.flip_prob is None else args.flip_prob,
+        distort=own.distort if args.distort is None else args.distort,
     )
 
 

@@ -168,7 +168,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(
         (["--reg", "patch.cosine@norm=1"], "patch.cosine@norm is at a layer behind the last block"),
         (["--frozen", "--reg", "patch.cosine=1"], "--frozen trains the heads alone"),
         (["--head", "linear", "--neck", "deconv"], "--head linear reads the last map alone: drop --neck deconv"),
-        (["--scale-range", "2", "1"], "--scale-range takes two factors above 0"),
+        (["--scale-range", "2", "1"], "--scale-range takes two factors, the smaller one first"),
         (["--backbone", "nothing.pth"], "--backbone nothing.pth: no such file"),
         (["--mixup", "0.8"], "unrecognized arguments: --mixup"),
         (["--stride", "8"], "--stride is that of --inference slide"),
