@@ -1,21 +1,46 @@
 #!/usr/bin/env bash
-# Train UperNet on a canvas of handwritten digits, on the backbones of script/quickstart.sh, and compare their mIoU.
-# Some minutes on two CPU cores; no download of data. Small scale.
+# Train UperNet on a canvas of handwritten digits, on backbones of script/quickstart.sh, two at a time, and compare
+# their mIoU. Without names: plain and diverse. Some minutes on two CPU cores; no download of data. Small scale.
+#
+#   script/segment_digits.sh [plain] [diverse] [paper]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source script/env.sh requirements-segmentation.txt
 
 folder=experiment/segmentation
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-for name in plain diverse paper; do
-    backbone="experiment/quickstart/$name/checkpoint.pth"
-    if [[ ! -f $backbone ]]; then
-        echo "segment_digits.sh: error: no $backbone: run ./script/quickstart.sh first" >&2
+names=("$@")
+[[ $# -gt 0 ]] || names=(plain diverse)
+for name in "${names[@]}"; do
+    if [[ ! -f experiment/quickstart/$name/checkpoint.pth ]]; then
+        echo "segment_digits.sh: error: no experiment/quickstart/$name/checkpoint.pth: run ./script/quickstart.sh" >&2
         exit 2
     fi
-    rm -rf "${folder:?}/$name"
-    python -m segmentation --config configs/segmentation/digits.yaml --backbone "$backbone" \
-        --output_dir "$folder/$name"
-    python -m segmentation --config "$folder/$name/args.yaml" --eval --resume "$folder/$name/checkpoint.pth" \
-        --predictions "$folder/$name/predictions"
 done
+
+# Train and evaluate one; what it prints goes to a file.
+segment() {
+    local output="$folder/$1"
+    rm -rf "$output"
+    mkdir -p "$output"
+    {
+        python -m segmentation --config configs/segmentation/digits.yaml \
+            --backbone "experiment/quickstart/$1/checkpoint.pth" --output_dir "$output"
+        python -m segmentation --config "$output/args.yaml" --eval --resume "$output/checkpoint.pth" \
+            --predictions "$output/predictions"
+    } > "$output/output.txt" 2>&1 || { cat "$output/output.txt" >&2; return 1; }
+    echo "$1: done in $SECONDS s"
+}
+
+for ((i = 0; i < ${#names[@]}; i += 2)); do
+    pids=()
+    for name in "${names[@]:i:2}"; do
+        echo "training on $name; its output: $folder/$name/output.txt"
+        segment "$name" &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid"; done
+done
+predicted=()
+for name in "${names[@]}"; do predicted+=("$name=$folder/$name/predictions"); done
+python script/compare_masks.py "${predicted[@]}" --data-set DIGITS --output "$folder/masks.html"

@@ -15,6 +15,7 @@ from segmentation.images import SegmentedImages
 from segmentation.masks import save_mask
 from segmentation.page import Scores, Shown, render
 from segmentation.scores import Result
+from segmentation.sets import WithMasks
 from utils import broadcast_object, gather_to_main, write_atomically
 
 PAGE, MASKS = "predictions.html", "masks"
@@ -33,20 +34,12 @@ class Predictions:
 
     def __init__(self, folder: Path, images: SegmentedImages, pictures: int) -> None:
         self.folder, self.images = folder, images
-        count = min(pictures, len(images))
-        self.chosen = {len(images) * place // count for place in range(count)} if count else set()
+        self.chosen = evenly(len(images), pictures)
         self._shown: list[tuple[int, Shown]] = []
         try:
             (folder / MASKS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to --predictions {folder}: {reason(error)}") from error
-
-    def name(self, index: int) -> str:
-        """Of an image: its path below the folder of all of them, or its number, without an ending."""
-        sources = self.images.samples.sources
-        if not isinstance(sources, Texts):
-            return f"{index:05d}"
-        return str(Path(sources[index].removeprefix(sources.prefix)).with_suffix(""))
 
     def add(self, index: int, predicted: Tensor) -> None:
         """An image's predicted classes [H, W].
@@ -55,7 +48,7 @@ class Predictions:
             UserError: its mask cannot be written.
         """
         labels = predicted.cpu().numpy().astype(np.uint8)
-        path = self.folder / MASKS / f"{self.name(index)}.png"
+        path = self.folder / MASKS / f"{name_of(self.images, index)}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_mask(path, labels, self.images.pairs.palette)
@@ -63,7 +56,7 @@ class Predictions:
             raise UserError(f"cannot write {path}: {reason(error)}") from error
         if index in self.chosen:
             (image, truth), _ = self.images.decode(index)
-            shown = Shown(self.name(index), np.asarray(image), truth, {"network": labels})
+            shown = Shown(name_of(self.images, index), np.asarray(image), truth, {"network": labels})
             self._shown.append((index, shown))
 
     def write_page(self, title: str, result: Result, about: Mapping[str, Any]) -> Path:
@@ -93,3 +86,18 @@ class Predictions:
 
         broadcast_object(write)
         return path
+
+
+def evenly(images: int, pictures: int) -> frozenset[int]:
+    """The numbers of so many images, evenly spaced."""
+    count = min(pictures, images)
+    return frozenset(images * place // count for place in range(count))
+
+
+def name_of(images: SegmentedImages, index: int) -> str:
+    """An image's path below the folder of all of them, or its number; without an ending."""
+    sources = images.pairs.samples.sources
+    paths = sources.images if isinstance(sources, WithMasks) else sources
+    if not isinstance(paths, Texts):
+        return f"{index:05d}"
+    return str(Path(paths[index].removeprefix(paths.prefix)).with_suffix(""))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import signal
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,26 @@ def test_a_mistake_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith("segmentation: error: ") and words in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_predictions_and_their_comparison(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Masks hold the predicted classes; counted again by the script, they have the scores of the evaluation."""
+    argv = ["--eval", "--resume", str(whole / "checkpoint.pth"), "--weights", "raw", "--pictures", "2"]
+    assert run(images, None, *argv, "--predictions", str(tmp_path / "a")) == 0
+    printed = capsys.readouterr().out
+    (score,) = re.findall(r"^network: mIoU ([\d.]+)%", printed, re.MULTILINE)
+    assert f"written: {tmp_path / 'a' / 'predictions.html'}" in printed
+    masks = sorted(path.name for path in (tmp_path / "a" / "masks").rglob("*.png"))
+    assert masks == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    assert (tmp_path / "a" / "predictions.html").read_text().count("<article") == 2
+    compare = runpy.run_path(str(Path(forks.ROOT) / "script" / "compare_masks.py"))["main"]
+    where = ["--data-set", "FOLDER", "--data-path", str(images), "--output", str(tmp_path / "both.html")]
+    assert compare([f"one={tmp_path / 'a'}", f"two={tmp_path / 'a'}", *where]) == 0
+    assert re.findall(r"^(?:one|two): mIoU ([\d.]+)%", capsys.readouterr().out, re.MULTILINE) == [score, score]
+    assert compare([f"one={tmp_path}", *where]) == 2
+    assert "one has no predictions; write them with --predictions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
