@@ -331,7 +331,7 @@ def test_digits_are_pairs():
     found = find_pairs("DIGITS", "", False)
     assert len(found.samples) == 100 and list(found.classes) == ["background", *"0123456789"]
     data = SegmentedImages(found, Training(RECIPES["DIGITS"]), Whole(RECIPES["DIGITS"]))
-    image, labels = data[3]
+    image, labels, _ = data[3]
     assert image.shape == (3, 64, 64) and labels.shape == (64, 64)
     assert len(np.unique(np.concatenate([np.unique(each) for each in found.masks]))) == 11
     assert len(digest(data.samples)) == 64
