@@ -20,8 +20,10 @@ from small_runs import assert_same, saved
 
 import trainer
 from engine import train_one_epoch
+from redundancy.command import main as report
 from segmentation.command import main
 from segmentation.settings import recipe_of, resolve
+from state.trained import read_trained
 
 BACKBONE = ["--model", "deit_tiny_patch16_224", "--device", "cpu"]
 BACKBONE += ["--model-kwargs", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2"]
@@ -205,6 +207,21 @@ def test_predictions_and_their_comparison(
     assert re.findall(r"^(?:one|two): mIoU ([\d.]+)%", capsys.readouterr().out, re.MULTILINE) == [score, score]
     assert compare([f"one={tmp_path}", *where]) == 2
     assert "one has no predictions; write them with --predictions" in capsys.readouterr().err
+
+
+def test_the_backbone_comes_out_again(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report, and what else reads checkpoints, takes the fine-tuned backbone, without a classifier."""
+    trained = read_trained(str(whole / "checkpoint.pth"), "raw")
+    own = trained.backbone.state_dict()
+    there = {name: weight for name, weight in saved(whole)["model"].items() if name.startswith("backbone.")}
+    assert {f"backbone.{name}" for name in own} == there.keys() and trained.backbone.num_classes == 0
+    assert all(torch.equal(weight, there[f"backbone.{name}"]) for name, weight in own.items())
+    assert trained.image_shape == (3, 16, 16) and trained.name == "deit_tiny_patch16_224"
+    argv = [f"after={whole / 'checkpoint.pth'}", "--data-set", "DIGITS", "--images", "4", "--device", "cpu"]
+    argv += ["--metrics", "patch.cosine_abs", "--num_workers", "0", "--output", str(tmp_path / "report")]
+    assert report(argv) == 0
+    measured = json.loads((tmp_path / "report" / "report.json").read_text())["models"][0]
+    assert measured["label"] == "after" and "patch.cosine_abs" in measured["findings"]
 
 
 @pytest.mark.parametrize(
