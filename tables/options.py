@@ -209,10 +209,14 @@ def _found(path: str) -> str:
 
 def _recorded(folder: str) -> list[str]:
     """The tables of configs/tables of which a folder of records has runs."""
-    files = [path for path in sorted(TABLES.glob("*.yaml")) if path.name != SOURCES]
     from tables.reading import read_table
 
-    return [str(path) for path in files if (Path(folder) / read_table(path).runs).is_dir()]
+    found = []
+    for path in sorted(TABLES.glob("*.yaml")):
+        table = read_table(path) if path.name != SOURCES else None
+        if table and any((Path(folder) / table.runs / row.name).is_dir() for row in table.rows):
+            found.append(str(path))
+    return found
 
 
 def _absolute(path: str) -> Path:

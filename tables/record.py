@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import shutil
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +35,8 @@ FILES = (LOG, ARGS, COST, REPORT, BAD_END)
 def keep(cell: Cell, folder: Path) -> None:
     """Copy what a run left that has ended, well or badly, into a folder of records.
 
+    The data's folder is called DATA there: no record says where somebody keeps it.
+
     Raises:
         UserError: it cannot be written.
     """
@@ -45,8 +47,11 @@ def keep(cell: Cell, folder: Path) -> None:
             if not (cell.path / name).is_file():
                 (target / name).unlink(missing_ok=True)
             else:
-                shutil.copyfile(cell.path / name, target / f".{name}")
-                (target / f".{name}").replace(target / name)
+                content = (cell.path / name).read_bytes()
+                for flag, path in pairwise(cell.given):
+                    if flag == "--data-path":
+                        content = content.replace(os.fsencode(path), b"DATA")
+                write_atomically(target / name, partial(_write, content))
     except OSError as error:
         raise UserError(f"cannot write to --keep {folder}: {reason(error)}") from error
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ def test_latex_takes_it(made: list[Cell], tmp_path: Path) -> None:
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "Output written on page.pdf (1 page" in run.stdout, run.stdout
+
+
+def test_records_do_not_say_where_the_data_is(made: list[Cell], tmp_path: Path) -> None:
+    data = str(tmp_path / "my data")
+    cell = replace(made[0], given=("--data-path", data, "--epochs", "2"))
+    (cell.path / "args.yaml").write_text(f"# command: main.py --data-path {data!r}\ndata_path: {data}\n")
+    record.keep(cell, tmp_path / "kept")
+    kept = tmp_path / "kept" / "made" / "plain" / "seed-0"
+    assert (kept / "args.yaml").read_text() == "# command: main.py --data-path 'DATA'\ndata_path: DATA\n"
+    assert (kept / "log.txt").read_bytes() == (cell.path / "log.txt").read_bytes()
 
 
 def test_the_csv_is_read_back(made: list[Cell]) -> None:
