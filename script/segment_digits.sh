@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train UperNet on a canvas of handwritten digits, on backbones of script/quickstart.sh, two at a time, and compare
-# their mIoU. Without names: plain and diverse. Some minutes on two CPU cores; no download of data. Small scale.
+# their mIoU. Without names: plain and diverse. No download of data. Small scale.
 #
 #   script/segment_digits.sh [plain] [diverse] [paper]
 set -euo pipefail
