@@ -67,6 +67,9 @@ class Numbered:
     def transform(self, image):
         return image
 
+    def example(self, decoded, label):
+        return self.transform(decoded), label
+
     def __getitem__(self, index):
         image, label = self.decode(index)
         return self.transform(image), label, []
