@@ -22,6 +22,7 @@ from options import config
 from options.flags import Args, get_args_parser
 from options.parser import declared
 from options.paths import PATHS, usable
+from segmentation.options import Flags
 
 SECONDS = 10
 RED, LEFT, ODD = "\x1b[31m", "\u202e", "\udcff"  # a colour, a mark that turns the direction, a byte that is no text
@@ -300,7 +301,7 @@ def test_flags_that_name_something(monkeypatch):
     }
     assert usable(given) == given | {"output_dir": "/home/me/out"}
     assert usable({"output_dir": "~"}) == {"output_dir": "/home/me"}
-    assert set(PATHS) <= set(declared(Args))
+    assert set(PATHS) <= {*declared(Args), *declared(Flags)}
 
 
 anything = st.text(st.characters(exclude_categories=[]), max_size=20)
