@@ -34,6 +34,7 @@ from build import (
 )
 from check_data import check_data
 from datasets import LabelledImages, build_dataset, named
+from ending import finish
 from engine import (
     Loader,
     Precision,
@@ -58,7 +59,7 @@ from state import checkpoint, resumption
 from state.lock import Lock
 from state.preprocessing import follow_weights
 from state.run_state import RunState, check_class_names, check_remedies
-from trainer import Scores, Work, build_trackers, finish, on_device, start, train
+from trainer import Numbers, Work, build_trackers, on_device, start, train
 from utils import (
     print_main,
     rank,
@@ -154,20 +155,20 @@ class Classification:
         """The model, the batch, the rate and the terms."""
         print_plan(self.args, run_state, self.precision, self.train_images)
 
-    def evaluate(self, run_state: RunState, after_batch: Callable[[int], None]) -> tuple[Scores, Scores]:
+    def evaluate(self, run_state: RunState, after_batch: Callable[[int], None]) -> tuple[Numbers, Numbers]:
         """Accuracy of the model and of its average."""
         return evaluate_run(run_state, self.loader, self.precision, self.measure, after_batch)
 
-    def watch(self, run_state: RunState, epoch: int) -> Scores:
+    def watch(self, run_state: RunState, epoch: int) -> Numbers:
         """What --monitor-redundancy measures."""
         return self.monitor.measure(epoch, run_state.model, self.precision)
 
-    def report(self, run_state: RunState, tested: Scores, averaged: Scores, watched: Scores) -> None:
+    def report(self, run_state: RunState, tested: Numbers, averaged: Numbers, watched: Numbers) -> None:
         """DeiT's lines, and those of --monitor-redundancy."""
         report_run(run_state, tested, averaged, self.val_images)
         report_redundancy(watched)
 
-    def report_end(self, tested: Scores, averaged: Scores) -> None:
+    def report_end(self, tested: Numbers, averaged: Numbers) -> None:
         """Whether the average is worse than the model."""
         note_worse_average(tested, averaged)
 
@@ -178,7 +179,7 @@ def evaluate_run(
     precision: Precision,
     measure: Diversity,
     after_batch: Callable[[int], None],
-) -> tuple[Scores, Scores]:
+) -> tuple[Numbers, Numbers]:
     """Evaluate the model and its moving average in one pass over the images; {} if there is no average."""
     networks = [run_state.model]
     if run_state.ema is not None:
@@ -187,7 +188,7 @@ def evaluate_run(
     return tested, averaged[0] if averaged else {}
 
 
-def report_run(run_state: RunState, tested: Scores, averaged: Scores, samples: int) -> None:
+def report_run(run_state: RunState, tested: Numbers, averaged: Numbers, samples: int) -> None:
     """Print what an evaluation gave, if there was one, and the best so far."""
     if not tested:
         return
@@ -198,14 +199,14 @@ def report_run(run_state: RunState, tested: Scores, averaged: Scores, samples: i
     print_main(f"Max accuracy: {run_state.max_acc:.2f}%" + (f", best: {run_state.best}" if averaged else ""))
 
 
-def report_redundancy(monitored: Scores) -> None:
+def report_redundancy(monitored: Numbers) -> None:
     """Print what --monitor-redundancy gave for the last layer, if this epoch has it."""
     last = [f"{name.removesuffix('@last')} {value:.4g}" for name, value in monitored.items() if "@last" in name]
     if last:
         print_main(f"redundancy, last layer: {'  '.join(last)}")
 
 
-def note_worse_average(tested: Scores, averaged: Scores) -> None:
+def note_worse_average(tested: Numbers, averaged: Numbers) -> None:
     """Say so if a run ends with an average that is worse than the model."""
     if averaged and tested["acc1"] > averaged["acc1"]:
         print_main(

@@ -197,7 +197,7 @@ class Patience:
     def _give_up(self, what: str) -> None:
         end(
             FAILED,
-            f"main.py: error: {what} takes longer than --dist-timeout, {self.seconds:g} seconds: a data loading "
+            f"error: {what} takes longer than --dist-timeout, {self.seconds:g} seconds: a data loading "
             "worker is stopped, or a file system hangs. Continue with --resume auto",
             alone=True,
         )

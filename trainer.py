@@ -7,9 +7,7 @@ evaluated, and hand both over here.
 from __future__ import annotations
 
 import copy
-import gc
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Observer, Precision, Updater, train_one_epoch
-from errors import Interrupted, LocalError, TrainingDiverged, UserError, is_first_on_machine, shown
+from errors import UserError
 from loaders import TrainLoader
 from loggers.progress import Progress, clock
 from loggers.summary import SUMMARY, Summary
@@ -44,7 +41,6 @@ from utils import (
     broadcast_object,
     find_launch,
     init_distributed,
-    lost_process,
     pick_device,
     print_main,
     rank,
@@ -52,10 +48,8 @@ from utils import (
     world_size,
 )
 from warmup import Batches, compile_model, warm_up
-from workers import name_dead_workers
 
-LONGEST = 4000  # characters of a message
-Scores = Mapping[str, float]
+Numbers = Mapping[str, float]  # scores by their names in log.txt
 
 
 class Task(Protocol):
@@ -74,16 +68,16 @@ class Task(Protocol):
     def print_plan(self, run_state: RunState) -> None:
         """Say what is about to happen."""
 
-    def evaluate(self, run_state: RunState, after_batch: Callable[[int], None]) -> tuple[Scores, Scores]:
+    def evaluate(self, run_state: RunState, after_batch: Callable[[int], None]) -> tuple[Numbers, Numbers]:
         """The scores of the model, and of its moving average: {} if there is none."""
 
-    def watch(self, run_state: RunState, epoch: int) -> Scores:
+    def watch(self, run_state: RunState, epoch: int) -> Numbers:
         """What else is measured after an epoch, see `--monitor-redundancy`; {} where nothing is."""
 
-    def report(self, run_state: RunState, tested: Scores, averaged: Scores, watched: Scores) -> None:
+    def report(self, run_state: RunState, tested: Numbers, averaged: Numbers, watched: Numbers) -> None:
         """Print what an epoch gave; without an evaluation the scores are {}."""
 
-    def report_end(self, tested: Scores, averaged: Scores) -> None:
+    def report_end(self, tested: Numbers, averaged: Numbers) -> None:
         """Print what is to be said of the last evaluation when all is done."""
 
 
@@ -111,45 +105,7 @@ class Work:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Beginning and end
-
-
-def finish(name: str, action: Callable[[], None]) -> int:
-    """Do it, and return the program's exit code; a user's mistake becomes one line and code 2.
-
-    Args:
-        name: of the program, for its messages.
-    """
-    try:
-        with name_dead_workers():
-            action()
-    except (UserError, TrainingDiverged) as error:
-        # all processes meet the same mistake, and one of each machine reports it; but a LocalError is its own
-        if isinstance(error, LocalError) or is_first_on_machine():
-            print(shown(f"{name}: error: {error}", LONGEST), file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
-    except Interrupted as stop:
-        print_main(f"{name}: {stop}")
-        return 75
-    except torch._dynamo.exc.TorchDynamoException as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = f"{name}: error: --torchcompile does not work here, drop it: {' '.join(lines[:2])}"
-        print(shown(message, LONGEST), file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        lost = lost_process(error)
-        if lost is None:
-            raise
-        print(shown(f"{name}: error: {lost}", LONGEST), file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # a sharded model holds the group, whose threads must end before Python does
-            dist.destroy_process_group()
-    return 0
+# Beginning
 
 
 def start(args: Resolved) -> Precision:
@@ -208,8 +164,8 @@ def train(work: Work, task: Task, signals: Signals, trackers: Trackers, earlier:
         if args.skip_bad_images:
             trained["bad_images"] = run_state.count_bad_images()
         saver.after_training()
-        tested: Scores = {}
-        averaged: Scores = {}
+        tested: Numbers = {}
+        averaged: Numbers = {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
             tested, averaged = task.evaluate(run_state, saver.after_batch)
         watched = task.watch(run_state, epoch)

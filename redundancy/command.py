@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import shlex
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import Subset
 
 from datasets import LabelledImages, build_dataset, named
-from errors import LocalError, UserError, is_first_on_machine, reason, shown
+from ending import finish
+from errors import UserError, reason, shown
 from images.found import digest
 from loaders import build_eval_loader
 from loggers.meters import Meters
@@ -42,40 +41,16 @@ from utils import (
     broadcast_object,
     find_launch,
     init_distributed,
-    lost_process,
     pick_device,
     print_main,
     rank,
     world_size,
 )
-from workers import name_dead_workers
-
-LONGEST = 4000  # characters of a message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
-    try:
-        with name_dead_workers():
-            run(read_options(argv))
-    except UserError as error:
-        if isinstance(error, LocalError) or is_first_on_machine():
-            print(shown(f"redundancy: error: {error}", LONGEST), file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError as error:
-        lost = lost_process(error)
-        if lost is None:
-            raise
-        print(shown(f"redundancy: error: {lost}", LONGEST), file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("\nredundancy: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            gc.collect()
-            dist.destroy_process_group()
-    return 0
+    return finish("redundancy", lambda: run(read_options(argv)))
 
 
 def run(options: Options) -> None:

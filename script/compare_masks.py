@@ -25,10 +25,9 @@ from options.parser import Parser
 from segmentation.images import SegmentedImages
 from segmentation.layouts import Options
 from segmentation.masks import read_names
-from segmentation.page import Scores as OnPage
-from segmentation.page import Shown, render
+from segmentation.page import Scores, Shown, render
 from segmentation.predictions import MASKS, evenly, name_of
-from segmentation.scores import Scores
+from segmentation.scores import Confusion
 from segmentation.sets import DATA_SETS, find_pairs
 from segmentation.transforms import RECIPES, Training, Whole
 from utils import write_atomically
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = RECIPES[args.data_set]
     images = SegmentedImages(pairs, Training(recipe), Whole(recipe))
     chosen = evenly(len(images), args.pictures)
-    counted = {name: Scores(pairs.classes) for name in folders}
+    counted = {name: Confusion(pairs.classes) for name in folders}
     pictures: list[Shown] = []
     for index in range(len(images)):
         (image, truth), _ = images.decode(index)
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     for name, result in found.items():
         print(f"{name}: mIoU {100 * result.mean_iou:.2f}%, pixels right {100 * result.all_accuracy:.2f}%")
     on_page = {
-        name: OnPage({"mIoU": result.mean_iou, "pixels right": result.all_accuracy}, {"IoU": result.iou})
+        name: Scores({"mIoU": result.mean_iou, "pixels right": result.all_accuracy}, {"IoU": result.iou})
         for name, result in found.items()
     }
     about = {

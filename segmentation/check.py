@@ -40,7 +40,7 @@ class Looked(NamedTuple):
     pixels: np.ndarray
 
 
-class Pairs(Dataset[Looked]):
+class LookedPairs(Dataset[Looked]):
     """Each image with its mask, looked at."""
 
     def __init__(self, images: SegmentedImages) -> None:
@@ -81,7 +81,7 @@ def check_pairs(halves: Mapping[str, SegmentedImages], workers: int, seconds: fl
         Interrupted: a signal came first; what was found until then is listed.
     """
     with Signals() as signals:
-        looked = [_look(half, Pairs(images), workers, signals, seconds) for half, images in halves.items()]
+        looked = [_look(half, LookedPairs(images), workers, signals, seconds) for half, images in halves.items()]
         gathered = gather_to_main(looked)
     total = broadcast_object(lambda: list_bad(seen for every in gathered for seen, _ in every))
     counts = " and ".join(f"{len(images):,} {half}" for half, images in halves.items())
@@ -95,7 +95,7 @@ def check_pairs(halves: Mapping[str, SegmentedImages], workers: int, seconds: fl
     conclude(total, counts, "pairs of image and mask")
 
 
-def _look(half: str, pairs: Pairs, workers: int, signals: Signals, seconds: float) -> tuple[Seen, np.ndarray]:
+def _look(half: str, pairs: LookedPairs, workers: int, signals: Signals, seconds: float) -> tuple[Seen, np.ndarray]:
     """This process's share of a half: its faults, and its pixels, int64 [K + 1]."""
     share = ShardSampler(pairs, world_size(), rank())
     pixels = np.zeros(len(pairs.images.pairs.classes) + 1, np.int64)

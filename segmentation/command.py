@@ -13,6 +13,7 @@ from torch import Tensor
 
 from build import build_diversity
 from datasets import named
+from ending import finish
 from engine import Precision
 from errors import BAD_ARGUMENT, UserError, reason
 from images.transforms import preprocessing
@@ -45,7 +46,7 @@ from state import checkpoint, resumption
 from state.lock import Lock
 from state.run_state import check_class_names
 from state.saved_flags import flags_of
-from trainer import Work, build_trackers, finish, start, train
+from trainer import Work, build_trackers, start, train
 from utils import broadcast_from_main, find_launch, init_distributed, print_main, rank, world_size
 from workers import default_workers
 

@@ -62,10 +62,10 @@ class Result:
         return "\n".join(lines)
 
 
-class Scores:
+class Confusion:
     """Counts pixels in torchmetrics' confusion matrix: integers, so that any order and any split gives the same.
 
-        scores = Scores(["cat", "dog"])
+        scores = Confusion(["cat", "dog"])
         for image, mask in samples:
             scores.add(predict(image), mask)
         print(scores.result().table())

@@ -12,7 +12,7 @@ from models import DiverseViT, Needs
 from options.flags import shape_of, sides
 from regularizers import Diversity
 from segmentation.inference import Predictor
-from segmentation.scores import Result, Scores
+from segmentation.scores import Confusion, Result
 from segmentation.settings import Settings
 from state.run_state import RunState, Score
 from trainer import on_device
@@ -43,7 +43,7 @@ def evaluate(
         after_batch: told the number of each image that is done, from 1.
         show: told what the first network predicts.
     """
-    counted = [Scores(classes, device=precision.device) for _ in networks]
+    counted = [Confusion(classes, device=precision.device) for _ in networks]
     for number, (images, masks) in enumerate(loader):
         images, masks = (tensor.to(precision.device, non_blocking=True) for tensor in (images, masks))
         for place, (network, scores) in enumerate(zip(networks, counted, strict=True)):

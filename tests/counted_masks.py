@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from segmentation.scores import Scores
+from segmentation.scores import Confusion
 from utils import find_launch, init_distributed, is_main
 
 CLASSES, IMAGES = 4, 7
@@ -25,7 +25,7 @@ def masks(number: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     launch = find_launch()
     init_distributed(launch, torch.device("cpu"))
-    scores = Scores([str(number) for number in range(CLASSES)])
+    scores = Confusion([str(number) for number in range(CLASSES)])
     for number in range(launch.rank, IMAGES, launch.world_size):
         scores.add(*masks(number))
     result = scores.result()

@@ -35,7 +35,7 @@ FLOORS = (
     ("options.config", "losses", "datasets", "schedules"),
     ("loaders", "engine", "elsewhere"),
     ("state",),
-    ("build", "runs", "warmup", "export", "check_data", "redundancy"),
+    ("ending", "build", "runs", "warmup", "export", "check_data", "redundancy"),
     ("trainer",),
     ("main", "segmentation", "tables"),
     ("hubconf",),

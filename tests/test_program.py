@@ -217,9 +217,7 @@ def test_a_stopped_worker_ends_the_run(images, tmp_path):
             os.kill(worker, signal.SIGSTOP)
         _, error = run.communicate()
     assert run.returncode == 1
-    assert (
-        "main.py: error: reading a batch of images takes longer than --dist-timeout, 15 seconds: a data " in error
-    )
+    assert "error: reading a batch of images takes longer than --dist-timeout, 15 seconds: a data " in error
     assert workers and all(map(ends, workers))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from segmentation.heads import FCNHead, UperHead, pixel_cross_entropy, resize
-from segmentation.scores import Scores
+from segmentation.scores import Confusion
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 RTOL = 1e-9
@@ -90,7 +90,7 @@ def test_evaluation_of_upernet(golden: dict[str, np.ndarray]) -> None:
 def test_metrics() -> None:
     with np.load(GOLDEN / "segmentation_metrics.npz") as file:
         golden = dict(file)
-    scores = Scores([str(number) for number in range(int(golden["classes"]))])
+    scores = Confusion([str(number) for number in range(int(golden["classes"]))])
     for i in range(sum(key.startswith("pred") for key in golden)):
         scores.add(torch.from_numpy(golden[f"pred{i}"]), torch.from_numpy(golden[f"label{i}"]))
     found = scores.result()

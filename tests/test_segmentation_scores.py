@@ -14,14 +14,14 @@ from counted_masks import CLASSES, IMAGES, masks
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from errors import UserError
-from segmentation.scores import Scores
+from segmentation.scores import Confusion
 
 NAMES = [str(number) for number in range(CLASSES)]
 NO_LAUNCHER = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def counted(names: list[str] = NAMES) -> Scores:
-    scores = Scores(names)
+def counted(names: list[str] = NAMES) -> Confusion:
+    scores = Confusion(names)
     for number in range(IMAGES):
         scores.add(*masks(number))
     return scores
@@ -60,7 +60,7 @@ def test_torchmetrics_agrees() -> None:
 
 def test_large_counts_are_exact() -> None:
     """float32, in which torchmetrics takes ratios, does not know 2^24 + 1."""
-    scores = Scores(["a", "b"])
+    scores = Confusion(["a", "b"])
     count = 2**24 + 1
     scores._matrix.confmat += torch.tensor([[count, 1], [0, 0]])
     assert scores.result().iou[0] == count / (count + 1) != float(np.float32(count) / np.float32(count + 1))
@@ -68,7 +68,7 @@ def test_large_counts_are_exact() -> None:
 
 def test_a_class_predicted_where_it_is_not() -> None:
     """It counts in mIoU with 0, and has no accuracy."""
-    scores = Scores(["a", "b", "c"])
+    scores = Confusion(["a", "b", "c"])
     scores.add(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]))
     result = scores.result()
     assert result.iou[:2].tolist() == [0.5, 0.0] and np.isnan(result.iou[2])
@@ -76,19 +76,19 @@ def test_a_class_predicted_where_it_is_not() -> None:
 
 
 def test_nothing_counted() -> None:
-    result = Scores(["a"]).result()
+    result = Confusion(["a"]).result()
     assert np.isnan([result.mean_iou, result.mean_accuracy, result.all_accuracy]).all()
     assert result.table().splitlines()[1].split() == ["a", "-", "-", "0.00"]
 
 
 def test_another_ignored_label() -> None:
-    scores = Scores(["a", "b"], ignore_label=0)
+    scores = Confusion(["a", "b"], ignore_label=0)
     scores.add(torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]]))
     assert scores.result().pixels.tolist() == [0, 1] and scores.result().all_accuracy == 1
 
 
 def test_table() -> None:
-    scores = Scores(["sky", "a \x1b[31mlong name", "no"])
+    scores = Confusion(["sky", "a \x1b[31mlong name", "no"])
     scores.add(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 0, 0, 1]]))
     assert scores.result().table().splitlines() == [
         r"class                  IoU  accuracy  pixels",
@@ -113,4 +113,4 @@ def test_three_processes_count_as_one(tmp_path: Path) -> None:
 def test_torchmetrics_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     with pytest.raises(UserError, match="pip install torchmetrics"):
-        Scores(["a"])
+        Confusion(["a"])
