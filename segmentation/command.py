@@ -64,6 +64,7 @@ def run(args: Settings) -> None:
         check_data(args)
         return
     precision = start(args)
+    check_batch(args)
     state = checkpoint.load(args.resume) if args.eval and args.resume else None
     earlier = None if args.eval else resumption.find(args)
     saved = state if earlier is None else earlier.state
@@ -104,6 +105,19 @@ def check_data(args: Settings) -> None:
     found = {half: images_of(args, find_half(args, is_train)) for half, is_train in halves.items()}
     workers = default_workers() if args.num_workers is None else args.num_workers
     check_pairs(found, workers, args.dist_timeout)
+
+
+def check_batch(args: Settings) -> None:
+    """Refuse steps in which batch norm would see a single value of each channel.
+
+    Raises:
+        UserError: one crop in all processes, whose pyramid of UperNet has a map of 1 x 1.
+    """
+    if args.head == "uper" and not args.eval and args.batch_size * world_size() == 1:
+        raise UserError(
+            "--batch-size 1 in one process: UperNet averages a whole crop into one value of each channel, and batch "
+            "norm needs two; give --batch-size 2 or more (with less memory: --grad-checkpointing), or more processes"
+        )
 
 
 def find_half(args: Settings, is_train: bool, classes: Sequence[str] = ()) -> Pairs:

@@ -6,7 +6,7 @@ To read data of another form, write a function here that returns `Files`, and ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -167,11 +167,12 @@ def _places(root: Path, is_train: bool) -> tuple[str, str] | None:
 
 
 def _read_list(path: Path) -> list[str]:
-    """The names in one of VOC's lists."""
+    """The names in one of VOC's lists: a name in each line, or the paths of an image and its mask, as trainaug has."""
     try:
-        names = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the list of images {shown(str(path))}: {error}; {LAYOUTS['VOC']}") from error
+    names = [PurePosixPath(line.split()[0]).stem for line in lines if line.strip()]
     if not names:
         raise UserError(f"{shown(str(path))} lists no images; {LAYOUTS['VOC']}")
     return list(dict.fromkeys(names))

@@ -180,7 +180,7 @@ class Flags(Args):
 
     iterations: int = flag(160_000, NOW, "steps to train, in all", group="segmentation: schedule", limits=FROM_1)
     eval_interval: int = flag(
-        16_000, EPOCH, "steps from one evaluation, log line and checkpoint to the next", limits=FROM_1
+        16_000, STAYS, "steps from one evaluation, log line and checkpoint to the next", limits=FROM_1
     )
     warmup_iterations: int = flag(1500, NOW, "steps of linear warm-up", limits=FROM_0)
     warmup_share: float = flag(1e-6, NOW, "share of the rate that the warm-up starts from", limits=SHARE)

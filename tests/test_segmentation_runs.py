@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import forks
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from small_runs import assert_same, saved
+from small_segmentations import BACKBONE, FLAGS, TERMS, log_of, make_pairs, segment
 
 import trainer
 from engine import train_one_epoch
@@ -25,49 +24,17 @@ from segmentation.command import main
 from segmentation.settings import recipe_of, resolve
 from state.trained import read_trained
 
-BACKBONE = ["--model", "deit_tiny_patch16_224", "--device", "cpu"]
-BACKBONE += ["--model-kwargs", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2"]
-FLAGS = ["--data-set", "FOLDER", "--crop-size", "16", "--resize", "24", "20", "--test-resize", "0"]
-FLAGS += ["--channels", "8", "--auxiliary-channels", "4", "--batch-size", "4", "--lr", "1e-2"]
-FLAGS += ["--num_workers", "0", "--print-freq", "100"]
-FLAGS += ["--iterations", "6", "--eval-interval", "3", "--warmup-iterations", "2", "--model-ema-decay", "0.5"]
-TERMS = ["--reg", "patch.cosine=0.1", "--reg", "attn.cosine=0.1", "--reg", "weight.so=1e-4"]
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures whose right half is bright: three classes, the third in a corner, and some unlabelled pixels."""
-    root = tmp_path_factory.mktemp("pairs")
-    random = np.random.default_rng(0)
-    for half, count in (("train", 7), ("val", 5)):
-        for kind in ("images", "masks"):
-            (root / kind / half).mkdir(parents=True)
-        for number in range(count):
-            height, width = 17 + 2 * number, 26 - number
-            mask = np.zeros((height, width), np.uint8)
-            mask[:, width // 2 :] = 1
-            mask[:5, :5] = 2
-            pixels = random.integers(0, 60, (height, width, 3)) + 90 * mask[..., None]
-            mask[-1] = 255
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / half / f"{number}.png")
-            Image.fromarray(mask).save(root / "masks" / half / f"{number}.png")
-    return root
-
-
-def run(images: Path, output: Path | None, *flags: str, model: list[str] = BACKBONE) -> int:
-    where = [] if output is None else ["--output_dir", str(output)]
-    return main([*model, *FLAGS, "--data-path", str(images), *where, *flags])
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return make_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps with a term of each level that segmentation has."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert run(images, output, *TERMS) == 0
+    assert segment(images, output, *TERMS) == 0
     return output
 
 
@@ -124,11 +91,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         return train_one_epoch(*args, **options)
 
     monkeypatch.setattr(trainer, "train_one_epoch", interrupted)
-    assert run(images, tmp_path, *terms) == 75
+    assert segment(images, tmp_path, *terms) == 75
     monkeypatch.undo()
     stopped = saved(tmp_path)
     assert stopped["step"] == stopped_at
-    assert run(images, tmp_path, *terms) == 0
+    assert segment(images, tmp_path, *terms) == 0
     for key in ("model", "model_ema", "optimizer", "lr_scheduler", "log", "processes", "best"):
         assert_same(saved(tmp_path)[key], saved(whole)[key], key)
 
@@ -175,6 +142,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(
         (["--scale-range", "2", "1"], "--scale-range takes two factors, the smaller one first"),
         (["--backbone", "nothing.pth"], "--backbone nothing.pth: no such file"),
         (["--mixup", "0.8"], "unrecognized arguments: --mixup"),
+        (["--batch-size", "1"], "--batch-size 1 in one process: UperNet averages a whole crop"),
         (["--stride", "8"], "--stride is that of --inference slide"),
         (["--predictions", "there"], "--predictions is written by --eval"),
         (["--map-layers", "0", "9", "1", "2"], "has blocks 0 to 3, and no 9"),
@@ -183,7 +151,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(
 def test_a_mistake_is_one_line(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
-    assert run(images, tmp_path / "run", *flags) == 2
+    assert segment(images, tmp_path / "run", *flags) == 2
     err = capsys.readouterr().err
     assert err.startswith("segmentation: error: ") and words in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -194,7 +162,7 @@ def test_predictions_and_their_comparison(
 ) -> None:
     """Masks hold the predicted classes; counted again by the script, they have the scores of the evaluation."""
     argv = ["--eval", "--resume", str(whole / "checkpoint.pth"), "--weights", "raw", "--pictures", "2"]
-    assert run(images, None, *argv, "--predictions", str(tmp_path / "a")) == 0
+    assert segment(images, None, *argv, "--predictions", str(tmp_path / "a")) == 0
     printed = capsys.readouterr().out
     (score,) = re.findall(r"^network: mIoU ([\d.]+)%", printed, re.MULTILINE)
     assert f"written: {tmp_path / 'a' / 'predictions.html'}" in printed

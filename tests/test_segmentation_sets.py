@@ -148,6 +148,16 @@ def test_augmented_voc(tmp_path):
     assert len(find_pairs("VOC", tmp_path, False).samples) == 1
 
 
+def test_a_list_of_paths(tmp_path):
+    """Augmented VOC is also handed around with lists of the paths of images and masks."""
+    voc(tmp_path, augmented=True)
+    listed = "".join(f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n" for n in ("2007_3", "2007_0"))
+    (tmp_path / "ImageSets" / "Segmentation" / "trainaug.txt").write_text(listed + "\n")
+    found = find_pairs("VOC", tmp_path, True)
+    assert [Path(source).stem for source, _ in found.samples] == ["2007_3", "2007_0"]
+    assert [int(labels[0, 1]) for labels in read(found)] == [7, 1]
+
+
 def test_voc_reads_as_torchvision_does(tmp_path):
     voc(tmp_path / "VOCdevkit/VOC2012", augmented=False)
     theirs = VOCSegmentation(str(tmp_path), "2012", "train")
