@@ -107,7 +107,7 @@ class Flags(Args):
 
     backbone: str = flag(
         "",
-        STAYS,
+        SAVED,
         "checkpoint of the backbone: a file or an https address; it says its model, or --model does",
         group="segmentation: network",
     )
@@ -147,7 +147,7 @@ class Flags(Args):
     reduce_zero_label: bool = switch(
         False, STAYS, on="number 0 in the masks counts nowhere either, and the classes begin with 1 (FOLDER)"
     )
-    class_file: str = flag("", STAYS, "names of the classes, one in a line (FOLDER)", metavar="FILE")
+    class_file: str = flag("", FREE, "names of the classes, one in a line (FOLDER)", metavar="FILE")
     resize: list[int] = flag(
         [],
         EPOCH,

@@ -15,6 +15,7 @@ from options.flags import Args
 from options.parser import Resume, dashed, declared
 from redundancy.options import get_args_parser as redundancy_parser
 from regularizers import REFERENCE_FLAGS, parse_spec
+from segmentation.options import Flags
 from segmentation.options import get_args_parser as segmentation_parser
 from tables.options import get_args_parser as tables_parser
 
@@ -158,9 +159,11 @@ def test_the_python_example_runs():
 
 
 def test_the_rules_of_resumption_are_those_of_the_flags():
-    """Each flag stands in the row of its rule, and nowhere else."""
+    """Each flag stands in the row of its rule, and nowhere else: main.py's, then those that segmentation adds."""
     lines = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").splitlines()
-    first = lines.index("| rule | flags |") + 2
-    rows = [re.findall(r"`([\w-]+)`", line.split("|")[2]) for line in lines[first : first + len(Resume)]]
-    for rule, names in zip(Resume, rows, strict=True):
-        assert sorted(names) == sorted(dashed(name) for name, flag in declared(Args).items() if flag.resume is rule)
+    tables = [place + 2 for place, line in enumerate(lines) if line == "| rule | flags |"]
+    added = {name: flag for name, flag in declared(Flags).items() if name not in declared(Args)}
+    for first, known in zip(tables, (declared(Args), added), strict=True):
+        rows = [re.findall(r"`([\w-]+)`", line.split("|")[2]) for line in lines[first : first + len(Resume)]]
+        for rule, names in zip(Resume, rows, strict=True):
+            assert sorted(names) == sorted(dashed(name) for name, flag in known.items() if flag.resume is rule)
