@@ -115,8 +115,8 @@ def check_batch(args: Settings) -> None:
     """
     if args.head == "uper" and not args.eval and args.batch_size * world_size() == 1:
         raise UserError(
-            "--batch-size 1 in one process: UperNet averages a whole crop into one value of each channel, and batch "
-            "norm needs two; give --batch-size 2 or more (with less memory: --grad-checkpointing), or more processes"
+            "--batch-size 1 in one process: UperNet averages a whole crop into one value of each channel, and "
+            "batch norm needs two: give --batch-size 2, perhaps with --grad-checkpointing, or start more processes"
         )
 
 

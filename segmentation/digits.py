@@ -8,11 +8,11 @@ from PIL import Image, ImageColor
 from images.lists import digits
 
 CANVASES = {True: 800, False: 100}  # of the training half, of the other
-SIZE = 64  # pixels of a canvas's side
-DIGITS = (3, 4)  # on a canvas, at least and at most; fewer where no room is found
+CELL = 32  # pixels of the side of a quarter
+SIZE = 2 * CELL  # of a canvas's side
+DIGITS = (3, 4)  # on a canvas, at least and at most
 SIDES = (24, 32)  # of a digit in pixels
-TRIES = 60  # to find room for one
-INK = 96  # of 255, from which on a pixel belongs to the digit
+INK = 64  # of 255, from which on a pixel belongs to the digit
 CLASSES = ("background", *map(str, range(10)))
 # Black, then ten colours that are easily told apart (Tableau's)
 COLOURS = ["#000000", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"]
@@ -23,9 +23,9 @@ PALETTE = np.array([ImageColor.getrgb(colour) for colour in COLOURS], np.uint8)
 def canvases(is_train: bool, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 64, 64, 3], white ink on black, and masks uint8 [N, 64, 64]: 0, or 1 + the digit.
 
-    One to four digits, each 24 to 32 pixels high and wide, lie at random places without overlap. A pixel is a
-    digit's where its ink, enlarged by bicubic interpolation, is at least 96 of 255. The first 1,437 digits are for
-    training, the last 360 for evaluation. Canvas i depends on the half and on i alone.
+    Three or four quarters of a canvas hold a digit each, 24 to 32 pixels high and wide, at a random place. A pixel
+    is a digit's where its ink, enlarged by bicubic interpolation, is at least 64 of 255. The first 1,437 digits are
+    for training, the last 360 for evaluation. Canvas i depends on the half and on i alone.
 
     Args:
         is_train: which half.
@@ -44,24 +44,12 @@ def _draw(index: int, is_train: bool, pictures: list[tuple[np.ndarray, int]]) ->
     """One canvas, uint8 [H, W], and its mask."""
     random = np.random.default_rng([index, int(is_train)])
     canvas, mask = np.zeros((SIZE, SIZE), np.uint8), np.zeros((SIZE, SIZE), np.uint8)
-    taken = np.zeros((SIZE, SIZE), bool)
-    for _ in range(random.integers(DIGITS[0], DIGITS[1] + 1)):
+    for quarter in random.permutation(4)[: random.integers(DIGITS[0], DIGITS[1] + 1)]:
         pixels, label = pictures[random.integers(len(pictures))]
         side = int(random.integers(SIDES[0], SIDES[1] + 1))
-        place = _room(random, taken, side)
-        if place is None:
-            continue
+        row, column = np.array(divmod(int(quarter), 2)) * CELL + random.integers(0, CELL - side + 1, 2)
+        place = slice(row, row + side), slice(column, column + side)
         ink = np.asarray(Image.fromarray(pixels[..., 0]).resize((side, side), Image.Resampling.BICUBIC))
-        canvas[place], taken[place] = ink, True
+        canvas[place] = ink
         mask[place] = np.where(ink >= INK, 1 + label, 0)
     return canvas, mask
-
-
-def _room(random: np.random.Generator, taken: np.ndarray, side: int) -> tuple[slice, slice] | None:
-    """A random square that is free; None if none was found."""
-    for _ in range(TRIES):
-        row, column = (int(first) for first in random.integers(0, SIZE - side + 1, 2))
-        place = slice(row, row + side), slice(column, column + side)
-        if not taken[place].any():
-            return place
-    return None

@@ -167,7 +167,7 @@ def _places(root: Path, is_train: bool) -> tuple[str, str] | None:
 
 
 def _read_list(path: Path) -> list[str]:
-    """The names in one of VOC's lists: a name in each line, or the paths of an image and its mask, as trainaug has."""
+    """The names in one of VOC's lists: of names, or of the paths of images and masks, as trainaug may be."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

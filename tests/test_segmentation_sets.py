@@ -302,7 +302,7 @@ def test_the_palette_is_that_of_pascal_voc():
 
 def boxed(picture: np.ndarray) -> np.ndarray:
     """What is inked of a picture, cut out and brought to 16 x 16 numbers."""
-    rows, columns = np.nonzero(picture >= 96)
+    rows, columns = np.nonzero(picture >= 64)
     cut = picture[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     return np.asarray(Image.fromarray(cut).resize((16, 16), Image.Resampling.BILINEAR), float).ravel()
 
@@ -311,7 +311,7 @@ def test_digits_lie_where_their_masks_say():
     """What is inked is labelled, and each mark looks like a real digit of that label, of the evaluation's half."""
     images, masks = digits.canvases(False, count=60)
     assert images.shape == (60, 64, 64, 3) and masks.shape == (60, 64, 64)
-    np.testing.assert_array_equal(images[..., 0] >= 96, masks > 0)
+    np.testing.assert_array_equal(images[..., 0] >= 64, masks > 0)
     real = load_digits()
     large = [
         np.asarray(Image.fromarray(np.uint8(each * 15.9375)).resize((32, 32), 3)) for each in real.images[1437:]
