@@ -20,6 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ending import finish
 from errors import UserError, reason, shown
 from options.parser import Parser
 from segmentation.images import SegmentedImages
@@ -49,15 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
-    try:
-        run(get_args_parser().parse_args(argv))
-    except UserError as error:
-        print(shown(f"compare_masks.py: error: {error}", 4000), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ncompare_masks.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return finish("compare_masks.py", lambda: run(get_args_parser().parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
