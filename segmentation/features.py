@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from errors import BAD_ARGUMENT, UserError, reason
 from models import build_model
-from segmentation.heads import rounded_up
 
 MAPS = 4  # that UperNet reads
 Size = tuple[int, int]  # height, width
@@ -71,7 +70,8 @@ class Maps:
         """
         if self.only is None:
             pairs = zip(size, self.whole, strict=True)
-            height, width = (rounded_up(side, multiple) * multiple for side, multiple in pairs)
+            # not by rounded_up: torch.export would understand it so well that it refuses images of one patch
+            height, width = (side + -side % multiple for side, multiple in pairs)
             return height, width
         if size[0] > self.only[0] or size[1] > self.only[1]:
             raise UserError(
