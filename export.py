@@ -2,7 +2,8 @@
 
 Whatever is written is the plain timm model in evaluation mode, images [B, C, H, W] -> logits [B, K] with any B; no
 hook and nothing of this repository goes with it. Every file is read back and compared with the model before it
-takes its name, so a file that exists is one that works.
+takes its name, so a file that exists is one that works. Networks for segmentation go the same way, by
+segmentation/export.py.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ HOOKS = (
 # Largest difference of logits, relative to the largest logit (if beyond 1), with which a file still counts as the
 # model: the same kernels give the same bits in timm; other kernels round otherwise; wrong weights are far off.
 SAME, ROUNDING = 0.0, 1e-3
+
+Size = tuple[int, int]  # height, width
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -169,7 +172,11 @@ def to_timm(
 
 
 def to_torch(
-    model: nn.Module, folder: Path, image_shape: tuple[int, int, int], class_names: Sequence[str] = ()
+    model: nn.Module,
+    folder: Path,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str] = (),
+    sizes: Sequence[Size] = (),
 ) -> Exported:
     """Write model.pt2, a program for `torch.export.load(FILE).module()`, which needs torch alone, on the CPU.
 
@@ -177,17 +184,20 @@ def to_torch(
         model: a timm model, or the DiverseViT around it.
         image_shape: channels, height and width.
         class_names: in the order of the logits, as the extra file `label_names`, a JSON list.
+        sizes: of a model for images of any size, see `to_onnx`.
     Raises:
         UserError: the folder cannot be written to, or torch.export cannot follow this model.
     """
+    # torch remembers what is true of the traced image alone, e.g. that it is not of whole patches, as guards
+    unguarded = "check_guards=False" if sizes else ""
     backbone = plain_backbone(model)
     with _staged(folder) as staging, _explained(backbone, "torch"):
         extra = {LABELS: json.dumps(list(class_names))} if class_names else {}
-        torch.export.save(_trace(backbone, image_shape), staging / "model.pt2", extra_files=extra)
-        again = torch.export.load(staging / "model.pt2").module()
-        difference = _compare(again, backbone, image_shape, ROUNDING, "model.pt2")
+        torch.export.save(_trace(backbone, image_shape, sizes), staging / "model.pt2", extra_files=extra)
+        again = torch.export.load(staging / "model.pt2").module(check_guards=not sizes)
+        difference = _compare(again, backbone, image_shape, ROUNDING, "model.pt2", sizes)
     path = folder / "model.pt2"
-    return Exported((path,), difference, f'model = torch.export.load("{path}").module()')
+    return Exported((path,), difference, f'model = torch.export.load("{path}").module({unguarded})')
 
 
 def to_onnx(
@@ -196,6 +206,7 @@ def to_onnx(
     image_shape: tuple[int, int, int],
     opset: int | None = None,
     class_names: Sequence[str] = (),
+    sizes: Sequence[Size] = (),
 ) -> Exported:
     """Write model.onnx, with input `images` and output `logits`.
 
@@ -206,6 +217,8 @@ def to_onnx(
         image_shape: channels, height and width.
         opset: ONNX's operator set, torch's choice by default; from 23 on fused attention stays one node.
         class_names: in the order of the logits, as the file's metadata `label_names`, a JSON list.
+        sizes: of a model for images of any size: heights and widths at which the file is compared with it. The
+            first one is traced.
     Raises:
         UserError: the folder cannot be written to, the optional packages are missing, or torch's exporter or ONNX
             Runtime does not support this model.
@@ -218,11 +231,11 @@ def to_onnx(
     fused = opset is not None and opset >= ATTENTION_OPSET
     with _staged(folder) as staging, _explained(backbone, "onnx", errors):
         torch.onnx.export(
-            _trace(backbone if fused else _unfused(backbone), image_shape),
+            _trace(backbone if fused else _unfused(backbone), image_shape, sizes),
             f=staging / "model.onnx",
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: "batch"},),
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"} if sizes else {0: "batch"},),
             opset_version=opset,
             external_data=size > ONE_FILE,
             verbose=False,
@@ -235,7 +248,7 @@ def to_onnx(
         def again(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-        difference = _compare(again, backbone, image_shape, ROUNDING, "model.onnx")
+        difference = _compare(again, backbone, image_shape, ROUNDING, "model.onnx", sizes)
         names = sorted(file.name for file in staging.iterdir())
     load = f'session = onnxruntime.InferenceSession("{folder / "model.onnx"}")'
     return Exported(tuple(folder / name for name in names), difference, load)
@@ -300,11 +313,15 @@ def _keep_one_count(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _trace(backbone: nn.Module, image_shape: Sequence[int]) -> torch.export.ExportedProgram:
-    """The forward pass as a graph, for any number of images from 1 on."""
-    images = torch.zeros(2, *image_shape)  # torch takes a batch of 1 for a constant
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(backbone, (images,), dynamic_shapes=({0: batch},))
+def _trace(
+    backbone: nn.Module, image_shape: Sequence[int], sizes: Sequence[Size] = ()
+) -> torch.export.ExportedProgram:
+    """The forward pass as a graph, for any number of images from 1 on; with `sizes` also for images of any size."""
+    channels, *size = image_shape
+    images = torch.zeros(2, channels, *(sizes[0] if sizes else size))  # torch takes a batch of 1 for a constant
+    free = torch.export.Dim.DYNAMIC
+    dynamic = {0: free, 2: free, 3: free} if sizes else {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(backbone, (images,), dynamic_shapes=(dynamic,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine, which files would otherwise carry along
     return program
@@ -328,21 +345,32 @@ def _add_metadata(onnx: Any, path: Path, key: str, value: str) -> None:
 
 @torch.no_grad()
 def _compare(
-    again: Callable[[Tensor], Tensor], backbone: nn.Module, image_shape: Sequence[int], tolerance: float, what: str
+    again: Callable[[Tensor], Tensor],
+    backbone: nn.Module,
+    image_shape: Sequence[int],
+    tolerance: float,
+    what: str,
+    sizes: Sequence[Size] = (),
 ) -> float:
-    """The largest difference of logits on one and on three random images.
+    """The largest difference of logits on one and on three random images, or on one of each further size.
 
     Raises:
         UserError: it is beyond the tolerance, or not a number.
     """
     largest = 0.0
-    for batch in (1, 3):
-        images = torch.randn(batch, *image_shape, generator=torch.Generator().manual_seed(batch))
-        expected = backbone(images)  # [B, K]
-        difference = float((again(images) - expected).abs().max())
+    channels, *size = image_shape
+    first, *others = [*sizes] or [(size[0], size[1])]
+    for batch, (height, width) in [(1, first), (3, first), *((1, other) for other in others)]:
+        images = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
+        expected = backbone(images)  # [B, K], or [B, K, H, W]
+        found = again(images)
+        same = found.shape == expected.shape
+        difference = float((found - expected).abs().max()) if same else float("inf")
         if not difference <= tolerance * max(1.0, float(expected.abs().max())):
+            pixels = f" of {height} x {width} pixels" if sizes else ""
             raise UserError(
                 f"nothing is written: the logits of {what} are off by {difference:.2g} for {batch} random image(s)"
+                f"{pixels}"
             )
         largest = max(largest, difference)
     return largest

@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,13 @@ def peak_of(recipe: Recipe, batches: Batches, device: torch.device) -> int:
 
 def peak_on_cpu(recipe: Recipe, batches: Batches) -> int:
     """Bytes at the peak of a step: what the profiler saw allocated, and what is there all the time."""
+    return allocated(lambda: recipe.train(batches)) + resident(recipe)
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Bytes that some work on the CPU has allocated at its peak, beyond what was there before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        recipe.train(batches)
+        work()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -52,7 +58,7 @@ def peak_on_cpu(recipe: Recipe, batches: Batches) -> int:
     for _, size in sorted(sizes):
         now += size
         highest = max(highest, now)
-    return highest + resident(recipe)
+    return highest
 
 
 def resident(recipe: Recipe) -> int:

@@ -70,6 +70,7 @@ class Maps:
         """
         if self.only is None:
             pairs = zip(size, self.whole, strict=True)
+            # not by rounded_up: torch.export would understand it so well that it refuses images of one patch
             height, width = (side + -side % multiple for side, multiple in pairs)
             return height, width
         if size[0] > self.only[0] or size[1] > self.only[1]:

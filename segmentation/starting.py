@@ -109,7 +109,7 @@ def build_network(args: Settings, classes: int, origin: Origin | None, fresh: bo
         state = checkpoint.load(args.head_weights)
         load_mmseg(network, model_weights(state, args.head_weights), args.head_weights)
     if args.grad_checkpointing:
-        use_grad_checkpointing(network)
+        use_grad_checkpointing(backbone)
     return network
 
 

@@ -24,6 +24,7 @@ Show = Callable[[int, Tensor], None]  # number of an image among this process's,
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def evaluate(
     networks: Sequence[DiverseViT],
     loader: Loader,
@@ -34,6 +35,8 @@ def evaluate(
     show: Show | None = None,
 ) -> list[Result]:
     """Scores of several networks over all images that the processes' loaders hold together, read once.
+
+    Nothing is compiled here: images have sizes of their own, and after eight of them torch gives up on a graph.
 
     Args:
         networks: not wrapped in DDP, since processes may have different numbers of images.

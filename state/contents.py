@@ -149,13 +149,16 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def check_description(state: Any, path: str, names: Collection[str] = DESCRIBED) -> None:
+def check_description(
+    state: Any, path: str, names: Collection[str] = DESCRIBED, flags_table: type[Args] = Args
+) -> None:
     """Refuse flags in a checkpoint with values that they cannot have today.
 
     Args:
         state: what a file holds.
         path: of the file.
         names: of the flags; those that say which model it is are enough where only that is taken from the file.
+        flags_table: where the flags are declared.
     Raises:
         UserError: the first of them.
     """
@@ -164,7 +167,7 @@ def check_description(state: Any, path: str, names: Collection[str] = DESCRIBED)
         return
     _check_names(vars(args) if isinstance(args, argparse.Namespace) else args, "args", path)
     flags = flags_of(state)
-    types, table = get_type_hints(Args), declared(Args)
+    types, table = get_type_hints(flags_table), declared(flags_table)
     for name in flags.keys() & table.keys() & set(names):
         value, limits = flags[name], table[name].limits
         low, high = limits or (-math.inf, math.inf)

@@ -23,16 +23,18 @@ DROP_RATE = re.compile(r"(\w+_)?drop(_\w+)?_rate")  # arguments that change trai
 
 
 class Evaluated(NamedTuple):
-    """Top-1 of a checkpoint's weights, in percent, as its run last measured them; None where it did not.
+    """A checkpoint's score, in percent, as its run last measured it; None where it did not.
 
     Attributes:
         model, ema: of the trained weights, and of their average.
         steps_ago: since then the weights were trained for so many steps.
+        score: its name: that of classifiers, or of networks for segmentation.
     """
 
     model: float | None = None
     ema: float | None = None
     steps_ago: int = 0
+    score: str = "top-1"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def read_trained(
     input_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     only_if_silent: bool = False,
+    state: Any = None,
 ) -> Trained:
     """Build the model that a checkpoint describes, and load its weights, without those of a head for patches.
 
@@ -86,16 +89,17 @@ def read_trained(
         weights: 'raw', 'ema', or 'auto', which takes the EMA if there is one, unless the run found it worse than
             the trained weights.
         only_if_silent: of what is given here, what the checkpoint says itself does not count.
+        state: what the file holds, if it is loaded already.
     Raises:
         UserError: no such file, a damaged one, one that does not say what it holds, or weights that do not fit.
     """
     _check_given(input_size, num_classes)
-    state = checkpoint.load(path)
+    state = checkpoint.load(path) if state is None else state
     check_description(state, path)
     evaluated = evaluation_of(state)
     use_ema = _uses_ema(state, weights, evaluated, path)
     saved = model_weights(state, path, ema=use_ema)
-    segments = any(name.startswith("decode_head.") for name in saved)  # a backbone without a classifier
+    segments = is_segmenters(saved)
     tensors = _plain_names(saved)
     flags = flags_of(state)
     given = {"model": model, "input_size": input_size, "model_kwargs": dict(model_kwargs or {})}
@@ -126,11 +130,16 @@ def read_trained(
     load_weights(backbone, without_patch_head(backbone, tensors), path, advice)
     added = VARIANTS.get(name, (name, {}))[1]
     model_args = {key: value for key, value in {**added, **options}.items() if not DROP_RATE.fullmatch(key)}
-    names = () if segments else _class_names(flags, backbone.num_classes, path)
+    names = () if segments else class_names_of(flags, backbone.num_classes, path)
     images = preprocessing_of(state, path, name, shape)
     kind = "ema" if use_ema else "raw"
     says_model = bool(flags_of(state).get("model"))
     return Trained(name, backbone.eval(), model_args, shape, images, kind, evaluated, names, says_model, remedies)
+
+
+def is_segmenters(weights: StateDict) -> bool:
+    """Whether these are of a network for segmentation: heads, and a backbone without a classifier."""
+    return any(name.startswith("decode_head.") for name in weights)
 
 
 def _check_given(input_size: int | Sequence[int] | None, num_classes: int | None) -> None:
@@ -154,14 +163,19 @@ def evaluation_of(state: Any) -> Evaluated:
     log = state.get("log") if isinstance(state, dict) else None
     try:
         last = json.loads(log[-1]) if log else {}
-        model, ema = (None if last.get(key) is None else float(last[key]) for key in ("test_acc1", "ema_test_acc1"))
-        return Evaluated(model, ema, int(state.get("step", 0)))
+        score, key = ("mIoU", "test_miou") if "test_miou" in last else ("top-1", "test_acc1")
+        model, ema = (None if last.get(name) is None else float(last[name]) for name in (key, f"ema_{key}"))
+        return Evaluated(model, ema, int(state.get("step", 0)), score)
     except (ValueError, TypeError, LookupError, AttributeError):  # a log of something else
         return Evaluated()
 
 
-def _class_names(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple[str, ...]:
-    """The classes' names as the checkpoint's flags have them; none for '0', '1', ..., which are no names."""
+def class_names_of(flags: Mapping[str, Any], num_classes: int, path: str) -> tuple[str, ...]:
+    """The classes' names as the checkpoint's flags have them; none for '0', '1', ..., which are no names.
+
+    Raises:
+        UserError: there are names of more or fewer classes.
+    """
     names = tuple(str(name) for name in flags.get("class_names") or ())
     if names and len(names) != num_classes:
         raise UserError(

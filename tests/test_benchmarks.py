@@ -18,6 +18,7 @@ def benchmark(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 STEP = ["--rounds", "1", "--profile", "--variants", "plain", "five_terms", "textbook", "attn.mhs@all=0.1"]
+SEGMENTING = {"ours_over_transformers", "heads_over_transformers_memory", "sliding_over_whole_memory"}
 REMEDIES = ["--only", "explicit_map", "layerscale", "gfsa:order=3"]
 
 
@@ -31,6 +32,7 @@ REMEDIES = ["--only", "explicit_map", "layerscale", "gfsa:order=3"]
         ("report.py", [], {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"}),
         ("remedies.py", REMEDIES, {"gfsa:order=3_over_plain", "explicit_map_over_plain_memory"}),
         ("rows.py", [str(ROOT / "configs/tables/digits.yaml"), "--only", "five"], {"five_over_plain"}),
+        ("segmenting.py", [], SEGMENTING),
         ("scaling.py", ["--rounds", "1", "--steps", "1"], {"weak_efficiency_five_terms_2"}),
     ],
 )
