@@ -19,13 +19,17 @@ import pytest
 import torch
 
 from errors import UserError
+from options import config
 from redundancy.options import read_options
 from state.lock import TAKEN_WORDS as TAKEN
 from state.lock import is_locked
-from tables import cells, plan, record, runner, slurm
-from tables.cells import Cell, cells_of, read_log
+from tables import evidence, plan, record, runner, slurm
+from tables.cells import Cell, cells_of
+from tables.evidence import ROOT, read_log
 from tables.reading import read_table
-from tables.runner import Runner, Slot, make_slots
+from tables.runner import Runner
+from tables.slots import Slot, make_slots
+from tables.spec import Given
 
 # Stands for main.py: writes an epoch a moment, notes when it begins and ends, and does as the row's name says.
 PROGRAM = """
@@ -313,9 +317,9 @@ def test_other_epochs_than_the_tables_are_no_result(tmp_path: Path, notes: Path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("log.txt", b"null\n", "is no log of main.py: a line is no JSON object"),
-        ("log.txt", b'{"epoch": 0}\n{"epo', "is no log of main.py"),
-        ("log.txt", b"\xff\xfe", "is no log of main.py"),
+        ("log.txt", b"null\n", "is no log of a run: a line is no JSON object"),
+        ("log.txt", b'{"epoch": 0}\n{"epo', "is no log of a run"),
+        ("log.txt", b"\xff\xfe", "is no log of a run"),
         ("cost.json", b"3", "holds no JSON object: remove it"),
         ("cost.json", b"{", "cannot be read"),
         ("report.json", b"[]", "holds no JSON object"),
@@ -328,7 +332,7 @@ def test_damaged_files_are_named(tmp_path: Path, notes: Path, name: str, content
     (cell,) = all_cells
     (cell.path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        cells.read_log(cell.path), cells.read_report(cell.path), cells.read_object(cell.path / "cost.json")
+        evidence.read_log(cell.path), evidence.read_report(cell.path), evidence.read_object(cell.path / "cost.json")
 
 
 def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +379,7 @@ def test_a_report_is_of_the_runs_own_data_and_weights(tmp_path: Path) -> None:
     report = "report: {metrics: [patch.cosine_abs], images: 16}\n"
     path.write_text(TABLE.replace("ROW", "one") + "  one: {config: configs/deit_tiny.yaml}\n" + report)
     table = read_table(path, seeds=1)
-    (cell,) = cells_of(table, table.rows, tmp_path / "out", ("--data-path", "/images", "--fast-resize"))
+    (cell,) = cells_of(table, table.rows, tmp_path / "out", Given(("--fast-resize",), {"": "/images"}))
     options = read_options(cell.report_command(tmp_path / "report")[3:])
     assert options.words == [f"one={cell.folder}/checkpoint.pth"] and options.metrics == ["patch.cosine_abs"]
     assert (options.images, options.args.weights, options.args.data_path) == (16, "raw", "/images")
@@ -398,10 +402,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     cell = all_cells[0]
     cell.check()
     cell.path.mkdir(parents=True)
-    cells.config.write_args(cell.args, cell.path / "args.yaml")
+    config.write_args(cell.args, cell.path / "args.yaml")
     cell.check()
-    other = cells.config.resolve(["--config", str(cells.ROOT / "configs/digits.yaml"), "--epochs", "3"])
-    cells.config.write_args(other, cell.path / "args.yaml")
+    other = config.resolve(["--config", str(ROOT / "configs/digits.yaml"), "--epochs", "3"])
+    config.write_args(other, cell.path / "args.yaml")
     with pytest.raises(UserError, match=r"holds a run with --batch-size 32, and .*made\.yaml says 8: move it away"):
         cell.check()
 
@@ -411,10 +415,10 @@ def test_what_a_run_fills_in_is_no_difference(tmp_path: Path) -> None:
     cell = made(tmp_path, "one")[0]
     cell.path.mkdir(parents=True)
     filled = replace(cell.args, class_names=["a", "b"], mean=[0.5] * 3, std=[0.5] * 3, crop_pct=1.0)
-    cells.config.write_args(filled, cell.path / "args.yaml")
+    config.write_args(filled, cell.path / "args.yaml")
     cell.check()
     more = replace(cell.args, reg=["patch.cosine@last=0.5"])
-    cells.config.write_args(more, cell.path / "args.yaml")
+    config.write_args(more, cell.path / "args.yaml")
     with pytest.raises(UserError, match=r"holds a run with --reg \['patch.cosine@last=0.5'\], and .* says \[\]"):
         cell.check()
 
