@@ -167,7 +167,7 @@ def empty_columns(table: Table, cells: Sequence[Cell]) -> list[str]:
     """The columns in which no finished run has a number."""
     lines = [line for line in read_lines(table, cells) if line.runs]
     return [
-        column.name for column in table.columns if lines and not any(line.values[column.name] for line in lines)
+        column.name for column in table.measured if lines and not any(line.values[column.name] for line in lines)
     ]
 
 

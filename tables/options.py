@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, tuple[str, ...]]:
     said, given = get_args_parser().parse_args(words[:end]), tuple(words[end + 1 :])
     for word in given:
         if word in HELP:
-            raise UserError(f"{word} behind -- asks main.py for help: call it alone")
+            raise UserError(f"{word} behind -- asks a program for help: call it alone")
         if word.startswith("--") and underscored(word[2:].partition("=")[0]) in OWN_FLAGS:
             raise UserError(
                 f"{word} behind --: every run gets it from its row, its seed and this command's own flags"

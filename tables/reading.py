@@ -200,7 +200,7 @@ def _read_columns(top: _Part, metrics: tuple[str, ...]) -> tuple[Column, ...]:
 
 
 def _read_column(part: _Part, metrics: tuple[str, ...]) -> Column:
-    part.only(("name", "label", "value", "digits", "difference", "divide"), needed=("name", "value"))
+    part.only(("name", "label", "value", "digits", "difference", "divide"), needed=("name",))
     name, value = part.name("name", part.text("name")), part.text("value")
     if value.startswith(OF_REPORT):
         metric, _, layer = value.removeprefix(OF_REPORT).partition("@")
@@ -208,11 +208,15 @@ def _read_column(part: _Part, metrics: tuple[str, ...]) -> Column:
             raise part.fail(f"{value} needs {metric} among the metrics of report", "value")
         if layer and not LAYER.fullmatch(layer):
             raise part.fail(f"{value}: a layer is mean, first, last, input or a block's number", "value")
-    elif not OF_LOG.fullmatch(value) and value not in OF_COST:
+    elif value and not OF_LOG.fullmatch(value) and value not in OF_COST:
         raise part.fail(
             f"value {shown(value)} is no key of log.txt (train_*, test_*, ema_test_*, max_acc, n_parameters), "
             f"max_miou, no report:METRIC@LAYER, and none of {', '.join(OF_COST)}",
             "value",
+        )
+    if not value and part.switch("difference"):
+        raise part.fail(
+            f"{name} has no value, and published numbers alone have no difference: drop it", "difference"
         )
     divide = part.number("divide", 1)
     if not divide:

@@ -20,7 +20,8 @@ class Column:
     Attributes:
         name: in `published`, and in the CSV file.
         label: its heading.
-        value: a key of log.txt, whose last epoch counts; report:METRIC@LAYER; or one of `OF_COST`.
+        value: a key of log.txt, whose last epoch counts; report:METRIC@LAYER; one of `OF_COST`; or '' where only
+            others have measured it.
         digits: behind the point.
         difference: whether the difference to the baseline stands beside it.
         divide: what the value is divided by.
@@ -148,6 +149,11 @@ class Table:
     rows: tuple[Row, ...]
     sources: Mapping[str, Source] = field(default_factory=dict)
     program: str = MAIN
+
+    @property
+    def measured(self) -> tuple[Column, ...]:
+        """The columns of which runs have a number; the others hold published ones alone."""
+        return tuple(column for column in self.columns if column.value)
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)

@@ -147,7 +147,8 @@ def build_segmentation(args: Resolved, data: Data, processes: int) -> Size:
 
     assert isinstance(args, Settings)
     nowhere = torch.device("meta")
-    network = build_network(args, data.classes, None, fresh=False).to(nowhere)
+    with nowhere:
+        network = build_network(args, data.classes, None, fresh=False)
     diversity, _ = build.build_diversity(args, network)
     model = build_model(args, network, diversity, data.classes, nowhere)
     crops = args.eval_interval * args.batch_size * args.grad_accum_steps * processes

@@ -345,16 +345,8 @@ def test_segmentation_is_checked_by_its_own_flags(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And started as a package, which Python finds from any folder."""
-    own = [
-        *LOCAL,
-        "--program",
-        "segmentation",
-        "--",
-        *FLAGS,
-        str(tmp_path / "run"),
-        "--model",
-        "deit_tiny_patch16_224",
-    ]
+    own = [*LOCAL, "--program", "segmentation", "--", *FLAGS, str(tmp_path / "run")]
+    own += ["--model", "deit_tiny_patch16_224"]
     args, flags = script.parse([*own, "--crop-size", "64"])
     assert args.job_dir == str(tmp_path / "run" / "submitit" / "%j")
     assert script.call(args.program, flags)[1:3] == ["-m", "segmentation"] and flags[-2:] == ("--resume", "auto")
