@@ -42,9 +42,7 @@ def recipe(table: Table, row: Row, device: torch.device, classes: int) -> Recipe
         UserError: it is no run of main.py.
     """
     if row.program != MAIN:
-        raise UserError(
-            f"row {row.name} is a run of {row.program}, and these are of main.py: name others by --only"
-        )
+        raise UserError(f"row {row.name} is a run of {row.program}, not of main.py: name others by --only")
     return Recipe(str(ROOT / row.config), device, [*table.flags, *row.flags], classes)
 
 

@@ -215,9 +215,7 @@ def _read_column(part: _Part, metrics: tuple[str, ...]) -> Column:
             "value",
         )
     if not value and part.switch("difference"):
-        raise part.fail(
-            f"{name} has no value, and published numbers alone have no difference: drop it", "difference"
-        )
+        raise part.fail(f"{name} has no value, but published numbers alone: drop difference", "difference")
     divide = part.number("divide", 1)
     if not divide:
         raise part.fail("divide must not be 0", "divide")

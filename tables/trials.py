@@ -43,6 +43,7 @@ class Size:
 
     Attributes:
         images: for training, in an epoch.
+        parameters: that are trained.
         flops: of the forward pass of one image.
         disk: bytes of one run's checkpoints.
     """
@@ -54,13 +55,14 @@ class Size:
 
 
 def _size_of(args: Resolved, images: int, model: nn.Module, network: nn.Module, blank: torch.Tensor) -> Size:
-    """The parameters of `model`, which has the heads of terms too; the work of its `network` on a blank image."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    """The parameters of `model` that are trained, terms' own too; the work of its `network` on a blank image."""
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # the fused kernel would not be counted
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(blank)
-    numbers = 3 + args.model_ema  # a weight, its two moments, its average
-    return Size(images, parameters, float(counter.get_total_flops()), 4.0 * numbers * parameters * COPIES)
+    numbers = (1 + args.model_ema) * every + 2 * trained  # a weight, its average, its two moments
+    return Size(images, trained, float(counter.get_total_flops()), 4.0 * numbers * COPIES)
 
 
 # ------------------------------------------------------------------------------------------------------------

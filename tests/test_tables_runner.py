@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,47 @@ def test_a_failing_cell_is_named_and_the_others_go_on(
     assert all_cells[1].why_failed.startswith("ended with exit code 1")
     (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', "False"))
     assert "bad, seed 0" not in finish(all_cells).failed and not all_cells[1].why_failed
+
+
+HEADS = """\
+  head: {program: segmentation, config: configs/segmentation/digits.yaml, backbone: BODY, baseline: head, flags: F}
+  other: {program: segmentation, config: configs/segmentation/digits.yaml, backbone: one, baseline: head, flags: F}
+""".replace("flags: F", "flags: --iterations 2 --eval-interval 1")
+
+
+def with_heads(tmp_path: Path, body: str) -> list[Cell]:
+    """The cells of two rows of main.py, and of two of segmentation that stand before them."""
+    table = made(tmp_path, body, "one")[0].table
+    text = Path(table.path).read_text().replace("rows:\n", f"rows:\n{HEADS.replace('BODY', body)}")
+    Path(table.path).write_text(text)
+    return cells_of(read_table(table.path), read_table(table.path).rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_segmentation_begins_when_its_backbone_is_finished(tmp_path: Path, notes: Path, jobs: int) -> None:
+    """Each seed on that of its own, wherever the rows stand; nothing else is held up."""
+    all_cells = with_heads(tmp_path, "two")
+    assert not finish(all_cells, jobs).failed and all(cell.finished for cell in all_cells)
+    order = [note[:3] for note in noted(notes)]
+    for head, body in (("head", "two"), ("other", "one")):
+        for seed in (0, 1):
+            assert order.index(["end", body, seed]) < order.index(["begin", head, seed])
+    if jobs == 1:
+        assert [row for word, row, _ in order if word == "begin"] == ["two", "head", "one", "other"] * 2
+
+
+def test_what_stands_on_a_failed_backbone_is_named(tmp_path: Path, notes: Path) -> None:
+    all_cells = with_heads(tmp_path, "bad")
+    found = finish(all_cells)
+    for seed in (0, 1):
+        said = found.failed[f"head, seed {seed}"]
+        assert said == f"not run: its backbone (bad, seed {seed}) is not finished"
+        assert f"bad, seed {seed}" in found.failed
+    assert len(found.failed) == 4 and [cell.row.name for cell in all_cells if cell.finished] == ["other", "one"] * 2
+    page = record.pages(all_cells[0].table, all_cells, "")["md"]
+    assert re.search(r"^\| head \| 0 of 2 \| failed", page, re.MULTILINE)
+    (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', "False"))
+    assert not finish(all_cells).failed and not all_cells[0].why_failed
 
 
 def test_a_failed_cell_of_a_row_leaves_the_rest_of_the_row(tmp_path: Path, notes: Path) -> None:
@@ -371,6 +413,25 @@ def test_the_time_left_is_that_of_the_epochs_left(
         cell.path.mkdir(parents=True)
         (cell.path / "log.txt").write_text('{"epoch": 0}\n')
     assert found._left() == "about 0:00:30 left"
+
+
+def test_an_epoch_of_another_program_takes_another_time(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of main.py's in 10 seconds say nothing of segmentation. When one of that took 10, too: 3 more take 30,
+    2 of main.py's 10; with two at a time half of it."""
+    all_cells = with_heads(tmp_path, "two")
+    head, _, two, _ = all_cells[:4]
+    slots = [Slot(cell=two, began=100.0), Slot()]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: 110.0)
+    found = Runner([head, two, all_cells[4], all_cells[6]], 1, slots)
+    two.path.mkdir(parents=True)
+    (two.path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    assert found._left() == "time left unknown yet"
+    slots[1].cell, slots[1].began = head, 100.0
+    head.path.mkdir(parents=True)
+    (head.path / "log.txt").write_text('{"epoch": 0}\n')
+    assert found._left() == "about 0:00:20 left"
 
 
 def test_a_report_is_of_the_runs_own_data_and_weights(tmp_path: Path) -> None:
