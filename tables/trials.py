@@ -19,7 +19,7 @@ from datasets import build_dataset
 from errors import UserError
 from options.config import Resolved, plain
 from options.flags import shape_of
-from segmentation.settings import FILES, Settings, described
+from segmentation.settings import FILES, Settings, check_files, described
 from state.preprocessing import follow_weights
 from tables.evidence import ROOT
 
@@ -110,6 +110,7 @@ def follow_backbone(args: Resolved, start: Resolved | None) -> Settings:
     assert isinstance(args, Settings)
     if start is not None:
         return described(args, plain(start))
+    check_files(with_whole_paths(args))
     if args.model:
         return args
     if not args.backbone:
@@ -129,7 +130,6 @@ def with_whole_paths(args: Settings) -> Settings:
 def open_pairs(args: Resolved, with_data: bool) -> Data:
     """Both halves of the data, if it is wanted or at hand, and the files that flags name."""
     from segmentation.command import find_half
-    from segmentation.settings import check_files
 
     assert isinstance(args, Settings)
     if importlib.util.find_spec("torchmetrics") is None:

@@ -272,6 +272,27 @@ def test_rows_are_checked_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model", ["", "--model deit_tiny_patch16_224"])
+def test_a_backbone_in_a_file(whole: Path, pairs: Path, tmp_path: Path, model: str) -> None:
+    """Given in flags: it must be there. Without --model the file says what is built, narrower than timm's model."""
+    file = whole / "out" / "toy" / "body" / "seed-0" / "checkpoint.pth"
+    trained = last_line(whole / "out" / "toy" / "head")["n_parameters"]
+    head, gone = (
+        cells(
+            tmp_path,
+            TABLE.replace("    backbone: body\n", "").replace(
+                "--channels 8", f"--channels 8 --backbone {path} {model}"
+            ),
+            Given(data={"": str(pairs)}),
+        )[0]
+        for path in (file, tmp_path / "none.pth")
+    )
+    assert head.has_backbone and f"--backbone {file}" in " ".join(head.flags)
+    assert (plan.check([head], with_data=True)["head"].parameters == trained) == (not model)
+    with pytest.raises(UserError, match=r"row head: --backbone /.*none\.pth: no such file"):
+        plan.check([gone], with_data=True)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     """What the run takes from its backbone is no difference, nor where the folder of all runs lies."""
     head, _ = cells(tmp_path)
