@@ -34,10 +34,7 @@ def described_by(cell: Cell, cells: Sequence[Cell]) -> Resolved | None:
         return MAIN.resolve(["--config", str(ROOT / cell.backbone / ARGS)])
     table = table_of(cell)
     if table is None:
-        raise UserError(
-            f"its backbone {cell.row.backbone} is not in {cell.backbone}, and no table of configs/tables, nor one "
-            f"beside this one, has a row of that name with runs: {cell.table.runs}"
-        )
+        raise _unknown(cell)
     row = replace(table.row(cell.row.backbone), seeds=cell.seed + 1)
     return cells_of(table, [row], cell.folder.parents[2])[-1].args
 
@@ -55,10 +52,9 @@ def check_backbones(cells: Sequence[Cell], output: Path) -> None:
     if not missing:
         return
     first = missing[0]
-    described_by(first, cells)  # or there is nothing that could train it
     table = table_of(first)
-    if table is None:  # its run is there, and has not ended
-        raise first.fail(UserError(f"its backbone has not been trained to its end in {first.backbone}"))
+    if table is None:
+        raise first.fail(_unknown(first))
     wanted = {cell.row.backbone for cell in missing}
     names = [row.name for row in table.rows if row.name in wanted]
     words = ["python", "script/reproduce_table.py", _called(table), "--only", *names]
@@ -83,6 +79,13 @@ def table_of(cell: Cell) -> Table | None:
         ):
             return table
     return None
+
+
+def _unknown(cell: Cell) -> UserError:
+    return UserError(
+        f"its backbone {cell.row.backbone} is not trained in {cell.backbone}, and no table of configs/tables, nor "
+        f"one beside this one, has a row of that name with runs: {cell.table.runs}"
+    )
 
 
 def _called(table: Table) -> str:

@@ -168,7 +168,11 @@ class Cell:
         """
         if not (self.path / ARGS).is_file():
             return
-        there = config.plain(self.program.resolve(["--config", str(self.path / ARGS)]))
+        advice = "move it away, or give another --output"
+        try:
+            there = config.plain(self.program.resolve(["--config", str(self.path / ARGS)]))
+        except UserError as error:
+            raise UserError(f"{self.folder} holds no run of {self.program.called} ({error}): {advice}") from error
         now = self.args
         if isinstance(now, Settings) and self.row.backbone:  # wherever the runs, or their records, lie
             now = replace(now, backbone=_tail(now.backbone))
@@ -179,7 +183,7 @@ class Cell:
             flag = f"--{dashed(change.name)}"
             raise UserError(
                 f"{self.folder} holds a run with {flag} {change.was}, and {self.table.path} says {change.now}: "
-                "move it away, or give another --output"
+                f"{advice}"
             )
 
     def close(self, processes: int, machine: Mapping[str, str]) -> None:

@@ -200,7 +200,7 @@ def _folders(texts: Sequence[str]) -> dict[str, str]:
     """The folders of data by their sets; that of '' is for all others.
 
     Raises:
-        UserError: a set is given twice.
+        UserError: a set is given twice, or without a folder.
     """
     found: dict[str, str] = {}
     for text in texts:
@@ -209,6 +209,8 @@ def _folders(texts: Sequence[str]) -> dict[str, str]:
             name, path = "", text
         if name in found:
             raise UserError(f"--data-path is given twice{f' for {name}' if name else ''}: keep one, or SET=DATA")
+        if not path:
+            raise UserError("--data-path must name a folder")
         path = expand(path, "--data-path")
         check_path("--data-path", path)
         found[name] = str(_absolute(path))
