@@ -31,12 +31,18 @@ from common import (
 from errors import UserError
 from options.flags import shape_of
 from tables.reading import read_table
-from tables.spec import Row, Table
+from tables.spec import MAIN, Row, Table
 from utils import pick_device
 
 
 def recipe(table: Table, row: Row, device: torch.device, classes: int) -> Recipe:
-    """A row, ready to train."""
+    """A row, ready to train.
+
+    Raises:
+        UserError: it is no run of main.py.
+    """
+    if row.program != MAIN:
+        raise UserError(f"row {row.name} is a run of {row.program}, not of main.py: name others by --only")
     return Recipe(str(ROOT / row.config), device, [*table.flags, *row.flags], classes)
 
 

@@ -3,7 +3,8 @@
     python script/run_with_submitit.py --nodes 2 --ngpus 8 --timeout 1440 --partition gpu -- \\
         --config configs/deit_small_diverse.yaml --data-path /data/imagenet --output_dir runs/x
 
-Flags after -- are main.py's, and so are unknown ones before it. They are checked before anything is submitted.
+Flags after -- are main.py's, and so are unknown ones before it. They are checked before anything is submitted. With
+--program segmentation they are those of python -m segmentation, and what is said of main.py holds for it.
 The logs lie in --job-dir, which every machine must see; by default it is OUTPUT_DIR/submitit/JOB.
 
 How a signal becomes a checkpoint: in each task submitit installs a handler that puts the job back into the queue,
@@ -36,9 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError
 from options import config
+from options.config import Resolved
 from options.parser import KeyValues, Parser
 
-MAIN = str(Path(__file__).resolve().parents[1] / "main.py")
+ROOT = str(Path(__file__).resolve().parents[1])
+MAIN = str(Path(ROOT) / "main.py")
+PROGRAMS = ("main", "segmentation")
 INTERRUPTED = 75  # main.py has saved a checkpoint and wants to be run again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAVING_TIME = 120  # seconds between SLURM's signal and the time limit
@@ -50,9 +54,10 @@ SAVING_TIME = 120  # seconds between SLURM's signal and the time limit
 
 @dataclass(frozen=True)
 class Training:
-    """main.py with its flags, as one task of a job."""
+    """A program with its flags, as one task of a job."""
 
     flags: tuple[str, ...]
+    program: str = "main"
 
     def __call__(self) -> int:
         """Run main.py; where it was interrupted, put the job back into the queue, which does not return."""
@@ -63,7 +68,7 @@ class Training:
         requeue: Any = signal.getsignal(number)  # submitit's
         code, received = self.run(environment(job))
         if code not in (0, INTERRUPTED):
-            raise RuntimeError(f"main.py ended with exit code {code}")
+            raise RuntimeError(f"{self.program} ended with exit code {code}")
         if code == INTERRUPTED and job.global_rank == 0:
             if comes_back(job, received):
                 requeue(number, None)
@@ -90,7 +95,7 @@ class Training:
             signal.signal(number, pass_on)
         # Some clusters signal a task's children too. main.py does not know USR2; blocked here, it is blocked there.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
-        process = subprocess.Popen([sys.executable, MAIN, *self.flags], env=env)
+        process = subprocess.Popen(call(self.program, self.flags), env={**env, **to_find(self.program)})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         try:
             if received:
@@ -98,6 +103,11 @@ class Training:
             return process.wait(), received
         finally:
             process.terminate()  # it must not outlive this task, which the keyboard can end
+
+
+def call(program: str, flags: Sequence[str]) -> list[str]:
+    """The command that starts a program."""
+    return [sys.executable, *([MAIN] if program == "main" else ["-m", program]), *flags]
 
 
 def environment(job: Any) -> dict[str, str]:
@@ -111,6 +121,13 @@ def environment(job: Any) -> dict[str, str]:
         "MASTER_PORT": str(20000 + int(job.job_id) % 10000),  # below what Linux hands out by itself
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as torchrun has it
     }
+
+
+def to_find(program: str) -> dict[str, str]:
+    """What Python needs to find it from any folder: PYTHONPATH with the project in front, of a package."""
+    if program == "main":
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))}
 
 
 def comes_back(job: Any, received: Sequence[int]) -> bool:
@@ -130,10 +147,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line, without main.py's flags."""
     parser = Parser(
         prog="run_with_submitit.py",
-        usage="run_with_submitit.py [FLAGS] -- [FLAGS of main.py]",
+        usage="run_with_submitit.py [FLAGS] -- [FLAGS of the program]",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
+    parser.add_argument("--program", choices=PROGRAMS, default="main", help="what is run: main.py, or segmentation")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (1)")
     gpus = "processes and GPUs per machine (8); 0 is one process without a GPU"
     parser.add_argument("--ngpus", type=int, default=8, metavar="N", help=gpus)
@@ -168,14 +186,23 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
         raise UserError(f"--cluster {args.cluster} is this machine alone: drop --nodes {args.nodes}")
     if args.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError("no sbatch and srun on PATH: submit where SLURM is, or try --cluster local")
-    resume = config.resolve(flags).resume
+    resume = resolve(args.program, flags).resume
     if resume not in ("", "auto"):  # every requeued job would read it again
         advice = "copy the file to OUTPUT_DIR/checkpoint.pth"
         raise UserError(f"--resume {resume}: a job continues with --resume auto; {advice}")
     flags += ["--resume", "auto"]
-    output_dir = config.resolve(flags).output_dir
+    output_dir = resolve(args.program, flags).output_dir
     args.job_dir = args.job_dir or str(Path(output_dir) / "submitit" / "%j")
     return args, tuple(flags)
+
+
+def resolve(program: str, flags: Sequence[str]) -> Resolved:
+    """A program's flags, checked."""
+    if program == "main":
+        return config.resolve(flags)
+    from segmentation import settings
+
+    return settings.resolve(flags)
 
 
 def make_executor(args: argparse.Namespace) -> Any:
@@ -210,7 +237,7 @@ def submit(args: argparse.Namespace, flags: tuple[str, ...]) -> int:
     from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
     try:
-        job = make_executor(args).submit(Training(flags))
+        job = make_executor(args).submit(Training(flags, args.program))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"sbatch refuses the job: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -230,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, flags = parse(sys.argv[1:] if argv is None else argv)
         if args.cluster == "debug":
-            os.execv(sys.executable, [sys.executable, MAIN, *flags])
+            os.environ.update(to_find(args.program))
+            os.execv(sys.executable, call(args.program, flags))
         if importlib.util.find_spec("submitit") is None:
             raise UserError("submitit is missing: pip install -r requirements-submitit.txt")
         return submit(args, flags)

@@ -16,20 +16,26 @@ from segmentation.masks import read_names
 from segmentation.options import Flags, get_args_parser
 from segmentation.transforms import RECIPES, Recipe
 
+FILES = ("backbone", "head_weights", "class_file")  # flags that name one
+
 
 @dataclass(frozen=True)
 class Settings(Flags, Resolved):
     """The flags of a run. An epoch is what lies between two evaluations, `eval_interval` steps."""
 
 
-def resolve(argv: Sequence[str] | None = None) -> Settings:
+def resolve(argv: Sequence[str] | None = None, with_files: bool = True) -> Settings:
     """Parse the command line and its --config file.
 
+    Args:
+        with_files: whether the files that flags name must be there.
     Raises:
         UserError: an unknown flag or key, or a value that cannot be.
     """
     args = resolve_as(Settings, get_args_parser(), argv)
     check(args)
+    if with_files:
+        check_files(args)
     return replace(args, epochs=args.iterations // args.eval_interval)
 
 
@@ -56,13 +62,6 @@ def check(args: Settings) -> None:
         raise UserError("--backbone and --pretrained both say what weights to start from: drop one of the two")
     if not (args.backbone or args.model or args.resume or args.check_data):
         raise UserError("there is no network: give --backbone FILE, or --model NAME, perhaps with --pretrained")
-    for flag, path in (
-        ("backbone", args.backbone),
-        ("head-weights", args.head_weights),
-        ("class-file", args.class_file),
-    ):
-        if path and not path.startswith("https://") and not Path(path).is_file():
-            raise UserError(f"--{flag} {path}: no such file")
     if args.class_file and args.data_set != "FOLDER":
         raise UserError(f"--class-file is for --data-set FOLDER, not {args.data_set}, whose classes have names")
     if args.predictions and not args.eval:
@@ -73,6 +72,18 @@ def check(args: Settings) -> None:
         raise UserError(f"--head linear reads the last map alone: drop --neck {args.neck}")
     if args.inference == "whole" and args.stride:
         raise UserError("--stride is that of --inference slide: give both, or drop it")
+
+
+def check_files(args: Settings) -> None:
+    """Refuse files that are not there.
+
+    Raises:
+        UserError: with the flag.
+    """
+    for name in FILES:
+        path = getattr(args, name)
+        if path and not path.startswith("https://") and not Path(path).is_file():
+            raise UserError(f"--{dashed(name)} {path}: no such file")
 
 
 def recipe_of(args: Settings) -> Recipe:
@@ -108,9 +119,14 @@ def names_of(args: Settings) -> list[str]:
 
 
 def described(args: Settings, saved: Args | dict[str, Any]) -> Settings:
-    """The settings with the model and the colours that a checkpoint's flags describe, where these give none."""
+    """The settings with the model and the colours that a checkpoint's flags describe, where these give none.
+
+    Its channels count in any case on a --backbone, as they do where a run begins.
+    """
     flags = saved if isinstance(saved, dict) else vars(saved)
     args = replace(args, mean=args.mean or flags.get("mean"), std=args.std or flags.get("std"))
+    if args.backbone:
+        args = replace(args, in_chans=flags.get("in_chans", args.in_chans))
     if args.model or not flags.get("model"):
         return args
     kwargs = {**(flags.get("model_kwargs") or {}), **args.model_kwargs}

@@ -1,35 +1,29 @@
-"""A cell: one run of main.py, its folder, and the numbers that it left there."""
+"""A cell: one run of a program, with its flags and its folder."""
 
 from __future__ import annotations
 
-import json
-import re
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, reason
-from loggers.text import LOG
+from errors import UserError
 from options import config
 from options.config import Resolved
 from options.flags import Args
-from options.parser import dashed, declared
+from options.parser import dashed
+from segmentation.settings import Settings
 from state.resumption import differences
-from tables.spec import LARGEST, OF_COST, OF_REPORT, Column, Row, Table
-from utils import write_atomically
+from tables.evidence import ARGS, BAD_END, COST, ROOT, read_log, read_report, write_cost
+from tables.programs import MAIN, PROGRAMS, Program
+from tables.spec import Given, Row, Table
 
-ROOT = Path(__file__).resolve().parents[1]
-OUTPUT, COST, ARGS, REPORT, BAD_END = "output.txt", "cost.json", "args.yaml", "report.json", "failed.txt"
-PROGRESS = re.compile(r"^Epoch (\d+)/\d+ .*?\[(\d+)/(\d+)\].*? ([\d.]+) it/s", re.MULTILINE)
-# Flags of the data that `python -m redundancy` takes as main.py does.
-OF_DATA = (
-    *("data_set", "data_path", "image_key", "target_key", "val_labels", "inat_category", "batch_size"),
-    *("num_workers", "fast_resize", "device"),
-)
+WEIGHTS = "checkpoint.pth"  # the last epoch's
+# Flags of the data that `python -m redundancy` takes as main.py does, and of how it is read.
+OF_DATA = ("data_set", "data_path", "image_key", "target_key", "val_labels", "inat_category", "fast_resize")
+OF_READING = ("num_workers", "device")
 
 
 @dataclass(frozen=True)
@@ -38,29 +32,50 @@ class Cell:
 
     Attributes:
         folder: of the run, relative to the project where it lies inside.
-        given: main.py's flags for all cells, from the runner's own command line.
+        given: by the runner's own command line, to all cells.
     """
 
     table: Table
     row: Row
     seed: int
     folder: Path
-    given: tuple[str, ...] = ()
+    given: Given = Given()  # noqa: RUF009 - it is frozen
 
     @property
     def name(self) -> str:
         return f"{self.row.name}, seed {self.seed}"
 
     @property
-    def flags(self) -> list[str]:
-        """main.py's command line."""
-        own = ["--seed", str(self.seed), "--output_dir", str(self.folder), "--resume", "auto"]
-        return ["--config", self.row.config, *self.table.flags, *self.row.flags, *self.given, *own]
+    def program(self) -> Program:
+        return PROGRAMS[self.row.program]
 
     @property
     def path(self) -> Path:
         """The folder, wherever this program was started."""
         return ROOT / self.folder
+
+    # --------------------------------------------------------------------------------------------------------
+    # Flags
+
+    def _flags(self, *found: str) -> list[str]:
+        """The program's command line. The table's flags, and those given, are for the table's own program.
+
+        Args:
+            found: what depends on the others.
+        """
+        is_own = self.row.program == self.table.program
+        said = [*(self.table.flags if is_own else ()), *self.row.flags]
+        own = ["--seed", str(self.seed), "--output_dir", str(self.folder), "--resume", "auto"]
+        return ["--config", self.row.config, *said, *found, *(self.given.flags if is_own else ()), *own]
+
+    @property
+    def flags(self) -> list[str]:
+        """The program's command line."""
+        data = self.given.folder(self.args.data_set)
+        found = ["--data-path", data] if data else []
+        if self.row.backbone:
+            found += ["--backbone", str(self.backbone / WEIGHTS)]
+        return self._flags(*found)
 
     @cached_property
     def args(self) -> Resolved:
@@ -70,29 +85,60 @@ class Cell:
             UserError: they cannot be; with the row's line.
         """
         try:
-            file = str(ROOT / self.row.config)
-            return config.resolve(["--config", file, *self.flags[2:]])
+            args = self.program.resolve(["--config", str(ROOT / self.row.config), *self._flags()[2:]])
+            data = self.given.folder(args.data_set)
+            args = replace(args, data_path=data) if data else args
+            return self._on_backbone(args) if isinstance(args, Settings) and self.row.backbone else args
         except UserError as error:
             raise self.fail(error) from error
+
+    def _on_backbone(self, args: Settings) -> Settings:
+        if args.backbone or args.pretrained:
+            flag = "--pretrained" if args.pretrained else f"--backbone {args.backbone}"
+            raise UserError(f"{flag} and backbone: {self.row.backbone} both say what it starts from: drop one")
+        return replace(args, backbone=str(self.backbone / WEIGHTS))
 
     def fail(self, error: Exception) -> UserError:
         """An error of this row, with the line where it stands."""
         return UserError(f"{self.table.path}, line {self.row.line}: row {self.row.name}: {error}")
 
     @property
+    def images_of_a_step(self) -> int:
+        """Of one process."""
+        return self.args.batch_size * self.args.grad_accum_steps
+
+    # --------------------------------------------------------------------------------------------------------
+    # Where it stands
+
+    @property
+    def backbone(self) -> Path:
+        """The folder of the run on whose weights it starts, if its row names one; relative as `folder` is."""
+        return self.folder.parents[1] / self.row.backbone / f"seed-{self.seed}"
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether that run has ended well, or none is named."""
+        return not self.row.backbone or all((ROOT / self.backbone / name).is_file() for name in (COST, WEIGHTS))
+
+    @property
     def epochs(self) -> int:
-        """How many are done."""
+        """How many are done; an epoch of segmentation lies between two evaluations."""
         return len(read_log(self.path))
 
     @property
     def has_ended(self) -> bool:
-        """Whether main.py has ended well here, and what it cost is written down."""
+        """Whether its program has ended well here, and what it cost is written down."""
         return (self.path / COST).is_file()
 
     @property
     def finished(self) -> bool:
         """Whether it has ended, and with all epochs that the table asks for."""
         return self.has_ended and self.epochs == self.args.epochs
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is finished, and measured."""
+        return self.finished and self.reported
 
     @property
     def why_failed(self) -> str:
@@ -122,23 +168,35 @@ class Cell:
         """
         if not (self.path / ARGS).is_file():
             return
-        there = config.resolve(["--config", str(self.path / ARGS)])
-        # what is not given is filled in by the run: class names, and how images are prepared
-        open_flags = [name for name in declared(Args) if getattr(self.args, name) in (None, [])]
-        saved = {
-            name: value for name, value in config.plain(there).items() if name not in open_flags or name in LISTS
-        }
-        for change in differences(saved, self.args):
+        advice = "move it away, or give another --output"
+        try:
+            there = config.plain(self.program.resolve(["--config", str(self.path / ARGS)]))
+        except UserError as error:
+            raise UserError(f"{self.folder} holds no run of {self.program.called} ({error}): {advice}") from error
+        now = self.args
+        if isinstance(now, Settings) and self.row.backbone:  # wherever the runs, or their records, lie
+            now = replace(now, backbone=_tail(now.backbone))
+            there |= {"backbone": _tail(there["backbone"])}
+        defaults = type(now)()
+        is_open = [name for name in self.program.filled if getattr(now, name) == getattr(defaults, name)]
+        for change in differences({name: there[name] for name in there if name not in is_open}, now):
             flag = f"--{dashed(change.name)}"
             raise UserError(
                 f"{self.folder} holds a run with {flag} {change.was}, and {self.table.path} says {change.now}: "
-                "move it away, or give another --output"
+                f"{advice}"
             )
+
+    def close(self, processes: int, machine: Mapping[str, str]) -> None:
+        """Write down what the run cost, now that it has ended well."""
+        write_cost(self.path, self.images_of_a_step * processes, self.args.epochs, processes, machine)
+
+    # --------------------------------------------------------------------------------------------------------
+    # Commands
 
     def commands(self, processes: int) -> list[str]:
         """What trains this cell, in words that one could type in the project's folder."""
         launcher = ["torchrun", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
-        return [*launcher, "main.py", *self.flags]
+        return [*launcher, *self.program.words, *self.flags]
 
     def report_command(self, output: Path) -> list[str]:
         """What measures its redundancy."""
@@ -146,18 +204,28 @@ class Cell:
         others = (
             report.known if report is not None and report.images == self.table.images else ()
         )  # of other tables
-        told = [f"{self.row.name}={self.folder / 'checkpoint.pth'}", "--output", str(output)]
+        told = [f"{self.row.name}={self.folder / WEIGHTS}", "--output", str(output)]
         told += ["--images", str(self.table.images), "--metrics", *dict.fromkeys([*others, *self.table.metrics])]
         told += ["--weights", "raw"]  # whose accuracy test_acc1 is
         defaults = Args()
-        for name in OF_DATA:
-            value = getattr(self.args, name)
-            if value is not None and value != getattr(defaults, name) and name != "batch_size":
+        values = {name: getattr(self.args, name) for name in OF_READING}
+        for name, value in (self._data_to_measure() | values).items():
+            if value is not None and value != getattr(defaults, name):
                 told += [f"--{dashed(name)}"] if value is True else [f"--{dashed(name)}", str(value)]
         return ["python", "-m", "redundancy", *told]
 
+    def _data_to_measure(self) -> dict[str, Any]:
+        """The flags of the data: its own; of segmentation those that its backbone was trained on, whole images."""
+        source = self.args
+        if self.row.backbone:
+            source = MAIN.resolve(["--config", str(ROOT / self.backbone / ARGS)])
+        data = self.given.folder(source.data_set) or source.data_path
+        return {name: getattr(source, name) for name in OF_DATA} | {"data_path": data}
 
-LISTS = ("reg", "measure", "remedy", "model_kwargs", "opt_kwargs")  # of which none given means none
+
+def _tail(path: str) -> str:
+    """A backbone's place in the folder of all tables: RUNS/ROW/seed-SEED/checkpoint.pth."""
+    return "/".join(Path(path).parts[-4:])
 
 
 def interpreter(command: Sequence[str]) -> list[str]:
@@ -167,166 +235,13 @@ def interpreter(command: Sequence[str]) -> list[str]:
     return [sys.executable, *command[1:]]
 
 
-def cells_of(table: Table, rows: Sequence[Row], output: Path, given: Sequence[str] = ()) -> list[Cell]:
+def cells_of(table: Table, rows: Sequence[Row], output: Path, given: Given = Given()) -> list[Cell]:  # noqa: B008
     """The cells of some rows, seed by seed, so that an early end leaves whole comparisons."""
     folder = output / table.runs
     most = max((row.seeds for row in rows), default=0)
     return [
-        Cell(table, row, seed, folder / row.name / f"seed-{seed}", tuple(given))
+        Cell(table, row, seed, folder / row.name / f"seed-{seed}", given)
         for seed in range(most)
         for row in rows
         if seed < row.seeds
     ]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a run left
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The epochs of a run's log.txt; none if there is no such file.
-
-    Raises:
-        UserError: it is no log.
-    """
-    path = folder / LOG
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no log of main.py: {reason(error)}") from error
-    if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{path} is no log of main.py: a line is no JSON object")
-    return lines
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}; remove it, and run again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: remove it, and run again")
-    return content
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A run's redundancy report.
-
-    Attributes:
-        findings: by the metrics' names.
-        known: the metrics that were measured, or of which the report says why they have no number.
-        images: how many were drawn, as its command says.
-    """
-
-    findings: Mapping[str, Any]
-    known: tuple[str, ...]
-    images: int
-
-
-def read_report(folder: Path) -> Measured | None:
-    """What `python -m redundancy` has left for a run; None if nothing.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = folder / REPORT
-    content = read_object(path)
-    if content is None:
-        return None
-    try:
-        model = content["models"][0]
-        words = str(content["about"]["command"]).split()
-        images = int(words[words.index("--images") + 1])
-        return Measured(model["findings"], (*model["findings"], *model["gaps"]), images)
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no redundancy report of a table: remove it, and run again") from error
-
-
-def read_value(column: Column, folder: Path) -> float | None:
-    """The number of a finished run in a column; None if it has none, or none that is finite."""
-    if column.value in OF_COST:
-        value = (read_object(folder / COST) or {}).get(column.value)
-    elif column.value.startswith(OF_REPORT):
-        value = _of_report(read_report(folder), column.value.removeprefix(OF_REPORT))
-    else:
-        log = read_log(folder)
-        value = log[-1].get(column.value) if log else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        return None
-    return value / column.divide
-
-
-def _of_report(report: Measured | None, place: str) -> float | None:
-    """METRIC@LAYER of a report: 'mean' over the blocks, 'first', 'last', or a layer's name."""
-    metric, _, layer = place.partition("@")
-    finding = report.findings.get(metric) if report is not None else None
-    if finding is None:
-        return None
-    labels = finding["axes"][0]["labels"] if finding["axes"] else []
-    if not layer or not labels:
-        return _mean(finding["mean"])
-    blocks = [k for k, label in enumerate(labels) if label.isdigit()]
-    chosen = {"mean": blocks, "first": blocks[:1], "last": blocks[-1:]}.get(
-        layer, [k for k, label in enumerate(labels) if label == layer]
-    )
-    return _mean([finding["mean"][k] for k in chosen])
-
-
-def _mean(values: Any) -> float | None:
-    """Of all numbers in lists of lists; None if one is a gap, or there are none."""
-    flat = [*_flat(values)]
-    return statistics.fmean(flat) if flat and None not in flat else None
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    if isinstance(values, list):
-        for each in values:
-            yield from _flat(each)
-    else:
-        yield values
-
-
-def origin(folder: Path) -> dict[str, str]:
-    """Where a run's numbers come from: revision and versions, as its args.yaml says them, and the machine."""
-    path = folder / ARGS
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    said = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
-    return {**said, **{name: str(value) for name, value in (read_object(folder / COST) or {}).items()}}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What it cost
-
-
-def write_cost(cell: Cell, processes: int, machine: Mapping[str, str]) -> None:
-    """Say what a run cost, from the progress that it printed; with this the cell is finished."""
-    pictures = cell.args.batch_size * cell.args.grad_accum_steps * processes  # of a step
-    rates: dict[int, tuple[int, float]] = {}  # of each epoch: its steps, and how many a second
-    for text in printed(cell.path):
-        for epoch, step, steps, rate in PROGRESS.findall(text):
-            if step == steps and float(rate) > 0:
-                rates[int(epoch)] = int(steps), float(rate)
-    cost: dict[str, Any] = {name: None for name in OF_COST}
-    if rates:
-        seconds = [steps / rate for steps, rate in rates.values()]
-        cost["images_per_second"] = pictures * statistics.median(rate for _, rate in rates.values())
-        cost["hours"] = statistics.fmean(seconds) * cell.args.epochs / 3600
-    content = json.dumps({**cost, "processes": processes, **machine}, indent=1) + "\n"
-    write_atomically(cell.path / COST, lambda file: file.write(content.encode()))
-
-
-def printed(folder: Path) -> Iterator[str]:
-    """What a run has printed, here or in a job."""
-    for path in (folder / OUTPUT, *sorted(folder.glob("submitit/*/*_0_log.out"))):
-        if path.is_file():
-            yield path.read_text(encoding="utf-8", errors="replace")

@@ -12,11 +12,15 @@ from errors import UserError, shown
 from program import FAILED, INTERRUPTED, STOPPED
 from state.lock import Lock, is_locked, taken
 from tables import plan, record, slurm
-from tables.cells import ROOT, Cell, cells_of, origin
+from tables.backbones import check_backbones
+from tables.cells import Cell, cells_of
+from tables.evidence import ROOT, origin
 from tables.numbers import read_lines
 from tables.options import LONGEST, PROGRAM, Options, read_options
-from tables.runner import Runner, make_slots
+from tables.runner import Runner
+from tables.slots import make_slots
 from tables.spec import Table
+from tables.trials import Size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,15 +82,17 @@ def cells_with_runs(table: Table, options: Options) -> list[Cell]:
     return every
 
 
-def check(table: Table, options: Options) -> tuple[list[Cell], dict[str, plan.Size]]:
+def check(table: Table, options: Options) -> tuple[list[Cell], dict[str, Size]]:
     """The cells that are to run, and the sizes of their models, after all of them were tried."""
     cells_with_runs(table, options)
     cells = cells_of(table, table.only(options.only), options.output, options.given)
     print(f"checking {table.path}: {len({cell.row.name for cell in cells})} rows, {len(cells)} cells", flush=True)
-    return cells, plan.check(cells, with_data=not options.dry_run)
+    if not options.dry_run:
+        check_backbones(cells, options.output)
+    return cells, plan.check(cells, with_data=not options.dry_run, processes=options.processes)
 
 
-def dry_run(table: Table, cells: Sequence[Cell], sizes: dict[str, plan.Size], options: Options) -> None:
+def dry_run(table: Table, cells: Sequence[Cell], sizes: dict[str, Size], options: Options) -> None:
     """Print the commands, what is done of each, and what the rest may cost."""
     for cell in cells:
         print(f"\n# {cell.name}: {_where_it_stands(cell)}\n{_command(cell, options)}")
@@ -104,6 +110,8 @@ def _where_it_stands(cell: Cell) -> str:
         return "finished"
     if is_locked(cell.path):
         return "running"
+    if not cell.has_backbone:
+        return f"to run, when its backbone {cell.row.backbone} is finished"
     return f"{cell.epochs} of {cell.args.epochs} epochs done" if cell.epochs else "to run"
 
 
@@ -115,18 +123,18 @@ def run(table: Table, cells: Sequence[Cell], options: Options) -> int:
         if options.keep is not None:
             record.keep(cell, options.keep)
         record.write_pages(
-            table, every, options.output, typed(table, every, options.seeds, options.given), with_figure=False
+            table, every, options.output, typed(table, every, options.seeds, options.given.flags), with_figure=False
         )
 
     failed: dict[str, str] = {}
     if options.slurm is not None:
         failed = slurm.submit(cells, options.processes, options.slurm)
         cells = [cell for cell in cells if cell.finished]  # what is left is to measure their redundancy
-    waiting = [cell for cell in cells if not (cell.finished and cell.reported)]
+    waiting = [cell for cell in cells if not cell.is_done]
     slots = make_slots(options.jobs, options.processes, waiting[0].args.device) if waiting else []
     runner = Runner(cells, options.processes, slots, after_cell, failed)
     runner.run()
-    command = typed(table, every, options.seeds, options.given)
+    command = typed(table, every, options.seeds, options.given.flags)
     written = []
     if options.keep is not None:
         for cell in every:
@@ -159,14 +167,15 @@ def empty_columns(table: Table, cells: Sequence[Cell]) -> list[str]:
     """The columns in which no finished run has a number."""
     lines = [line for line in read_lines(table, cells) if line.runs]
     return [
-        column.name for column in table.columns if lines and not any(line.values[column.name] for line in lines)
+        column.name for column in table.measured if lines and not any(line.values[column.name] for line in lines)
     ]
 
 
 def render(table: Table, options: Options) -> None:
     """Write the pages of a table from its records."""
     cells = cells_with_runs(table, options)
-    written = record.write_pages(table, cells, options.output, typed(table, cells, options.seeds, options.given))
+    command = typed(table, cells, options.seeds, options.given.flags)
+    written = record.write_pages(table, cells, options.output, command)
     ended = sum(cell.finished for cell in cells)
     print(f"{table.name}: {ended} runs; written: {', '.join(map(str, written))}", flush=True)
 
@@ -179,14 +188,12 @@ def typed(table: Table, cells: Sequence[Cell], seeds: int | None = None, given: 
     """
     path = Path(table.path).absolute()
     words = [str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name]
-    if any(cell.args.data_set != "DIGITS" for cell in cells):
-        words += ["--data-path", "DATA"]
+    sets = dict.fromkeys(cell.args.data_set for cell in cells if cell.args.data_set != "DIGITS")
+    for name in sets:
+        words += ["--data-path", f"{name}=DATA" if len(sets) > 1 else "DATA"]
     processes = {origin(cell.path).get("processes", "1") for cell in cells if cell.finished}
     if len(processes) == 1 and processes != {"1"}:
         words += ["--nproc", *processes]
     if seeds is not None:
         words += ["--seeds", str(seeds)]
-    flags = list(given)
-    if "--data-path" in flags:
-        del flags[flags.index("--data-path") : flags.index("--data-path") + 2]
-    return record.described([*words, *(["--", *flags] if flags else [])])
+    return record.described([*words, *(["--", *given] if given else [])])

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from redundancy.presentation.styles import COLORS, FAINT, INK, drawable, in_style, new_figure, style
-from tables.cells import Cell, read_report
+from tables.cells import Cell
+from tables.evidence import read_report
 from tables.numbers import Line
 from tables.spec import Column, Table
 

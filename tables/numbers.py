@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tables.cells import Cell, read_value
+from tables.cells import Cell
+from tables.evidence import read_value
 from tables.spec import Column, Published, Row, Table
 from tables.statistics import Difference, Summary, paired, summarise
 

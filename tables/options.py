@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -18,11 +19,12 @@ from options.paths import check_path, expand
 from tables import HELP, OWN_FLAGS
 
 if TYPE_CHECKING:
-    from tables.spec import Table
+    from tables.spec import Given, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "configs" / "tables"
 SOURCES = "sources.yaml"
+SET = re.compile(r"[A-Z][A-Z0-9]+|tar|(wds|hfds|torch)/.+")  # a value of --data-set
 MOST = 1000  # seeds, runs at a time, processes
 LONGEST = 4000  # characters of a message
 PROGRAM = "reproduce_table.py"
@@ -38,7 +40,7 @@ class Options:
         keep: where records are copied to, or None.
         seeds: of every row, if they are given.
         render: write pages from records, and run nothing.
-        given: main.py's flags for every cell.
+        given: to the cells.
     """
 
     tables: list[Table]
@@ -52,21 +54,28 @@ class Options:
     dry_run: bool
     slurm: str | None
     images_per_second: float | None
-    given: tuple[str, ...]
+    given: Given
 
 
 def get_args_parser() -> Parser:
-    """The parser, without main.py's flags."""
+    """The parser, without a program's flags."""
     parser = Parser(
         prog=PROGRAM,
-        usage="reproduce_table.py TABLE.yaml [...] [FLAGS] [-- FLAGS of main.py for every run]",
+        usage="reproduce_table.py TABLE.yaml [...] [FLAGS] [-- FLAGS of the table's program for every run]",
         description="Train a table's runs, side by side and after any interruption, and write what came out.",
         epilog="docs/tables.md says what stands in a table's file",
         formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("tables", nargs="*", metavar="TABLE.yaml", help="of configs/tables, or one's own")
-    parser.add_argument("--data-path", "--data_path", default="", metavar="DATA", help="main.py's, for every run")
+    parser.add_argument(
+        *("--data-path", "--data_path"),
+        action="append",
+        default=[],
+        metavar="DATA",
+        help="folder of the data, for every run; of several data sets (repeatable) ADE20K=DATA, for runs with "
+        "--data-set ADE20K",
+    )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each run, one for each GPU")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="runs side by side on this machine")
     parser.add_argument(
@@ -115,7 +124,7 @@ def get_args_parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> tuple[Namespace, tuple[str, ...]]:
-    """The command line's own flags, and those of main.py behind --.
+    """The command line's own flags, and those of a program behind --.
 
     Raises:
         UserError: a flag is unknown, or its value cannot be.
@@ -125,7 +134,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, tuple[str, ...]]:
     said, given = get_args_parser().parse_args(words[:end]), tuple(words[end + 1 :])
     for word in given:
         if word in HELP:
-            raise UserError(f"{word} behind -- asks main.py for help: call it alone")
+            raise UserError(f"{word} behind -- asks a program for help: call it alone")
         if word.startswith("--") and underscored(word[2:].partition("=")[0]) in OWN_FLAGS:
             raise UserError(
                 f"{word} behind --: every run gets it from its row, its seed and this command's own flags"
@@ -158,6 +167,7 @@ def read_options(argv: Sequence[str]) -> Options:
         UserError: something in them cannot be.
     """
     from tables.reading import read_table  # torch takes time
+    from tables.spec import Given
 
     said, given = parse(argv)
     missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
@@ -170,7 +180,6 @@ def read_options(argv: Sequence[str]) -> Options:
     tables = [read_table(_found(path), said.seeds) for path in paths]
     if not tables:
         raise UserError("which table? e.g. python script/reproduce_table.py configs/tables/digits.yaml --jobs 2")
-    data = ("--data-path", str(_absolute(expand(said.data_path, "--data-path")))) if said.data_path else ()
     return Options(
         tables=tables,
         output=_inside(said.render or said.output, "--render" if render else "--output"),
@@ -183,8 +192,29 @@ def read_options(argv: Sequence[str]) -> Options:
         dry_run=said.dry_run,
         slurm=said.slurm,
         images_per_second=said.images_per_second,
-        given=(*data, *given),
+        given=Given(given, _folders(said.data_path)),
     )
+
+
+def _folders(texts: Sequence[str]) -> dict[str, str]:
+    """The folders of data by their sets; that of '' is for all others.
+
+    Raises:
+        UserError: a set is given twice, or without a folder.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (equals and SET.fullmatch(name)):
+            name, path = "", text
+        if name in found:
+            raise UserError(f"--data-path is given twice{f' for {name}' if name else ''}: keep one, or SET=DATA")
+        if not path:
+            raise UserError("--data-path must name a folder")
+        path = expand(path, "--data-path")
+        check_path("--data-path", path)
+        found[name] = str(_absolute(path))
+    return found
 
 
 def answer_at_once(argv: Sequence[str] | None = None) -> None:

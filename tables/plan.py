@@ -6,44 +6,19 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-import build
-from datasets import build_dataset
 from errors import UserError
-from options.config import Resolved
-from options.flags import shape_of
-from state.preprocessing import follow_weights
-from tables.cells import COST, Cell, read_object
+from options.config import plain
+from tables.backbones import described_by
+from tables.cells import Cell
+from tables.evidence import COST, read_object
 from tables.spec import Row
+from tables.trials import Data, Size
 
-IMAGENET = 1_281_167, 1000  # training images and classes, where the data is not there
-COPIES = 3  # checkpoints of a run: the latest two, and the best
-OF_DATA = (
-    *("data_set", "data_path", "image_key", "target_key", "val_labels", "single_class", "class_names"),
-    *("inat_category", "in_chans", "input_size", "pretrained", "finetune", "model"),
-)
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a row's model.
-
-    Attributes:
-        images: for training.
-        flops: of the forward pass of one image.
-        disk: bytes of one run's checkpoints.
-    """
-
-    images: int
-    parameters: int
-    flops: float
-    disk: float
+# Flags that say nothing of what is built.
+OF_THE_RUN = ("seed", "output_dir", "resume", "config", "backbone", "data_path")
 
 
 @dataclass(frozen=True)
@@ -63,57 +38,41 @@ class Estimate:
     basis: str
 
 
-def check(cells: Sequence[Cell], with_data: bool) -> dict[str, Size]:
+def check(cells: Sequence[Cell], with_data: bool, processes: int = 1) -> dict[str, Size]:
     """Build what every row trains, so that nothing fails that could have been known.
 
     Args:
-        with_data: open the data in any case; else only where it is at hand, and take it for ImageNet where not.
+        with_data: open the data in any case; else where it is at hand, and take it for the usual set where not.
+        processes: of each run.
     Returns:
         The size of each row's model, by the rows' names.
     Raises:
         UserError: flags, data, a model or its terms cannot be, or a folder holds another run; with the row's line.
     """
-    for cell in cells:
+    for cell in cells:  # all flags, before the first model is built
         cell.args  # noqa: B018 - resolves them
         cell.check()
-    opened: dict[str, tuple[int, int]] = {}
+    opened: dict[str, Data] = {}
+    built: dict[str, Size] = {}
     sizes: dict[str, Size] = {}
     for cell in cells:
         if cell.row.name in sizes:
             continue
+        program = cell.program
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                args = follow_weights(replace(cell.args, finetune="", pretrained=False))
-                key = repr([getattr(args, name) for name in OF_DATA])
+                args = program.follow(cell.args, described_by(cell, cells))
+                key = repr((program.name, [getattr(args, name) for name in program.of_data]))
                 if key not in opened:
-                    at_hand = with_data or args.data_path is not None or args.data_set == "DIGITS"
-                    opened[key] = _open_data(args) if at_hand else IMAGENET
-                sizes[cell.row.name] = _build(args, *opened[key])
+                    opened[key] = program.open(args, with_data)
+                flags = {name: value for name, value in plain(args).items() if name not in OF_THE_RUN}
+                what = repr((program.name, opened[key], flags))
+                if what not in built:
+                    built[what] = program.build(args, opened[key], processes)
         except UserError as error:
             raise cell.fail(error) from error
+        sizes[cell.row.name] = built[what]
     return sizes
-
-
-def _open_data(args: Resolved) -> tuple[int, int]:
-    """How many training images and classes there are."""
-    _, classes = build_dataset(False, args)
-    images, _ = build_dataset(True, args)
-    return len(images), len(classes)
-
-
-def _build(args: Resolved, images: int, classes: int) -> Size:
-    """The model with its hooks, tried on blank images as main.py tries it."""
-    device = torch.device("cpu")
-    backbone = build.build_backbone(args, classes)
-    diversity, measure = build.build_diversity(args, backbone)
-    model = build.build_student(args, backbone, diversity, measure, classes, device)
-    build.build_mixing(args, backbone, diversity)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    # the fused kernel would not be counted
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone.eval()(torch.zeros(1, *shape_of(args)))
-    numbers = 3 + args.model_ema  # a weight, its two moments, its average
-    return Size(images, parameters, float(counter.get_total_flops()), 4.0 * numbers * parameters * COPIES)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from options.parser import underscored
 from options.yaml_file import EXPONENT, Located, read_yaml
 from redundancy.metrics import choose
 from tables import HELP, OWN_FLAGS
+from tables.programs import MAIN, PROGRAMS, SEGMENTATION
 from tables.spec import KNOWN, LARGEST, OF_COST, OF_REPORT, Column, Published, Row, Source, Table
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # also that of a folder
 MOST_SEEDS = 1000
 LAYER = re.compile(r"mean|first|last|input|\d+")
-OF_LOG = re.compile(r"(train|test|ema_test|redundancy)_.+|max_acc|n_parameters|epoch")
-TABLE_KEYS = ("title", "caption", "runs", "flags", "seeds", "baseline", "report", "sources", "columns", "rows")
-ROW_KEYS = ("label", "config", "flags", "seeds", "baseline", "group", "published")
+OF_LOG = re.compile(r"(train|test|ema_test|redundancy)_.+|max_acc|max_miou|n_parameters|epoch")
+TABLE_KEYS = (
+    *("title", "caption", "runs", "program", "flags", "seeds", "baseline", "report", "sources", "columns", "rows"),
+)
+ROW_KEYS = ("label", "program", "config", "backbone", "flags", "seeds", "baseline", "group", "published")
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def read_table(path: str | Path, seeds: int | None = None) -> Table:
         columns=columns,
         rows=(),
         sources=sources,
+        program=_program(top, MAIN.name),
     )
     table = replace(table, rows=_read_rows(top, table, seeds))
     ran = [row.name for row in table.rows if row.config]
@@ -153,8 +157,18 @@ def _check_metrics(part: _Part, metrics: tuple[str, ...]) -> None:
         raise part.fail(str(error), "metrics") from error
 
 
+def _program(part: _Part, default: str) -> str:
+    name = part.text("program", default)
+    if name not in PROGRAMS:
+        hint = did_you_mean(name, PROGRAMS)
+        raise part.fail(
+            f"program of {part.what} must be {' or '.join(PROGRAMS)}, not {shown(repr(name))}.{hint}", "program"
+        )
+    return name
+
+
 def _flags(part: _Part) -> tuple[str, ...]:
-    """main.py's flags as they are typed, without those that a cell gets from its place."""
+    """A program's flags as they are typed, without those that a cell gets from its place."""
     words = part.words("flags")
     for word in words:
         if word in HELP:
@@ -186,7 +200,7 @@ def _read_columns(top: _Part, metrics: tuple[str, ...]) -> tuple[Column, ...]:
 
 
 def _read_column(part: _Part, metrics: tuple[str, ...]) -> Column:
-    part.only(("name", "label", "value", "digits", "difference", "divide"), needed=("name", "value"))
+    part.only(("name", "label", "value", "digits", "difference", "divide"), needed=("name",))
     name, value = part.name("name", part.text("name")), part.text("value")
     if value.startswith(OF_REPORT):
         metric, _, layer = value.removeprefix(OF_REPORT).partition("@")
@@ -194,12 +208,14 @@ def _read_column(part: _Part, metrics: tuple[str, ...]) -> Column:
             raise part.fail(f"{value} needs {metric} among the metrics of report", "value")
         if layer and not LAYER.fullmatch(layer):
             raise part.fail(f"{value}: a layer is mean, first, last, input or a block's number", "value")
-    elif not OF_LOG.fullmatch(value) and value not in OF_COST:
+    elif value and not OF_LOG.fullmatch(value) and value not in OF_COST:
         raise part.fail(
             f"value {shown(value)} is no key of log.txt (train_*, test_*, ema_test_*, max_acc, n_parameters), "
-            f"no report:METRIC@LAYER, and none of {', '.join(OF_COST)}",
+            f"max_miou, no report:METRIC@LAYER, and none of {', '.join(OF_COST)}",
             "value",
         )
+    if not value and part.switch("difference"):
+        raise part.fail(f"{name} has no value, but published numbers alone: drop difference", "difference")
     divide = part.number("divide", 1)
     if not divide:
         raise part.fail("divide must not be 0", "divide")
@@ -238,6 +254,7 @@ def _read_rows(top: _Part, table: Table, seeds: int | None) -> tuple[Row, ...]:
     for row in found:
         if row.baseline and (row.baseline not in known or not known[row.baseline].config):
             raise rows.fail(f"baseline {shown(repr(row.baseline))} of {row.name} is no row that is run", row.name)
+        _check_backbone(rows, row, known, table)
     if (
         not any(row.baseline for row in found)
         and any(column.difference for column in table.columns)
@@ -247,12 +264,38 @@ def _read_rows(top: _Part, table: Table, seeds: int | None) -> tuple[Row, ...]:
     return tuple(found)
 
 
+def _check_backbone(rows: _Part, row: Row, known: Mapping[str, Row], table: Table) -> None:
+    """Refuse a backbone that trains nothing to start on; one that is no row here is looked for in its folder."""
+    if row.backbone and row.program != SEGMENTATION.name:
+        raise rows.fail(
+            f"backbone of {row.name} is for rows of segmentation: say program: segmentation, or give main.py's "
+            "--finetune in flags",
+            row.name,
+        )
+    if table.metrics and row.config and row.program == SEGMENTATION.name and not row.backbone:
+        raise rows.fail(
+            f"the report on {row.name} needs images of the kind that its backbone was trained on: say backbone: "
+            "ROW, or drop report",
+            row.name,
+        )
+    there = known.get(row.backbone)
+    if there is None:
+        return
+    if there.program != MAIN.name or not there.config:
+        raise rows.fail(f"backbone {row.backbone} of {row.name} is no row that main.py trains", row.name)
+    if there.seeds < row.seeds:
+        raise rows.fail(
+            f"{row.name} has {row.seeds} seeds, its backbone {row.backbone} {there.seeds}: each starts on its own",
+            row.name,
+        )
+
+
 def _read_row(rows: _Part, name: str, table: Table, seeds: int, baseline: str) -> Row:
     part = rows.part(name, f"row {name}")
     part.only(ROW_KEYS)
     if not (part.content.get("config") or part.content.get("published")):
         raise rows.fail(f"row {name} has neither config nor published numbers", name)
-    config = part.text("config")
+    config, backbone = part.text("config"), part.text("backbone")
     return Row(
         name=rows.name(name, name),
         label=part.text("label") or name,
@@ -262,6 +305,8 @@ def _read_row(rows: _Part, name: str, table: Table, seeds: int, baseline: str) -
         baseline=part.text("baseline", baseline) if config else "",
         group=part.text("group"),
         published=_read_published(part, table),
+        program=_program(part, table.program),
+        backbone=rows.name(name, backbone) if backbone else "",
         line=rows.content.lines[name],
     )
 

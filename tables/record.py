@@ -7,14 +7,14 @@ import os
 import shlex
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 from errors import UserError, reason
 from loggers.text import LOG
 from tables import writing
-from tables.cells import ARGS, BAD_END, COST, REPORT, ROOT, Cell, cells_of, origin, read_object
+from tables.cells import Cell, cells_of
+from tables.evidence import ARGS, BAD_END, COST, REPORT, ROOT, origin, read_object
 from tables.numbers import read_lines
 from tables.spec import Table
 from utils import write_atomically
@@ -48,9 +48,8 @@ def keep(cell: Cell, folder: Path) -> None:
                 (target / name).unlink(missing_ok=True)
             else:
                 content = (cell.path / name).read_bytes()
-                for flag, path in pairwise(cell.given):
-                    if flag == "--data-path":
-                        content = content.replace(os.fsencode(path), b"DATA")
+                for path in sorted(cell.given.data.values(), key=len, reverse=True):
+                    content = content.replace(os.fsencode(path), b"DATA")
                 write_atomically(target / name, partial(_write, content))
     except OSError as error:
         raise UserError(f"cannot write to --keep {folder}: {reason(error)}") from error

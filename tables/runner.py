@@ -1,21 +1,20 @@
 """Runs cells side by side: keeps the finished ones, goes on with the broken ones, and leaves none behind.
 
-A cell is main.py in a process of its own. If this program is killed, main.py goes on by itself, and the next runner
-waits for it: main.py's lock on its folder says that it is still there. A signal to this program makes every run
-save and stop.
+A cell is a process of its own. If this program is killed, the cell goes on by itself, and the next runner waits for
+it: the lock on its folder says that it is still there. A signal to this program makes every run save and stop. A
+cell whose backbone is among the cells begins when that one is finished; if that one fails, it is named, too.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,32 +25,19 @@ from errors import UserError, shown
 from loggers.progress import clock
 from program import STOPPED
 from state.lock import TAKEN_WORDS, is_locked
-from tables.cells import BAD_END, COST, OUTPUT, REPORT, ROOT, Cell, interpreter, write_cost
+from tables.cells import Cell, interpreter
+from tables.evidence import BAD_END, COST, OUTPUT, REPORT, ROOT
+from tables.programs import PROGRAMS
+from tables.slots import Slot, machine
 
 PART = ".report"  # while it is made
 PAUSE = 0.2  # seconds between two looks at what runs
 SHOWN = 60.0, 1.0  # seconds between two lines that say where the work stands, in a file and on a terminal
 LAST_WORDS = 300  # letters of a failed run's last line
-OF_US = re.compile(r"(main\.py|redundancy): ")
+OF_US = re.compile(rf"({'|'.join(re.escape(program.called) for program in PROGRAMS.values())}|redundancy): ")
 OF_PYTHON = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 SAVED = "and saved"  # of a run that a signal has stopped
 MOST_MEETINGS = 20  # of a cell with a run that holds its folder
-
-
-@dataclass
-class Slot:
-    """Room for one run: the GPUs that it has.
-
-    Attributes:
-        devices: for CUDA_VISIBLE_DEVICES; '' leaves them as they are.
-    """
-
-    devices: str = ""
-    cell: Cell | None = None
-    process: subprocess.Popen[bytes] | None = None
-    began: float = 0.0
-    measures: bool = False  # the report, not main.py
-    printed: int = 0  # bytes that output.txt held when the process began
 
 
 @dataclass
@@ -78,12 +64,13 @@ class Runner:
     trouble: str = ""
 
     def __post_init__(self) -> None:
-        self._waiting = [cell for cell in self.cells if not (cell.finished and cell.reported)]
+        self._waiting = [cell for cell in self.cells if not cell.is_done]
+        self._by_folder = {cell.folder: cell for cell in self.cells}
         self._kept = len(self.cells) - len(self._waiting)
         self._done = 0
         self._met: Counter[str] = Counter()  # how often a cell has met an earlier run
         self._epochs_before = self._epochs()
-        self._training = 0.0  # seconds of the runs that have ended
+        self._training: defaultdict[str, float] = defaultdict(float)  # seconds of runs that have ended
         self._shown = 0.0
         self._terminal = sys.stdout.isatty()
 
@@ -111,10 +98,19 @@ class Runner:
         if slot.process is not None and slot.process.poll() is not None:
             self._end(slot, slot.process.returncode)
         if slot.cell is None and not self.stopped:
-            cell = next((cell for cell in self._waiting if not is_locked(cell.path)), None)
+            cell = next((cell for cell in self._waiting if self._may_begin(cell)), None)
             if cell is not None:
                 self._waiting.remove(cell)
                 self._begin(slot, cell)
+
+    def _may_begin(self, cell: Cell) -> bool:
+        """Whether nothing holds it up: an earlier run of it, or its backbone, which is still to be finished."""
+        return not is_locked(cell.path) and self._held_up_by(cell) is None
+
+    def _held_up_by(self, cell: Cell) -> Cell | None:
+        """The cell that trains its backbone, unless that is finished, or not needed any more."""
+        backbone = self._by_folder.get(cell.backbone) if cell.row.backbone and not cell.finished else None
+        return None if backbone is None or backbone.finished else backbone
 
     # --------------------------------------------------------------------------------------------------------
     # One cell
@@ -139,7 +135,8 @@ class Runner:
         assert cell is not None
         slot.cell = slot.process = None
         spent = clock(time.monotonic() - slot.began)
-        self._training += 0 if measured else time.monotonic() - slot.began
+        if not measured:
+            self._training[cell.program.name] += time.monotonic() - slot.began
         if code != 0:
             self._end_badly(cell, code, measured, last_words(cell.path, slot.printed))
             return
@@ -150,9 +147,10 @@ class Runner:
             os.replace(cell.path / PART / REPORT, cell.path / REPORT)
             shutil.rmtree(cell.path / PART)
         else:
-            write_cost(cell, self.processes, machine())
+            cell.close(self.processes, machine())
         if not cell.finished:  # other flags than those of the whole run
-            self._fail(cell, f"{cell.epochs} of {cell.args.epochs} epochs are done, and main.py ended")
+            done = f"{cell.epochs} of {cell.args.epochs} epochs are done"
+            self._fail(cell, f"{done}, and {cell.program.called} ended")
         elif not cell.reported:
             if measured:
                 self._fail(cell, f"the report lacks {', '.join(cell.missing)}, see {cell.folder / REPORT}")
@@ -185,9 +183,14 @@ class Runner:
             self._fail(cell, f"{'the report ended' if measured else 'ended'} with {how}: {said}")
 
     def _fail(self, cell: Cell, why: str) -> None:
+        """Name it, and those that cannot begin without it."""
         self.failed[cell.name] = why
+        cell.path.mkdir(parents=True, exist_ok=True)
         (cell.path / BAD_END).write_text(f"{why}\n", encoding="utf-8")
         self._say(f"{cell.name}: FAILED: {why}")
+        for other in [other for other in self._waiting if self._held_up_by(other) is cell]:
+            self._waiting.remove(other)
+            self._fail(other, f"not run: its backbone ({cell.name}) is not finished")
 
     # --------------------------------------------------------------------------------------------------------
     # Signals
@@ -215,8 +218,12 @@ class Runner:
     # --------------------------------------------------------------------------------------------------------
     # What is said meanwhile
 
-    def _epochs(self) -> int:
-        return sum(cell.epochs for cell in self.cells)
+    def _epochs(self) -> Counter[str]:
+        """Those that are done, by the programs: an epoch of one takes another time than that of the other."""
+        done: Counter[str] = Counter()
+        for cell in self.cells:
+            done[cell.program.name] += cell.epochs
+        return done
 
     def _say(self, line: str) -> None:
         if self._terminal:
@@ -250,14 +257,17 @@ class Runner:
 
     def _left(self) -> str:
         """The time that the epochs left will take at the pace so far, with all slots at work."""
-        done = self._epochs()
-        here = done - self._epochs_before
-        left = sum(cell.args.epochs for cell in self.cells) - done
-        if not here:
+        now, done = time.monotonic(), self._epochs()
+        here, left, spent = done - self._epochs_before, Counter[str](), self._training.copy()
+        for cell in self.cells:
+            left[cell.program.name] += cell.args.epochs - cell.epochs
+        for slot in self.slots:
+            if slot.cell and not slot.measures:
+                spent[slot.cell.program.name] += now - slot.began
+        if any(left[name] and not here[name] for name in left):
             return "time left unknown yet"
-        now = time.monotonic()
-        at_work = sum(now - slot.began for slot in self.slots if slot.cell and not slot.measures)
-        return f"about {clock((self._training + at_work) / here * left / len(self.slots))} left"
+        seconds = sum(spent[name] / here[name] * left[name] for name in left if left[name])
+        return f"about {clock(seconds / len(self.slots))} left"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,55 +304,3 @@ def last_words(folder: Path, start: int = 0) -> str:
     own = [line for line in lines if OF_US.match(line)]  # torchrun's report comes behind it
     others = [line for line in lines[-60:] if OF_PYTHON.match(line)]
     return shown((own or others or lines or ["it printed nothing"])[-1], LAST_WORDS)
-
-
-def make_slots(jobs: int, processes: int, device: str) -> list[Slot]:
-    """Room for so many runs at a time, each with GPUs of its own.
-
-    Raises:
-        UserError: there are not so many, or --device names one.
-    """
-    import torch
-
-    if not torch.cuda.is_available() or not (device == "auto" or device.startswith("cuda")):
-        return [Slot() for _ in range(jobs)]
-    if ":" in device:
-        if jobs > 1:
-            raise UserError(
-                f"--device {device} is one GPU, and --jobs {jobs} runs need one each: give --device cuda"
-            )
-        return [Slot()]
-    gpus = visible_gpus(torch.cuda.device_count())
-    if jobs * processes > len(gpus):
-        raise UserError(
-            f"--jobs {jobs} runs of --nproc {processes} processes need {jobs * processes} GPUs, and there are "
-            f"{len(gpus)}: give fewer"
-        )
-    return [Slot(",".join(gpus[k * processes : (k + 1) * processes])) for k in range(jobs)]
-
-
-def visible_gpus(count: int) -> list[str]:
-    """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them: up to one that is none, like -1."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in given.split(",")] if given else [str(k) for k in range(count)]
-    return names[:count]
-
-
-def machine() -> dict[str, str]:
-    """What the runs have: processor and GPU."""
-    import torch
-
-    found = {"processor": f"{_processor()}, {os.cpu_count()} logical cores"}
-    if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return found
-
-
-def _processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

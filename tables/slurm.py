@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from errors import UserError, reason, shown
 from state.lock import is_locked
-from tables.cells import ROOT, Cell, write_cost
+from tables.cells import Cell
+from tables.evidence import ROOT
+from tables.programs import MAIN
 
 JOB = "job.txt"  # in a cell's folder: its latest job
 SUBMITTED = re.compile(r"submitted job (\S+);")
@@ -30,7 +32,10 @@ def submit(cells: Sequence[Cell], processes: int, flags: str) -> dict[str, str]:
             print(f"{cell.name}: {f'job {job} is in the queue' if job else 'is being trained'}")
             continue
         if cell.epochs == cell.args.epochs:
-            write_cost(cell, processes, {})
+            cell.close(processes, {})
+            continue
+        if not cell.has_backbone:
+            print(f"{cell.name}: waits for its backbone {cell.row.backbone}; the same command later submits it")
             continue
         if (cell.path / JOB).is_file():
             before = (cell.path / JOB).read_text(encoding="utf-8").strip()
@@ -58,7 +63,8 @@ def submit(cells: Sequence[Cell], processes: int, flags: str) -> dict[str, str]:
 
 def submission(cell: Cell, processes: int, words: Sequence[str]) -> list[str]:
     """What submits a cell, in words that one could type in the project's folder."""
-    own = ["--ngpus", str(processes), "--job-name", f"{cell.table.runs}-{cell.row.name}-{cell.seed}"]
+    own = [] if cell.program is MAIN else ["--program", cell.program.name]
+    own += ["--ngpus", str(processes), "--job-name", f"{cell.table.runs}-{cell.row.name}-{cell.seed}"]
     return ["python", "script/run_with_submitit.py", *own, *words, "--", *cell.flags]
 
 

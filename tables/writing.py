@@ -57,7 +57,7 @@ class Layout:
     def heads(self) -> list[str]:
         """The columns' headings."""
         heads = ["", "seeds"] if self.some_missing else [""]
-        for column in self.table.columns if self.some_run else ():
+        for column in self.table.measured if self.some_run else ():
             heads.append(column.label)
             if column.difference:
                 heads.append("difference")
@@ -69,7 +69,7 @@ class Layout:
         cells = []
         if self.some_missing:
             cells.append(f"{line.runs} of {line.row.seeds}" if line.row.config else NOTHING)
-        for column in self.table.columns if self.some_run else ():
+        for column in self.table.measured if self.some_run else ():
             cells.append(self._measured(line, column))
             if column.difference:
                 cells.append(_difference(line.differences[column.name], column.digits, line.summaries[column.name]))
@@ -261,7 +261,7 @@ def summary_csv(layout: Layout) -> str:
 
 def seeds_csv(layout: Layout) -> str:
     """Every run's numbers, one run in a line."""
-    names = [column.name for column in layout.table.columns]
+    names = [column.name for column in layout.table.measured]
     rows: list[list[object]] = [["row", "seed", *names]]
     for line in layout.lines:
         for seed in sorted({seed for numbers in line.values.values() for seed in numbers}):

@@ -474,6 +474,15 @@ def test_slurm_starts_main_once_per_gpu(cluster: Cluster) -> None:
     assert cluster.requeued() == []
 
 
+def test_slurm_starts_segmentation(cluster: Cluster) -> None:
+    """By PROGRAM, from the project, wherever srun's tasks begin."""
+    run = cluster.job("my data", "--backbone", "x.pth", PROGRAM="segmentation", PYTHONPATH="/own")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert cluster.notes("srun")[2:5] == ["python", "-m", "segmentation"]
+    assert cluster.notes("srun")[5:] == ["--data-path", "my data", "--backbone", "x.pth", "--resume", "auto"]
+    assert f"PYTHONPATH={ROOT}:/own" in cluster.notes("env")
+
+
 @pytest.mark.parametrize("given", [["--resume", "auto"], ["--resume=auto"], ["--output_dir", "a --resume=b.pth c"]])
 def test_slurm_adds_resume_auto(cluster: Cluster, given: list[str]) -> None:
     """To whatever is given, be it the same, or a value that looks like the flag."""
@@ -521,6 +530,7 @@ MISTAKES = {
     "not submitted": (["my data"], {"SLURM_JOB_ID": ""}, "submit this: sbatch"),
     "submitted elsewhere": (["my data"], {"SLURM_SUBMIT_DIR": "/"}, "project's root"),
     "fewer GPUs": (["my data"], {"SLURM_GPUS_ON_NODE": "4"}, "8 tasks but 4 GPUs"),
+    "another program": (["my data"], {"PROGRAM": "segment"}, "PROGRAM=segment: it is main (the default) or"),
     "bad node list": (["my data"], {"SLURM_JOB_NODELIST": "bad"}, "does not expand SLURM_JOB_NODELIST=bad"),
 }
 

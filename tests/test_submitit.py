@@ -341,6 +341,28 @@ def test_run_continues_with_two_processes(tmp_path: Path) -> None:
     assert "2 process(es)" in log.read_text()
 
 
+def test_segmentation_is_checked_by_its_own_flags(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And started as a package, which Python finds from any folder."""
+    own = [*LOCAL, "--program", "segmentation", "--", *FLAGS, str(tmp_path / "run")]
+    own += ["--model", "deit_tiny_patch16_224"]
+    args, flags = script.parse([*own, "--crop-size", "64"])
+    assert args.job_dir == str(tmp_path / "run" / "submitit" / "%j")
+    assert script.call(args.program, flags)[1:3] == ["-m", "segmentation"] and flags[-2:] == ("--resume", "auto")
+    monkeypatch.chdir(tmp_path)
+    found = subprocess.run(
+        [*script.call("segmentation", ["--crop-sise", "64"])],
+        env={**os.environ, **script.to_find("segmentation")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2 and "segmentation: error: " in found.stderr and "--crop-size" in found.stderr
+    assert script.main([*own, "--epochs", "3"]) == 2
+    assert "unrecognized arguments: --epochs 3" in capsys.readouterr().err
+
+
 @needs_submitit
 def test_failed_local_training_is_reported(
     script: ModuleType,

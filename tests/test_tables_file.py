@@ -35,6 +35,7 @@ rows:
 
 GIVEN = "published: {top1: 79.8, source: other}"
 THEIRS = "  theirs: {group: others, published: [{top1: 80.5, source: paper}, {top1: 81, source: other}]}"
+ON = "program: segmentation\n    backbone: "
 COSINE = 'value: "report:patch.cosine_abs@last"'
 
 
@@ -68,6 +69,21 @@ def test_merged_mappings_and_numbers_without_a_point(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, text.replace("digits: 3", "digits: 3, divide: 1e2")))
     assert table.rows[1].config == "configs/digits.yaml" and table.rows[1].label == "all five"
     assert table.columns[1].divide == 100
+
+
+def test_a_program_and_a_backbone(tmp_path: Path) -> None:
+    """The table's program is that of rows that name none; a backbone need not be a row of the table."""
+    text = TABLE.replace("seeds: 3", "program: segmentation").replace("report: {metrics: [patch.cosine_abs], ", "")
+    text = text.replace("images: 16}\n", "").replace(f", {COSINE}", "").replace(", difference: true", "")
+    text = text.replace("  plain: {", "  plain: {program: main, ").replace(
+        "    seeds: 5\n", "    backbone: other\n"
+    )
+    table = read_table(write(tmp_path, text))
+    assert [(row.program, row.backbone) for row in table.rows] == [
+        *(("main", ""), ("segmentation", "other"), ("segmentation", ""))
+    ]
+    assert [column.name for column in table.columns] == ["top1", "patches"]
+    assert table.measured == (KNOWN["top1"],)
 
 
 def test_only_takes_the_baseline_along(tmp_path: Path) -> None:
@@ -126,6 +142,15 @@ def test_sources_of_a_file(tmp_path: Path) -> None:
         ("--lr 1e-3", "--seed 1", "line 14: --seed in flags of row five: a cell gets it from its row"),
         ("--lr 1e-3", "--output-dir=x", "line 14: --output-dir=x in flags of row"),
         ("others, published", "others, publish", "unknown key 'publish' of row theirs"),
+        ("seeds: 3", "program: segment", "line 2: program of the table must be main or segmentation, not"),
+        ("label: all five", "program: 3", "line 12: program of row five must be a text, not 3"),
+        ("label: all five", "backbone: plain", "line 11: backbone of five is for rows of segmentation: say"),
+        ("label: all five", "program: segmentation", "line 11: the report on five needs images of the kind"),
+        ("label: all five", f"{ON}../plain", "line 11: '../plain' cannot be the name of a folder"),
+        ("label: all five", f"{ON}theirs", "line 11: backbone theirs of five is no row that main.py trains"),
+        ("label: all five", f"{ON}five", "line 11: backbone five of five is no row that main.py trains"),
+        ("label: all five", f"{ON}plain", "line 11: five has 5 seeds, its backbone plain 3: each starts"),
+        (f"{COSINE}, digits: 3", "digits: 3", "line 8: patches has no value, but published numbers alone: drop"),
         (GIVEN, "published: {top5: 9, source: other}", "line 10: unknown key 'top5'"),
         (GIVEN, "published: {top1: 79.8}", "line 10: published numbers of row plain: no source"),
         (GIVEN, "published: {source: other}", "line 10: published has a source and no number"),
@@ -165,10 +190,11 @@ def test_the_projects_tables(path: Path) -> None:
 
 def test_rows_of_one_name_are_the_same_runs() -> None:
     """Tables that share their runs must not train two things under one name."""
-    seen: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
+    seen: dict[tuple[str, str], tuple[str, str, str, tuple[str, ...]]] = {}
     for table in map(read_table, TABLES):
         for row in (row for row in table.rows if row.config):
-            what = row.config, (*table.flags, *row.flags)
+            of_all = table.flags if row.program == table.program else ()
+            what = row.program, row.config, row.backbone, (*of_all, *row.flags)
             assert seen.setdefault((table.runs, row.name), what) == what, (table.path, row.name)
 
 

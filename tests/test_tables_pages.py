@@ -17,6 +17,7 @@ from PIL import Image
 from tables import figure, record
 from tables.cells import Cell, cells_of
 from tables.reading import read_table
+from tables.spec import Given
 from tables.writing import decimal
 
 TABLE = """\
@@ -111,7 +112,7 @@ def test_latex_takes_it(made: list[Cell], tmp_path: Path) -> None:
 
 def test_records_do_not_say_where_the_data_is(made: list[Cell], tmp_path: Path) -> None:
     data = str(tmp_path / "my data")
-    cell = replace(made[0], given=("--data-path", data, "--epochs", "2"))
+    cell = replace(made[0], given=Given(("--epochs", "2"), {"": data}))
     (cell.path / "args.yaml").write_text(f"# command: main.py --data-path {data!r}\ndata_path: {data}\n")
     record.keep(cell, tmp_path / "kept")
     kept = tmp_path / "kept" / "made" / "plain" / "seed-0"

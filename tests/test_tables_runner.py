@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,13 +20,17 @@ import pytest
 import torch
 
 from errors import UserError
+from options import config
 from redundancy.options import read_options
 from state.lock import TAKEN_WORDS as TAKEN
 from state.lock import is_locked
-from tables import cells, plan, record, runner, slurm
-from tables.cells import Cell, cells_of, read_log
+from tables import evidence, plan, record, runner, slurm
+from tables.cells import Cell, cells_of
+from tables.evidence import ROOT, read_log
 from tables.reading import read_table
-from tables.runner import Runner, Slot, make_slots
+from tables.runner import Runner
+from tables.slots import Slot, make_slots
+from tables.spec import Given
 
 # Stands for main.py: writes an epoch a moment, notes when it begins and ends, and does as the row's name says.
 PROGRAM = """
@@ -165,6 +170,47 @@ def test_a_failing_cell_is_named_and_the_others_go_on(
     assert all_cells[1].why_failed.startswith("ended with exit code 1")
     (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', "False"))
     assert "bad, seed 0" not in finish(all_cells).failed and not all_cells[1].why_failed
+
+
+HEADS = """\
+  head: {program: segmentation, config: configs/segmentation/digits.yaml, backbone: BODY, baseline: head, flags: F}
+  other: {program: segmentation, config: configs/segmentation/digits.yaml, backbone: one, baseline: head, flags: F}
+""".replace("flags: F", "flags: --iterations 2 --eval-interval 1")
+
+
+def with_heads(tmp_path: Path, body: str) -> list[Cell]:
+    """The cells of two rows of main.py, and of two of segmentation that stand before them."""
+    table = made(tmp_path, body, "one")[0].table
+    text = Path(table.path).read_text().replace("rows:\n", f"rows:\n{HEADS.replace('BODY', body)}")
+    Path(table.path).write_text(text)
+    return cells_of(read_table(table.path), read_table(table.path).rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_segmentation_begins_when_its_backbone_is_finished(tmp_path: Path, notes: Path, jobs: int) -> None:
+    """Each seed on that of its own, wherever the rows stand; nothing else is held up."""
+    all_cells = with_heads(tmp_path, "two")
+    assert not finish(all_cells, jobs).failed and all(cell.finished for cell in all_cells)
+    order = [note[:3] for note in noted(notes)]
+    for head, body in (("head", "two"), ("other", "one")):
+        for seed in (0, 1):
+            assert order.index(["end", body, seed]) < order.index(["begin", head, seed])
+    if jobs == 1:
+        assert [row for word, row, _ in order if word == "begin"] == ["two", "head", "one", "other"] * 2
+
+
+def test_what_stands_on_a_failed_backbone_is_named(tmp_path: Path, notes: Path) -> None:
+    all_cells = with_heads(tmp_path, "bad")
+    found = finish(all_cells)
+    for seed in (0, 1):
+        said = found.failed[f"head, seed {seed}"]
+        assert said == f"not run: its backbone (bad, seed {seed}) is not finished"
+        assert f"bad, seed {seed}" in found.failed
+    assert len(found.failed) == 4 and [cell.row.name for cell in all_cells if cell.finished] == ["other", "one"] * 2
+    page = record.pages(all_cells[0].table, all_cells, "")["md"]
+    assert re.search(r"^\| head \| 0 of 2 \| failed", page, re.MULTILINE)
+    (tmp_path / "program.py").write_text(PROGRAM.replace('row == "bad"', "False"))
+    assert not finish(all_cells).failed and not all_cells[0].why_failed
 
 
 def test_a_failed_cell_of_a_row_leaves_the_rest_of_the_row(tmp_path: Path, notes: Path) -> None:
@@ -313,9 +359,9 @@ def test_other_epochs_than_the_tables_are_no_result(tmp_path: Path, notes: Path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("log.txt", b"null\n", "is no log of main.py: a line is no JSON object"),
-        ("log.txt", b'{"epoch": 0}\n{"epo', "is no log of main.py"),
-        ("log.txt", b"\xff\xfe", "is no log of main.py"),
+        ("log.txt", b"null\n", "is no log of a run: a line is no JSON object"),
+        ("log.txt", b'{"epoch": 0}\n{"epo', "is no log of a run"),
+        ("log.txt", b"\xff\xfe", "is no log of a run"),
         ("cost.json", b"3", "holds no JSON object: remove it"),
         ("cost.json", b"{", "cannot be read"),
         ("report.json", b"[]", "holds no JSON object"),
@@ -328,7 +374,7 @@ def test_damaged_files_are_named(tmp_path: Path, notes: Path, name: str, content
     (cell,) = all_cells
     (cell.path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        cells.read_log(cell.path), cells.read_report(cell.path), cells.read_object(cell.path / "cost.json")
+        evidence.read_log(cell.path), evidence.read_report(cell.path), evidence.read_object(cell.path / "cost.json")
 
 
 def test_gpus_are_shared_out(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,13 +415,32 @@ def test_the_time_left_is_that_of_the_epochs_left(
     assert found._left() == "about 0:00:30 left"
 
 
+def test_an_epoch_of_another_program_takes_another_time(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of main.py's in 10 seconds say nothing of segmentation. When one of that took 10, too: 3 more take 30,
+    2 of main.py's 10; with two at a time half of it."""
+    all_cells = with_heads(tmp_path, "two")
+    head, _, two, _ = all_cells[:4]
+    slots = [Slot(cell=two, began=100.0), Slot()]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: 110.0)
+    found = Runner([head, two, all_cells[4], all_cells[6]], 1, slots)
+    two.path.mkdir(parents=True)
+    (two.path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    assert found._left() == "time left unknown yet"
+    slots[1].cell, slots[1].began = head, 100.0
+    head.path.mkdir(parents=True)
+    (head.path / "log.txt").write_text('{"epoch": 0}\n')
+    assert found._left() == "about 0:00:20 left"
+
+
 def test_a_report_is_of_the_runs_own_data_and_weights(tmp_path: Path) -> None:
     """python -m redundancy reads the command; what a report of another table holds is measured again beside it."""
     path = tmp_path / "made.yaml"
     report = "report: {metrics: [patch.cosine_abs], images: 16}\n"
     path.write_text(TABLE.replace("ROW", "one") + "  one: {config: configs/deit_tiny.yaml}\n" + report)
     table = read_table(path, seeds=1)
-    (cell,) = cells_of(table, table.rows, tmp_path / "out", ("--data-path", "/images", "--fast-resize"))
+    (cell,) = cells_of(table, table.rows, tmp_path / "out", Given(("--fast-resize",), {"": "/images"}))
     options = read_options(cell.report_command(tmp_path / "report")[3:])
     assert options.words == [f"one={cell.folder}/checkpoint.pth"] and options.metrics == ["patch.cosine_abs"]
     assert (options.images, options.args.weights, options.args.data_path) == (16, "raw", "/images")
@@ -398,10 +463,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     cell = all_cells[0]
     cell.check()
     cell.path.mkdir(parents=True)
-    cells.config.write_args(cell.args, cell.path / "args.yaml")
+    config.write_args(cell.args, cell.path / "args.yaml")
     cell.check()
-    other = cells.config.resolve(["--config", str(cells.ROOT / "configs/digits.yaml"), "--epochs", "3"])
-    cells.config.write_args(other, cell.path / "args.yaml")
+    other = config.resolve(["--config", str(ROOT / "configs/digits.yaml"), "--epochs", "3"])
+    config.write_args(other, cell.path / "args.yaml")
     with pytest.raises(UserError, match=r"holds a run with --batch-size 32, and .*made\.yaml says 8: move it away"):
         cell.check()
 
@@ -411,10 +476,10 @@ def test_what_a_run_fills_in_is_no_difference(tmp_path: Path) -> None:
     cell = made(tmp_path, "one")[0]
     cell.path.mkdir(parents=True)
     filled = replace(cell.args, class_names=["a", "b"], mean=[0.5] * 3, std=[0.5] * 3, crop_pct=1.0)
-    cells.config.write_args(filled, cell.path / "args.yaml")
+    config.write_args(filled, cell.path / "args.yaml")
     cell.check()
     more = replace(cell.args, reg=["patch.cosine@last=0.5"])
-    cells.config.write_args(more, cell.path / "args.yaml")
+    config.write_args(more, cell.path / "args.yaml")
     with pytest.raises(UserError, match=r"holds a run with --reg \['patch.cosine@last=0.5'\], and .* says \[\]"):
         cell.check()
 

@@ -178,7 +178,7 @@ def test_missing_packages_are_named(
         (["TABLE", "--output", "toys.yaml"], "cannot write to --output"),
         (["TABLE", "--keep", "toys.yaml", "--dry-run"], "cannot write to --keep"),
         (["TABLE", "--output", "a", "--keep", "a/b", "--dry-run"], "must lie beside each other"),
-        (["TABLE", "--", "--help"], "--help behind -- asks main.py for help"),
+        (["TABLE", "--", "--help"], "--help behind -- asks a program for help"),
         (["TABLE", "--slurm", "'", "--dry-run"], "--slurm cannot be read"),
         (["TABLE", "--render", "nowhere"], "--render nowhere is no folder"),
         (["TABLE", "--only", "fve"], "has no row fve. Did you mean five?"),
