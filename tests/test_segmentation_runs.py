@@ -102,11 +102,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 def test_a_run_on_a_grey_backbone_goes_on(images: Path, tmp_path: Path) -> None:
     """Its channels are the backbone's, when it begins and when it is continued; nobody gives --in-chans."""
-    assert run(images, tmp_path / "grey", "--in-chans", "1") == 0
+    assert segment(images, tmp_path / "grey", "--in-chans", "1") == 0
     start = ["--backbone", str(tmp_path / "grey" / "checkpoint.pth"), "--resume", "auto"]
     for iterations in ("3", "6"):
         flags = [*start, "--iterations", iterations]
-        assert run(images, tmp_path / "run", *flags, model=["--device", "cpu"]) == 0
+        assert segment(images, tmp_path / "run", *flags, model=["--device", "cpu"]) == 0
     assert [line["epoch"] for line in log_of(tmp_path / "run")] == [0, 1]
     assert saved(tmp_path / "run")["model"]["backbone.patch_embed.proj.weight"].shape[1] == 1
 
