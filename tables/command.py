@@ -45,6 +45,7 @@ def work(options: Options) -> int:
         if is_locked(ROOT / options.output / table.runs):
             raise taken(options.output / table.runs, "--output")
     check_folders(options)
+    check_sets(options)
     checked = [(table, *check(table, options)) for table in options.tables]
     worst = 0
     for table, cells, sizes in checked:
@@ -72,6 +73,20 @@ def check_folders(options: Options) -> None:
     keep, output = ((ROOT / folder).resolve() for folder in (options.keep, options.output))
     if keep == output or keep.is_relative_to(output) or output.is_relative_to(keep):
         raise UserError(f"--keep {options.keep} and --output {options.output} must lie beside each other")
+
+
+def check_sets(options: Options) -> None:
+    """Refuse --data-path SET=DATA of a set that no row has.
+
+    Raises:
+        UserError: with the sets of the rows.
+    """
+    rows = [(table, [row for row in table.rows if row.config]) for table in options.tables]
+    cells = [cell for table, some in rows for cell in cells_of(table, some, options.output, options.given)]
+    known = sorted({cell.args.data_set for cell in cells})
+    for name in options.given.data:
+        if name and name not in known:
+            raise UserError(f"--data-path {name}=...: no row is of that set, but of {', '.join(known)}; correct it")
 
 
 def cells_with_runs(table: Table, options: Options) -> list[Cell]:

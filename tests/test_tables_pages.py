@@ -16,6 +16,7 @@ from PIL import Image
 
 from tables import figure, record
 from tables.cells import Cell, cells_of
+from tables.options import read_options
 from tables.reading import read_table
 from tables.spec import Given
 from tables.writing import decimal
@@ -176,3 +177,10 @@ def test_a_row_keeps_its_colour_where_another_has_a_gap(
 )
 def test_numbers_have_a_real_minus_and_no_negative_zero(value: float, digits: int, sign: bool, text: str) -> None:
     assert decimal(value, digits, sign) == text
+
+
+def test_tables_without_a_run_are_not_rendered(tmp_path: Path) -> None:
+    """Two tables may share a folder of runs; only those of which a row was run are written."""
+    (tmp_path / "fashion" / "plain-24" / "seed-0").mkdir(parents=True)
+    (there,) = read_options(["--render", str(tmp_path)]).tables
+    assert there.name == "fashion_24"

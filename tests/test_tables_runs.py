@@ -192,6 +192,10 @@ def test_missing_packages_are_named(
         (["--render", "nowhere"], "--render nowhere is no folder"),
         (["TABLE", "--output", "/proc/none"], "cannot write to --output /proc/none"),
         (["TABLE", "--data-path", "x" * 5000], "--data-path"),
+        (
+            ["TABLE", "--data-path", "VOC=."],
+            "--data-path VOC=...: no row is of that set, but of DIGITS; correct it",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
