@@ -172,10 +172,22 @@ def _read_list(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the list of images {shown(str(path))}: {error}; {LAYOUTS['VOC']}") from error
-    names = [PurePosixPath(line.split()[0]).stem for line in lines if line.strip()]
+    names = [name for line in lines for name in _listed(line.split(), path)]
     if not names:
         raise UserError(f"{shown(str(path))} lists no images; {LAYOUTS['VOC']}")
     return list(dict.fromkeys(names))
+
+
+def _listed(words: Sequence[str], path: Path) -> list[str]:
+    """The names in a line of a list: its words, or that of an image's path, behind which its mask's may stand."""
+    if not words or "/" not in words[0]:
+        return [*words]
+    names = {PurePosixPath(word).stem for word in words}
+    if len(words) > 2 or len(names) > 1:
+        raise UserError(
+            f"{shown(str(path))}: {shown(' '.join(words), 200)} is not an image and its mask: correct it"
+        )
+    return [*names]
 
 
 def _count_classes(root: Path, ignored: int, reduce_zero_label: bool) -> list[str]:

@@ -401,6 +401,8 @@ def test_voc_lists(tmp_path):
     assert "1 of 1 images" in message(find_pairs, "VOC", tmp_path, True)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n")
     assert "lists no images" in message(find_pairs, "VOC", tmp_path, True)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("/a/2007_0.jpg /b/2007_2.png\n")
+    assert "/a/2007_0.jpg /b/2007_2.png is not an image and its mask" in message(find_pairs, "VOC", tmp_path, True)
 
 
 def test_two_images_of_one_name(tmp_path):
