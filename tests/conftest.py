@@ -16,16 +16,18 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads
 
 
 # The files that take longest start first, so that both processes of script/test.sh end at about the same time
-LONGEST = ["test_compile", "test_resumption", "test_resume", "test_loaders", "test_distributed", "test_export"]
-LONGEST += ["test_fsdp", "test_using_elsewhere", "test_hubconf", "test_trackers", "test_program", "test_benchmarks"]
+LONGEST = ["test_compile", "test_resumption", "test_resume", "test_loaders", "test_redundancy", "test_tables_runs"]
 LONGEST += [
-    "test_submitit",
-    "test_families",
-    "test_main",
-    "test_scripts",
-    "test_redundancy",
-    "test_redundancy_report",
+    "test_run_state",
+    "test_remedies_runs",
+    "test_distributed",
+    "test_export",
+    "test_fsdp",
+    "test_benchmarks",
 ]
+LONGEST += ["test_segmentation_export", "test_using_elsewhere", "test_hubconf", "test_trackers", "test_program"]
+LONGEST += ["test_submitit", "test_families", "test_main", "test_scripts", "test_redundancy_report"]
+LONGEST += ["test_tables_runner", "test_tables_segmentation", "test_measures", "test_segmentation_runs"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
