@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from processes import PATIENCE
 
 from state.lock import is_locked
-from tables import command
+from tables import command, runner
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "script" / "reproduce_table.py"
@@ -74,9 +77,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder where the table ran without interruption, and what was printed."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "toys.yaml").write_text(TABLE)
-    code, said = ended(start(folder / "toys.yaml", folder / "out", "--keep", str(folder / "record")))
-    assert code == 0, said
-    return folder, said
+    words = ["toys.yaml", "--output", str(folder / "out"), "--keep", str(folder / "record")]
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        patch.setattr(runner, "start", forks.start_as_the_runner)
+        patch.chdir(folder)
+        code = command.main(words)
+    assert code == 0, said.getvalue()
+    return folder, said.getvalue()
 
 
 def test_what_comes_out(whole: tuple[Path, str]) -> None:
@@ -96,7 +104,9 @@ def test_what_comes_out(whole: tuple[Path, str]) -> None:
     assert "python script/reproduce_table.py toys.yaml" in page and "2 runs: revision" in page
 
 
-def test_killed_and_started_again_gives_the_same_bit_for_bit(whole: tuple[Path, str], tmp_path: Path) -> None:
+def test_killed_and_started_again_gives_the_same_bit_for_bit(
+    whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The runner is killed while a run trains, and started again at once: it waits for that run. A second runner in
     the same folder is refused meanwhile."""
     table, output = whole[0] / "toys.yaml", tmp_path / "out"
@@ -106,8 +116,9 @@ def test_killed_and_started_again_gives_the_same_bit_for_bit(whole: tuple[Path, 
     ended(first)
     second = start(table, output)
     wait_for(lambda: is_locked(output / "toys"), second)
-    code, said = ended(start(table, output))
-    assert code == 2 and f"another run is writing to --output {output / 'toys'}: wait for its end" in said
+    assert command.main([str(table), "--output", str(output)]) == 2
+    refused = f"another run is writing to --output {output / 'toys'}: wait for its end"
+    assert refused in capsys.readouterr().err
     assert ended(second)[0] == 0
     for page in PAGES:
         assert without_revision(output / page) == without_revision(whole[0] / "out" / page), page

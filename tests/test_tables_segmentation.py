@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,11 @@ def run(*words: str | Path) -> tuple[int, str]:
         return command.main([str(word) for word in words]), said.getvalue()
 
 
-def fork(command: Sequence[str], output: Any, devices: str = "") -> forks.Fork:
-    """Starts a run as the runner does, without the time of its imports."""
-    script, *flags = ["segmentation/__main__.py", *command[3:]] if command[1] == "-m" else command[1:]
-    return forks.Fork(ROOT / script, flags, dict(os.environ), output.fileno(), output.fileno())
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forked() -> Iterator[None]:
     """Runs that this process starts are forks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "start", fork)
+        patch.setattr(runner, "start", forks.start_as_the_runner)
         yield
 
 
