@@ -130,7 +130,7 @@ def build_diversity(args: Resolved, backbone: nn.Module) -> tuple[Diversity, Div
     if diversity.looks_at_neighbours or measure.looks_at_neighbours:
         grid = layout.grid(sides(args.input_size))
         diversity, measure = (Diversity(specs, depth, reached, grid) for specs in (args.terms, args.measures))
-    blocks = Needs(**diversity.needs).attention | Needs(**measure.needs).attention
+    blocks = Needs(**diversity.needs).attending | Needs(**measure.needs).attending
     if any(tap.between == "channels" for block in blocks for tap in layout.map_taps(block)):
         print_main(f"note: the attention maps of {layout.name} are between the channels of a head, not its tokens")
     return diversity, measure
@@ -170,11 +170,14 @@ def build_student(
     if diversity.differentiates_twice:
         unfuse_after_blocks(backbone)
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
-    model = DiverseViT(backbone, needs, measured, find_scheme(diversity.labelled).head).to(device)
+    head = find_scheme(diversity.labelled).head
+    model = DiverseViT(backbone, needs, measured, head, diversity.patch_loss).to(device)
     tried = model.check(shape_of(args), num_classes, needs | measured)
     diversity.check(tried)
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
+    if not args.explicit_terms:
+        model.find_shortcuts(shape_of(args))
     return model
 
 

@@ -59,9 +59,10 @@ def build_run(
     """
     ema = build_ema(args, model, precision.device)
     optimizer = build_optimizer(args, model.backbone)
-    if getattr(optimizer, "is_second_order", False) and any(
-        getattr(m, "fused_attn", False) for m in model.modules()
-    ):
+    second_order = getattr(optimizer, "is_second_order", False)
+    if second_order:
+        model.avoid_shortcuts()  # they are differentiated once
+    if second_order and any(getattr(m, "fused_attn", False) for m in model.modules()):
         raise UserError(
             f"--opt {args.opt} needs second derivatives, which fused attention does not have: "
             "set the environment variable TIMM_FUSED_ATTN=0"

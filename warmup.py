@@ -41,6 +41,9 @@ class Batches(NamedTuple):
 def compile_model(backend: str, model: DiverseViT) -> None:
     """Compile the forward pass in place, so that parameter names, DDP and the EMA see the model they know.
 
+    Blocks that are computed again in the backward pass form their attention maps: once they are compiled, nobody
+    sees their queries and keys.
+
     Raises:
         UserError: an unknown backend.
     """
@@ -50,6 +53,8 @@ def compile_model(backend: str, model: DiverseViT) -> None:
             f"unknown --torchcompile backend {backend!r}.{did_you_mean(backend, backends)} "
             f"Known: {', '.join(torch.compiler.list_backends())}"
         )
+    if any(getattr(part, "grad_checkpointing", False) for part in model.modules()):
+        model.avoid_shortcuts(of_patches=False)
     model.compile(backend=backend, fullgraph=True)
 
 

@@ -6,8 +6,8 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from errors import BAD_ARGUMENT, UserError, reason
 from layers import EMBED
 from models.adapters import MapTap
-from models.heads import OwnHead, PatchHead
+from models.attentions import Attentions, Blocks
+from models.heads import Linear, OwnHead, PatchHead, in_mode
 from models.layout import INPUT, Layout, find_layout
 
 Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]
@@ -33,6 +34,9 @@ class Needs:
         tokens: block indices whose output tokens are wanted; -1 is the input of block 0, -2 the patch embeddings
             before their positions are added, and L, the number of blocks, the final features.
         attention: block indices whose attention map is wanted.
+        heads: blocks, one or two, the inner products of whose heads' maps are wanted: (3,) or (0, 11). Where they
+            cannot be had without the maps, the maps take their place.
+        wide: whether these are to be added up in float64.
         weights: blocks and matrices that are wanted, e.g. (0, 'q'); they are read, no hook is needed.
         patch_logits: whether every patch is to be classified.
     """
@@ -41,6 +45,8 @@ class Needs:
     attention: frozenset[int] = frozenset()
     weights: frozenset[tuple[int, str]] = frozenset()
     patch_logits: bool = False
+    heads: frozenset[Blocks] = frozenset()
+    wide: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -48,10 +54,30 @@ class Needs:
             self.attention | other.attention,
             self.weights | other.weights,
             self.patch_logits or other.patch_logits,
+            self.heads | other.heads,
+            self.wide or other.wide,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.tokens or self.attention or self.weights or self.patch_logits)
+        return bool(self.tokens or self.attention or self.weights or self.patch_logits or self.heads)
+
+    @property
+    def attending(self) -> frozenset[int]:
+        """The blocks of whose attention something is wanted."""
+        return self.attention | {block for blocks in self.heads for block in blocks}
+
+    def without(self, possible: frozenset[int]) -> Needs:
+        """The same, with maps where inner products are wanted of blocks other than the possible ones."""
+        heads = frozenset(blocks for blocks in self.heads if possible.issuperset(blocks))
+        maps = frozenset(block for blocks in self.heads - heads for block in blocks)
+        return Needs(self.tokens, self.attention | maps, self.weights, self.patch_logits, heads, self.wide)
+
+
+class PatchLoss(NamedTuple):
+    """The mean, a scalar, over so many patches of an image."""
+
+    value: Tensor
+    patches: int
 
 
 class Captured(NamedTuple):
@@ -68,6 +94,9 @@ class Captured(NamedTuple):
             [B, H, N, N]; windows come before the heads, [B * windows, H, n, n] or [B, windows, H, n, n]; reduced
             keys make m < n; XCiT's maps are between the channels of a head, not between tokens.
         prefix_tokens: block index -> T, how many of the N tokens come before the patches.
+        products: blocks -> the inner products of their heads' maps, G of `models.products`: [..., H, H] of one
+            block, [..., 2 H, 2 H] of two.
+        patch_loss: in place of patch_logits, the mean over all patches of what is minimised of theirs.
     """
 
     logits: Tensor
@@ -76,6 +105,8 @@ class Captured(NamedTuple):
     tokens: dict[int, Tensor]
     attention: dict[int, Tensor]
     prefix_tokens: dict[int, int]
+    products: Mapping[Blocks, Tensor] = {}
+    patch_loss: PatchLoss | None = None
 
 
 class DiverseViT(nn.Module):
@@ -85,12 +116,15 @@ class DiverseViT(nn.Module):
     forward pass that asks for it is under way, so no tensor outlives its step and gradient checkpointing's
     recomputation stores nothing. Blocks whose map is wanted leave the fused attention kernel, which never
     materialises it: for good where training wants it, for that pass alone where only a measurement does.
+    `find_shortcuts` lets blocks do without the map where inner products of heads are all that is wanted.
 
     Args:
         backbone: a timm model.
         needs: what every training pass captures.
         measured: what other passes may ask for besides.
         head: classifies the patches (models/heads.py), where that is needed.
+        patch_loss: of the patches' features, their linear classifier and the labels (regularizers/of_features.py);
+            it takes the place of the patches' logits where `find_shortcuts` finds that the head is one.
     Raises:
         UserError: the backbone does not have what is needed.
     """
@@ -103,6 +137,7 @@ class DiverseViT(nn.Module):
         needs: Needs = Needs(),
         measured: Needs = Needs(),
         head: type[PatchHead] = OwnHead,
+        patch_loss: Callable[[Linear, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -110,8 +145,11 @@ class DiverseViT(nn.Module):
         hooked = needs | measured
         self.layout = find_layout(backbone) if hooked else None
         self._head: PatchHead | None = None
+        self._patch_loss = patch_loss
         self._taps: dict[int, list[MapTap]] = {}
         self._handles: list[RemovableHandle] = []
+        self._compared: frozenset[int] = frozenset()  # blocks whose heads' maps are multiplied
+        self._attentions = Attentions({})  # those of them that do without the map
         self._fused: list[tuple[Any, bool]] = []  # attentions that left the fused kernel, and whether they had it
         self._wanted = Needs()
         self._sink: dict[tuple[str, int, int], Tensor] = {}
@@ -137,7 +175,7 @@ class DiverseViT(nn.Module):
     # Hooks
 
     def _install_hooks(self, layout: Layout, hooked: Needs) -> None:
-        self._taps = {index: layout.map_taps(index) for index in sorted(hooked.attention)}  # raises before any hook
+        self._taps = {index: layout.map_taps(index) for index in sorted(hooked.attending)}  # raises before any hook
         for index in sorted(hooked.tokens - {layout.depth}):  # the final features are what forward_features returns
             if index == EMBED:
                 handle = layout.embedding.register_forward_hook(self._after_embedding)
@@ -148,19 +186,86 @@ class DiverseViT(nn.Module):
             self._handles.append(handle)
         for index, taps in self._taps.items():
             for number, tap in enumerate(taps):
-                if index in self.needs.attention:
-                    self._fused.append((tap.attention, getattr(tap.attention, "fused_attn", False)))
-                    tap.attention.fused_attn = False
                 at_map = partial(self._at_map, index, number)
                 self._handles.append(tap.hooked.register_forward_pre_hook(at_map))
+        self._compared = frozenset(block for blocks in hooked.heads for block in blocks)
+        self._leave_fused()
+
+    def _leave_fused(self) -> None:
+        """Let the blocks whose map every training pass wants leave the fused kernel, and no others."""
+        self._return_fused()
+        for index in self._trained.attention:
+            for tap in self._taps[index]:
+                self._fused.append((tap.attention, getattr(tap.attention, "fused_attn", False)))
+                tap.attention.fused_attn = False
+
+    def _return_fused(self) -> None:
+        for attention, was in self._fused:
+            attention.fused_attn = was
+        self._fused = []
+
+    @property
+    def _trained(self) -> Needs:
+        """What every training pass captures: maps where there are no inner products."""
+        return self.needs.without(self._attentions.possible)
+
+    def find_shortcuts(self, image_shape: tuple[int, int, int]) -> None:
+        """From now on, do without attention maps and the patches' logits wherever that is possible.
+
+        Inner products are taken from queries and keys in blocks whose attentions call scaled_dot_product_attention
+        once each, if they are those of the map. The patches' loss is taken from features if a linear layer comes
+        last in the head. Both are tried on two random images. Call it before anything is compiled or copied.
+
+        Args:
+            image_shape: C, H and W of the images.
+        """
+        parameter = next(self.parameters())
+        if parameter.is_meta:
+            return
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, *image_shape, generator=generator).to(parameter)
+        self._use_maps()
+        if self._compared:
+            self._find_products(images)
+        if self._head is not None and self._patch_loss is not None and self.needs.patch_logits:
+            with torch.no_grad(), in_mode(self, training=False):
+                self._head.find_linear(self.backbone.forward_features(images))
+
+    def _find_products(self, images: Tensor) -> None:
+        maps = self.tried(images, Needs(attention=self._compared)).attention
+        self._return_fused()
+        recomputes = any(getattr(part, "grad_checkpointing", False) for part in self.modules())
+        self._attentions = Attentions({block: self._taps[block] for block in self._compared}, recomputes)
+        with (
+            torch.no_grad(),
+            in_mode(self, training=False),
+            self._attentions.watching([(block,) for block in self._compared]),
+        ):
+            self.backbone(images)
+            found = dict(self._attentions.found)
+        self._attentions.keep([block for block in self._compared if _same(found.get((block,)), maps[block])])
+        self._leave_fused()
+
+    def _use_maps(self) -> None:
+        """From now on, form every map of which something is wanted."""
+        self._attentions.keep([])
+        self._leave_fused()
+
+    def avoid_shortcuts(self, of_heads: bool = True, of_patches: bool = True) -> None:
+        """From now on, form every map and all patches' logits of which something is wanted, as before
+        `find_shortcuts`."""
+        if of_heads:
+            self._use_maps()
+        if of_patches:
+            self._patch_loss = None
 
     def unhook(self) -> None:
         """Leave the backbone as it was before."""
         for handle in self._handles:
             handle.remove()
-        for attention, was in self._fused:
-            attention.fused_attn = was
-        self._handles, self._fused = [], []
+        self._attentions.keep([])
+        self._return_fused()
+        self._handles = []
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if EMBED not in self._wanted.tokens:
@@ -190,13 +295,14 @@ class DiverseViT(nn.Module):
     @contextmanager
     def _watching(self, needs: Needs) -> Iterator[None]:
         """Let the hooks store what is needed, and forget it afterwards."""
-        only_now = [tap.attention for i in needs.attention - self.needs.attention for tap in self._taps[i]]
+        only_now = [tap.attention for i in needs.attention - self._trained.attention for tap in self._taps[i]]
         fused = [getattr(attention, "fused_attn", False) for attention in only_now]
         self._wanted = needs
         for attention in only_now:
             attention.fused_attn = False
         try:
-            yield
+            with self._attentions.watching(sorted(needs.heads), needs.wide) if needs.heads else nullcontext():
+                yield
         finally:
             self.forget()
             for attention, was in zip(only_now, fused, strict=True):
@@ -207,6 +313,10 @@ class DiverseViT(nn.Module):
         places = len(self._taps[index]) if kind == "attention" else 1
         parts = [self._sink.get((kind, index, number)) for number in range(places)]
         found = [part for part in parts if part is not None]
+        self._check_arrival(kind, index, found, places)
+        return found[0] if places == 1 else torch.cat(found, dim=-3)
+
+    def _check_arrival(self, kind: str, index: int, found: Sequence[Tensor], places: int) -> None:
         assert self.layout is not None
         where = f"the {kind} of {self.layout.name} at layer {self.layout.layer_name(index)}"
         if len(found) < places:
@@ -216,7 +326,15 @@ class DiverseViT(nn.Module):
                 f"{where} arrived without gradient, so its terms would train nothing: unfreeze the layers before "
                 "it, and use gradient checkpointing only with use_reentrant=False (timm's default)"
             )
-        return found[0] if places == 1 else torch.cat(found, dim=-3)
+
+    def _products(self, needs: Needs) -> dict[Blocks, Tensor]:
+        """The inner products that were found while the model ran."""
+        found = {}
+        for blocks in sorted(needs.heads):
+            parts = [self._attentions.found[blocks]] if blocks in self._attentions.found else []
+            self._check_arrival("attention", blocks[-1], parts, 1)
+            found[blocks] = parts[0]
+        return found
 
     # ------------------------------------------------------------------------------------------------------
     # Forward
@@ -231,7 +349,7 @@ class DiverseViT(nn.Module):
         Raises:
             UserError: something needed did not arrive, or arrived without gradient while gradients are on.
         """
-        needs = self.needs if needs is None else needs
+        needs = self._trained if needs is None else needs.without(self._attentions.possible)
         if not needs:
             return Captured(*_split(self.backbone(images)), None, {}, {}, {})
         assert self.layout is not None
@@ -240,13 +358,17 @@ class DiverseViT(nn.Module):
             if not (needs.patch_logits or final):
                 return self._captured(self.backbone(images), None, needs)
             features = self.backbone.forward_features(images)  # [B, N, D]
-            outputs, patch_logits = self.backbone.forward_head(features), None
+            outputs, patch_logits, patch_loss = self.backbone.forward_head(features), None, None
             if needs.patch_logits:
                 assert self._head is not None
-                patch_logits = self._head(features, labels)
+                linear = self._head.linear(features) if labels is not None else None
+                if linear is not None and self._patch_loss is not None:
+                    patch_loss = PatchLoss(self._patch_loss(linear, labels), linear.features.shape[1])
+                else:
+                    patch_logits = self._head(features, labels)
             if final:
                 self._sink["tokens", self.layout.depth, 0] = self.layout.final_tokens(features)
-            return self._captured(outputs, patch_logits, needs)
+            return self._captured(outputs, patch_logits, needs)._replace(patch_loss=patch_loss)
 
     @property
     def predicts_jointly(self) -> bool:
@@ -259,7 +381,8 @@ class DiverseViT(nn.Module):
         tokens = {index: self._caught("tokens", index) for index in sorted(needs.tokens)}
         attention = {index: self._caught("attention", index) for index in sorted(needs.attention)}
         prefix_tokens = {index: self.layout.prefix_tokens(index) for index in tokens}
-        return Captured(*_split(outputs), patch_logits, tokens, attention, prefix_tokens)
+        products = self._products(needs)
+        return Captured(*_split(outputs), patch_logits, tokens, attention, prefix_tokens, products)
 
     def around(self, call: Callable[[Tensor], Any], images: Tensor, needs: Needs) -> Captured:
         """What the backbone shows while something around it is called, e.g. a model with a head of its own.
@@ -268,12 +391,13 @@ class DiverseViT(nn.Module):
             call: makes logits of images; it calls the backbone.
             needs: what to capture; patch logits and final features are not among it.
         """
+        needs = needs.without(self._attentions.possible)
         with self._watching(needs):
             return self._captured(call(images), None, needs)
 
     def watch(self) -> None:
         """Let the hooks store what training needs while others call the backbone, until `take`."""
-        self._wanted = self.needs
+        self._wanted = self._trained
 
     def take(self, outputs: Any) -> Captured:
         """What the hooks stored since `watch`; they forget it.
@@ -284,7 +408,7 @@ class DiverseViT(nn.Module):
             UserError: something needed did not arrive, or arrived without gradient while gradients are on.
         """
         try:
-            return self._captured(outputs, None, self.needs)
+            return self._captured(outputs, None, self._trained)
         finally:
             self.forget()
 
@@ -295,13 +419,8 @@ class DiverseViT(nn.Module):
     @torch.no_grad()
     def tried(self, images: Tensor, needs: Needs) -> Captured:
         """What some images show in evaluation mode; each module is then in the mode that it was in."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with in_mode(self, training=False):
             return self(images, needs=needs)
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def check(self, image_shape: tuple[int, int, int], num_classes: int, needs: Needs) -> Captured:
         """Try two blank images, so that what cannot work is refused before training.
@@ -377,6 +496,14 @@ def check_captured(
                     f"{layout.name} has {there}: choose an --input-size of whole patches, another --model, or drop "
                     "the term"
                 )
+
+
+def _same(products: Tensor | None, maps: Tensor) -> bool:
+    """Whether inner products [..., H, H] are those of maps [..., H, n, m], but for rounding."""
+    if products is None or maps.shape[:-2] != products.shape[:-1]:
+        return False
+    flat = maps.flatten(-2).to(products.dtype)
+    return torch.allclose(products, flat @ flat.mT, rtol=1e-3)
 
 
 def _is_grid(patches: int, layout: Layout, image_size: tuple[int, int]) -> bool:

@@ -9,7 +9,10 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, K class
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,20 @@ from errors import UserError
 from models.layout import Layout
 
 PATCH_HEAD = "patch_head"  # the attribute of a backbone under which a head's own layer stands
+
+
+class Linear(NamedTuple):
+    """Features, and the linear layer that classifies them.
+
+    Attributes:
+        features: x, [B, P, D].
+        weight: W, [K, D].
+        bias: b, [K], or None.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 class PatchHead(Protocol):
@@ -41,6 +58,12 @@ class PatchHead(Protocol):
     def attach(backbone: Any) -> None:
         """Give a timm model the layers that this head needs beside the model's own, unless it has them."""
 
+    def find_linear(self, features: Tensor) -> None:
+        """Find out, from some features, whether `linear` can take this head apart."""
+
+    def linear(self, features: Tensor) -> Linear | None:
+        """What a linear layer makes the logits [B, P, K] of, and the layer; None if that is not all there is."""
+
     def __call__(self, features: Tensor, labels: Any = None) -> Tensor:
         """The logits of every patch.
 
@@ -49,6 +72,18 @@ class PatchHead(Protocol):
             labels: those of the mixed images, if there are any, for a head that mixes regions.
         Returns: [B, P, K], patches row by row; or [B, R, K], the regions that the labels name.
         """
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """With all modules in training or evaluation mode; afterwards each is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class OwnHead:
@@ -65,6 +100,7 @@ class OwnHead:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self._linear: dict[bool, bool] = {}  # training mode -> whether a linear layer comes last in it
         head, pool = layout.part("head"), layout.part("attn_pool")
         reason = None
         if not all(hasattr(layout.backbone, part) for part in ("forward_features", "forward_head")):
@@ -84,6 +120,11 @@ class OwnHead:
 
     def __call__(self, features: Tensor, labels: Any = None) -> Tensor:
         """Patch logits, whatever the labels; see `PatchHead`."""
+        alone, shape = self._alone(features)
+        return _first(self.layout.backbone.forward_head(alone)).unflatten(0, shape)
+
+    def _alone(self, features: Tensor) -> tuple[Tensor, torch.Size]:
+        """Each patch as the final features of an image of this one patch, and (B, P)."""
         prefix = self.layout.final_prefix_tokens
         patches = self.layout.final_tokens(features)[:, prefix:]  # [B, P, D]
         alone = patches.flatten(0, 1)  # [B * P, D]
@@ -93,9 +134,47 @@ class OwnHead:
             alone = alone[:, :, None, None]  # [B * P, D, 1, 1]
         else:
             alone = alone[:, None, None]  # [B * P, 1, 1, D]
-        logits = self.layout.backbone.forward_head(alone)
-        logits = logits[0] if isinstance(logits, tuple) else logits  # a distilled student: the class token's head
-        return logits.unflatten(0, patches.shape[:2])
+        return alone, patches.shape[:2]
+
+    @property
+    def _classifier(self) -> Any:
+        found = self.layout.part("get_classifier")
+        return _first(found()) if found is not None else None
+
+    def find_linear(self, features: Tensor) -> None:
+        """Try whether what forward_head returns is what a linear layer returns, in both modes; see `PatchHead`."""
+        takes = inspect.signature(self.layout.backbone.forward_head).parameters
+        if type(self._classifier) is nn.Linear and "pre_logits" in takes:
+            self._linear = {training: self._ends_linear(features, training) for training in (True, False)}
+
+    @torch.no_grad()
+    def _ends_linear(self, features: Tensor, training: bool) -> bool:
+        backbone, seen = self.layout.backbone, []
+        alone, _ = self._alone(features)
+        handle = self._classifier.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+        devices = [alone.device] if alone.is_cuda else []
+        try:
+            with in_mode(backbone, training), torch.random.fork_rng(devices):
+                torch.manual_seed(0)  # of dropout
+                returned = _first(backbone.forward_head(alone))
+                torch.manual_seed(0)
+                read = backbone.forward_head(alone, pre_logits=True)
+        finally:
+            handle.remove()
+        return len(seen) == 1 and seen[0][1] is returned and torch.equal(seen[0][0], read)
+
+    def linear(self, features: Tensor) -> Linear | None:
+        """The features that the model's last layer reads of each patch, and this layer; see `PatchHead`."""
+        if not self._linear.get(self.layout.backbone.training):
+            return None
+        alone, shape = self._alone(features)
+        read = self.layout.backbone.forward_head(alone, pre_logits=True)  # [B * P, D]
+        return Linear(read.unflatten(0, shape), self._classifier.weight, self._classifier.bias)
+
+
+def _first(found: Any) -> Any:
+    """Of a distilled student, which has two classifiers, that of the class token."""
+    return found[0] if isinstance(found, tuple) else found
 
 
 class RegionHead:
@@ -158,6 +237,12 @@ class RegionHead:
         dropout = self._dropout()
         logits: Tensor = self.layout.part(PATCH_HEAD)(regions if dropout is None else dropout(regions))
         return logits
+
+    def find_linear(self, features: Tensor) -> None:
+        """Nothing: there are few regions, and their logits are small."""
+
+    def linear(self, features: Tensor) -> None:
+        """Its logits are those of regions."""
 
     def _dropout(self) -> nn.Module | None:
         """The dropout before the backbone's own classifier; None if it has none."""

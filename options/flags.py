@@ -425,6 +425,12 @@ class Args:
     deterministic: bool = switch(
         False, FREE, on="use deterministic algorithms only: equal runs are equal bit for bit, on CUDA more slowly"
     )
+    explicit_terms: bool = switch(
+        False,
+        FREE,
+        on="form attention maps for the terms of heads, and the logits of all patches for patch.mixing, where they "
+        "could be computed without",
+    )
     seed: int = flag(0, EPOCH, "of initialisation, data order, augmentation and mixing", limits=SEEDS)
     resume: str = flag(
         "",

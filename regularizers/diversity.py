@@ -13,11 +13,14 @@ from errors import UserError
 from layers import layer_name, resolve_layers
 from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES
+from regularizers.of_features import OF_FEATURES
+from regularizers.of_products import WIDE, of_products
+from regularizers.primitives import full_precision
 from regularizers.specs import Spec, resolve_pairs
 
 if TYPE_CHECKING:
     from mixing import Labels
-    from models.capture import Captured, Weights
+    from models.capture import Captured, Linear, Weights
 
 
 class Term(NamedTuple):
@@ -57,6 +60,7 @@ class BoundTerm:
         self.looks_at_neighbours = "grid" in measure.defaults
         self.grid = grid if self.looks_at_neighbours else None
         self.function = partial(measure.function, **spec.arguments, **({"grid": self.grid} if self.grid else {}))
+        self.of_products = of_products(spec) if self.level.source == "attention" else None
         self.matrices = spec.matrices or self.level.default_matrices
         self.layers: list[int] = []
         self.pairs: list[tuple[int, int]] = []
@@ -72,11 +76,18 @@ class BoundTerm:
         return spec.level, spec.measure, spec.options, self.matrices, tuple(self.layers), tuple(self.pairs)
 
     @property
+    def sets(self) -> list[tuple[int, ...]]:
+        """What is compared: the items of each layer, or of each pair of layers."""
+        return [*((layer,) for layer in self.layers), *self.pairs]
+
+    @property
     def needs(self) -> dict[str, frozenset[Any]]:
         """The layers of its level's source; of weights, with the matrices."""
-        used = frozenset(self.layers) | {layer for pair in self.pairs for layer in pair}
+        used = frozenset(layer for layers in self.sets for layer in layers)
         if self.level.of_weights:
             return {self.level.source: frozenset((layer, name) for layer in used for name in self.matrices)}
+        if self.of_products is not None:
+            return {"heads": frozenset(self.sets)}
         return {self.level.source: used}
 
     def check(self, captured: Captured) -> None:
@@ -142,19 +153,29 @@ class BoundTerm:
         return _sum(len(stack) * self.function(stack) for stack in stacks)
 
     def of_batch(self, captured: Captured, label_loss: Tensor | None) -> Tensor:
-        if self.takes == "pair":
-            pairs = [(self.items(captured, a), self.items(captured, b)) for a, b in self.pairs]
-            return _sum(self.function(one.detach() if self.detached else one, other) for one, other in pairs)
         if self.takes == "gradient":
             assert label_loss is not None
             return _sum(self.function(self.gradients(captured, layer, label_loss)) for layer in self.layers)
-        return _sum(self.function(self.items(captured, layer)) for layer in self.layers)
+        return _sum(self.of_layers(captured, layers) for layers in self.sets)
+
+    def of_layers(self, captured: Captured, layers: tuple[int, ...]) -> Tensor:
+        """The measure of one layer, or of a pair: of inner products, where they are all that was captured."""
+        products = captured.products.get(layers)
+        if products is not None and self.of_products is not None:
+            return self.of_products(products).to(full_precision(captured.logits[:0]).dtype)
+        items = [self.items(captured, layer) for layer in layers]
+        if self.detached:
+            items[0] = items[0].detach()
+        return self.function(*items)
 
     def of_labels(self, captured: Captured, labels: Labels) -> Term:
         """The term of the patch logits and the labels; of one that is averaged, with c n for c."""
-        assert captured.patch_logits is not None
-        count = captured.patch_logits.shape[1] if self.averaged else 1
-        return Term(self.function(captured.patch_logits, labels), self.spec.coef * count)
+        if captured.patch_loss is not None:
+            value, count = captured.patch_loss
+        else:
+            assert captured.patch_logits is not None
+            value, count = self.function(captured.patch_logits, labels), captured.patch_logits.shape[1]
+        return Term(value, self.spec.coef * (count if self.averaged else 1))
 
 
 def _times(shape: Iterable[int]) -> str:
@@ -229,6 +250,8 @@ class Diversity:
         for term in [*self._of_a_batch, *self._of_the_weights]:
             for source, wanted in term.needs.items():
                 found[source] = found.get(source, frozenset()) | wanted
+        if any(term.spec.measure in WIDE for term in self._of_a_batch if term.of_products is not None):
+            found["wide"] = True
         return found
 
     @property
@@ -250,6 +273,16 @@ class Diversity:
     def labelled(self) -> list[str]:
         """The names of the terms that take labels."""
         return [term.spec.name for term in self._labelled]
+
+    @property
+    def patch_loss(self) -> Callable[[Linear, Any], Tensor] | None:
+        """The term that takes labels as a function of features, if there is one, and it has such a form.
+
+        Its gradient is made with its value, so nothing may be differentiated twice.
+        """
+        if len(self._labelled) != 1 or self.differentiates_twice:
+            return None
+        return OF_FEATURES.get(self._labelled[0].spec.measure)
 
     @property
     def averaged(self) -> frozenset[str]:

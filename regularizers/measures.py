@@ -420,10 +420,16 @@ def mixing(patch_logits: Tensor, labels: Labels) -> Tensor:
     Source: [C22], mixing loss, after [G21].
     Use: the recipe's term inside the label loss; it also lets the label reach the last block's patches.
     """
-    classes = torch.stack([labels.own, labels.partner], dim=1)[:, None]  # [B, 1, 2]
-    classes = classes.expand(-1, patch_logits.shape[1], -1).flatten(0, 1)  # [B * P, 2]
-    shares = torch.stack([labels.patch_weight, 1 - labels.patch_weight], dim=2).flatten(0, 1)  # [B * P, 2]
+    classes, shares = labels_of_patches(labels)
     return CrossEntropy.apply(patch_logits.flatten(0, 1), classes, shares, labels.smoothing).mean()
+
+
+def labels_of_patches(labels: Labels) -> tuple[Tensor, Tensor]:
+    """The two classes of each patch, and their shares in it.  -> [B * P, 2], [B * P, 2]"""
+    classes = torch.stack([labels.own, labels.partner], dim=1)[:, None]  # [B, 1, 2]
+    classes = classes.expand(-1, labels.patch_weight.shape[1], -1).flatten(0, 1)
+    shares = torch.stack([labels.patch_weight, 1 - labels.patch_weight], dim=2).flatten(0, 1)
+    return classes, shares
 
 
 @measure(takes="labels")

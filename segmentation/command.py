@@ -188,6 +188,8 @@ def build_model(
         check_captured(captured, model.layout, shape[1:])
         diversity.check(captured)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
+    if not args.explicit_terms:
+        model.find_shortcuts(shape)
     return model
 
 

@@ -40,6 +40,7 @@ SHARED = (
     *("num_workers", "pin_mem", "skip_bad_images", "check_data", "class_names"),
     *("opt", "opt_eps", "opt_kwargs", "opt_betas", "grad_accum_steps", "nonfinite", "nonfinite_patience"),
     *("clip_grad", "momentum", "layer_decay", "config", "output_dir", "device", "deterministic"),
+    *("explicit_terms",),
     *("seed", "resume", "resume_opt", "save_interval_steps", "save_interval_minutes", "checkpoint_hist", "eval"),
     *("print_freq", "log_with", "project", "run_name", "dist_eval", "world_size", "dist_url", "dist_timeout"),
 )

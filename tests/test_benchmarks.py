@@ -29,7 +29,11 @@ REMEDIES = ["--only", "explicit_map", "layerscale", "gfsa:order=3"]
         ("memory.py", [], {"five_terms_over_plain_memory", "naive_over_ours_memory"}),
         ("measures.py", ["--rounds", "1", "--only", "_contrastive"], {"naive_over_ours_time_patch_contrastive"}),
         ("loader.py", ["--rounds", "1"], {"default_loader_over_reference", "fast_resize_over_reference"}),
-        ("report.py", ["--images", "16"], {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"}),
+        (
+            "report.py",
+            ["--images", "16"],
+            {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"},
+        ),
         ("remedies.py", REMEDIES, {"gfsa:order=3_over_plain", "explicit_map_over_plain_memory"}),
         ("rows.py", [str(ROOT / "configs/tables/digits.yaml"), "--only", "five"], {"five_over_plain"}),
         ("segmenting.py", [], SEGMENTING),

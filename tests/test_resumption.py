@@ -43,7 +43,8 @@ NOW = """crop_pct crop_mode interpolation train_mode measure monitor_redundancy 
     scale_lr_flag warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate
     cooldown_epochs patience_epochs lr_noise lr_noise_pct lr_noise_std"""
 FREE = """model_ema_force_cpu torchcompile grad_checkpointing data_path download single_class num_workers pin_mem
-    check_data teacher_path teacher_eval config output_dir device deterministic resume save_interval_steps
+    check_data teacher_path teacher_eval config output_dir device deterministic explicit_terms
+    resume save_interval_steps
     save_interval_minutes checkpoint_hist eval print_freq dist_eval fsdp world_size dist_url dist_timeout
     log_with project run_name resume_opt"""
 RULES = {

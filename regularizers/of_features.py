@@ -1,0 +1,110 @@
+"""Measures that take labels, from the patches' features and the linear layer that classifies them: without logits.
+
+Each function is its namesake in measures.py with logits z_p = W x_p + b: the same equation, range and source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import UserError
+from regularizers.measures import labels_of_patches
+from regularizers.primitives import full_precision, in_chunks
+
+if TYPE_CHECKING:
+    from mixing.mixup import Labels
+    from models.capture import Linear
+
+FLOAT16_LIMIT = 6e4  # no product of float16 may be larger
+
+
+def mixing(linear: Linear, labels: Labels) -> Tensor:
+    """1/(B P) sum_bp CE_bp, under autocast with the layer's products in its precision.
+
+    The logits of some patches are there at a time, once: the loss is linear in the gradient that comes back to it,
+    so the gradients at x, W and b are made in the same pass, and only multiplied later. A second derivative is
+    refused.
+
+    Returns: scalar, in at least float32.
+    """
+    features, weight, bias = linear
+    kind, differentiated = features.device.type, torch.is_grad_enabled()
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    options = labels.smoothing, dtype, differentiated
+    return _MeanCrossEntropy.apply(features.flatten(0, 1), weight, bias, *labels_of_patches(labels), *options)
+
+
+OF_FEATURES: Mapping[str, Callable[[Linear, Any], Tensor]] = {"mixing": mixing}
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """`mixing` of features [N, D], with two classes [N, 2] and their shares [N, 2].  -> scalar"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        classes: Tensor,
+        shares: Tensor,
+        smoothing: float,
+        dtype: torch.dtype,
+        differentiated: bool,
+    ) -> Tensor:
+        sums = [
+            torch.zeros_like(each, dtype=full_precision(each[:0]).dtype)
+            if differentiated and each is not None and each.requires_grad
+            else None
+            for each in (features, weight, bias)
+        ]
+        total = features.new_zeros((), dtype=full_precision(features[:0]).dtype)
+        start, count = 0, len(features)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            for some, chosen, parts in zip(*in_chunks(features, classes, shares, each=len(weight)), strict=True):
+                some = some.to(dtype)
+                log_q = full_precision(F.linear(some, weight, bias)).log_softmax(dim=1)  # [n, K]
+                hit = (parts * log_q.gather(1, chosen)).sum()
+                total -= ((1 - smoothing) * hit + smoothing * log_q.mean(dim=1).sum()) / count
+                if any(each is not None for each in sums):
+                    hits = ((1 - smoothing) * parts).to(log_q.dtype)  # [n, 2]
+                    by_logits = (log_q.exp_() - smoothing / log_q.shape[1]).scatter_add_(1, chosen, -hits)
+                    _add(sums, slice(start, start + len(some)), some, weight, by_logits, 1 / count)
+                start += len(some)
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise UserError("mixing of features is differentiated once, not twice: take --explicit-terms")
+        found = [None if each is None else each.mul_(gradient) for each in ctx.saved_tensors]
+        return *found, None, None, None, None, None
+
+
+def _add(
+    sums: list[Tensor | None], rows: slice, some: Tensor, weight: Tensor, by_logits: Tensor, factor: float
+) -> None:
+    """Add the part of some features [n, D] to the gradients at features, weight and bias; by_logits [n, K]."""
+    by_features, by_weight, by_bias = sums
+    narrow = by_logits.to(weight.dtype)
+    if by_features is not None:
+        by_features[rows] = (narrow @ weight) * factor
+    if by_weight is not None:
+        shrink = _shrink(some)
+        by_weight += (narrow.mT @ (some * shrink).to(some.dtype)) * (factor / shrink)
+    if by_bias is not None:
+        by_bias += by_logits.sum(dim=0) * factor
+
+
+def _shrink(some: Tensor) -> Tensor | float:
+    """What features [n, D] are to be multiplied by, so that no sum of them overflows in float16."""
+    if some.dtype != torch.float16:
+        return 1.0
+    return (FLOAT16_LIMIT / (len(some) * some.abs().amax().float()).clamp_min(1.0)).clamp_max(1.0)
