@@ -46,6 +46,7 @@ from state import checkpoint, resumption
 from state.lock import Lock
 from state.run_state import check_class_names
 from state.saved_flags import flags_of
+from state.trained import is_segmenters
 from trainer import Work, build_trackers, start, train
 from utils import broadcast_from_main, find_launch, init_distributed, print_main, rank, world_size
 from workers import default_workers
@@ -69,6 +70,8 @@ def run(args: Settings) -> None:
     state = checkpoint.load(args.resume) if args.eval and args.resume else None
     earlier = None if args.eval else resumption.find(args)
     saved = state if earlier is None else earlier.state
+    if saved is not None:
+        check_segmenter(saved, args.resume if earlier is None else earlier.path)
     if saved is None:
         args, origin = find_origin(args)
     else:
@@ -137,6 +140,19 @@ def check_values(args: Settings, patches: int) -> None:
         raise UserError(
             "--batch-size 1 in one process, and a crop of one patch: batch norm needs two values of each channel: "
             "give --batch-size 2, or a larger --crop-size"
+        )
+
+
+def check_segmenter(state: Any, path: str) -> None:
+    """Refuse to continue, or to evaluate, a checkpoint of something else.
+
+    Raises:
+        UserError: it is of a classifier.
+    """
+    if not is_segmenters(model_weights(state, path, ema=has_average(state))):
+        raise UserError(
+            f"--resume {path} is not a checkpoint of python -m segmentation, it has no decode_head: give one, or "
+            "start from its backbone with --backbone"
         )
 
 

@@ -55,6 +55,9 @@ def check(args: Settings) -> None:
     for name in ("resize", "test_resize", "stride"):
         if len(getattr(args, name)) > 2:
             raise UserError(f"--{dashed(name)} takes one or two numbers of pixels, not {len(getattr(args, name))}")
+    for name in ("resize", "test_resize"):
+        if 0 in getattr(args, name) and any(getattr(args, name)):
+            raise UserError(f"--{dashed(name)} 0 is not to resize at all: drop the other number, or the 0")
     if args.scale_range and (len(args.scale_range) != 2 or args.scale_range[0] > args.scale_range[1]):
         raise UserError("--scale-range takes two factors, the smaller one first")
     labelled = [spec.name for spec in args.terms if MEASURES[spec.measure].takes == "labels"]

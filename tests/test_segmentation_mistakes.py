@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_runs import saved
+from small_runs import make_images, saved, train
 from small_segmentations import BACKBONE, make_pairs, segment
 
 from segmentation.command import main
@@ -106,6 +106,7 @@ def test_a_backbone_of_the_model_that_is_named(images: Path, run: Path) -> None:
         ),
         (["--head", "linear", "--map-layers", "3"], "--head linear reads the last map alone: drop --map-layers"),
         (["--class-names", "sky", "sea", "sky"], "--class-names has sky more than once: names must differ"),
+        (["--resize", "0", "20"], "--resize 0 is not to resize at all: drop the other number, or the 0"),
     ],
 )
 def test_flags_that_cannot_be(
@@ -147,6 +148,23 @@ def test_an_evaluation_with_other_flags(images: Path, run: Path, capsys: pytest.
     assert segment(images, None, "--eval", "--resume", str(run / "checkpoint.pth"), "--channels", "16") == 2
     said = one_line(capsys)
     assert "with the flags of its run: --config FOLDER/args.yaml" in said and "--finetune" not in said
+
+
+def test_a_classifier_is_not_continued(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ["--epochs", "1", "--mixup", "0", "--cutmix", "0"]
+    assert train(make_images(tmp_path / "images", per_class=2), tmp_path / "classifier", *plain) == 0
+    path = str(tmp_path / "classifier" / "checkpoint.pth")
+    capsys.readouterr()
+    for flags in (["--resume", path], ["--eval", "--resume", path]):
+        assert segment(images, None, *SHORT, *flags, model=ANY) == 2
+        assert "is not a checkpoint of python -m segmentation, it has no decode_head: give one" in one_line(capsys)
+
+
+def test_what_must_stay_names_this_program_s_flag(
+    images: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(images, None, *SHORT, "--resume", str(run / "checkpoint.pth"), "--channels", "9") == 2
+    assert "--channels 8, not 9: keep it, or start from its weights with --backbone" in one_line(capsys)
 
 
 def test_masks_are_counted_once(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
