@@ -136,6 +136,8 @@ class Classification:
         precision: where, and in which dtype.
     """
 
+    length = "--epochs"
+
     def __init__(
         self,
         args: Resolved,

@@ -58,11 +58,13 @@ class Task(Protocol):
     Attributes:
         measure: the terms that evaluation measures.
         batches: the shapes of what comes, to warm up.
+        length: the flag that says how long a run is.
         eval_batches: batches of an evaluation that every process has; only after these can it be stopped.
     """
 
     measure: Diversity
     batches: Batches
+    length: str
     eval_batches: int
 
     def print_plan(self, run_state: RunState) -> None:
@@ -143,7 +145,7 @@ def train(work: Work, task: Task, signals: Signals, trackers: Trackers, earlier:
     complete_save(observers, run_state, output, earlier)
     task.print_plan(run_state)
     if run_state.epoch + 1 >= args.epochs:
-        print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise --epochs")
+        print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise {task.length}")
         return
     if output is not None:
         prepare(output, args, run_state)

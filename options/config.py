@@ -73,7 +73,7 @@ def resolve_as(table: type[R], parser: Parser, argv: Sequence[str] | None = None
     values = {**file, **given}
     for flag in ("model_kwargs", "teacher_model_kwargs"):
         values[flag] = {**file.get(flag, {}), **given.get(flag, {})}
-    if values.get("eval") and file.get("finetune") and "weights" not in given:
+    if values.get("eval") and file.get(table.starts_from) and "weights" not in given:
         values["weights"] = "auto"  # the file's are those that its run started from
     every = _collect_terms(file, given.get("config", "")) | _collect_terms(given, "the command line")
     terms = [spec for spec in every.values() if spec.coef > 0]
@@ -204,10 +204,10 @@ def check_combinations(args: Args) -> None:
         )
     if args.distillation_type != "none" and args.finetune:
         raise UserError("distillation cannot be combined with --finetune: drop one of the two")
-    if args.weights != "auto" and not (args.finetune or (args.eval and args.resume)):
+    if args.weights != "auto" and not (getattr(args, args.starts_from) or (args.eval and args.resume)):
         raise UserError(
-            f"--weights {args.weights} chooses among a checkpoint's weights: give --finetune FILE, or --eval with "
-            "--resume FILE"
+            f"--weights {args.weights} chooses among a checkpoint's weights: give --{args.starts_from} FILE, or "
+            "--eval with --resume FILE"
         )
     if args.teacher_weights != "auto" and not args.teacher_path:
         raise UserError(

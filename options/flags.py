@@ -64,9 +64,11 @@ class Args:
 
     Attributes:
         withheld: the flags that a program built on this table does not offer, and the values that they have there.
+        starts_from: the flag whose file a run's first weights are from, chosen by `weights`.
     """
 
     withheld: ClassVar[Mapping[str, Any]] = {}
+    starts_from: ClassVar[str] = "finetune"
 
     mixing_coef: float = flag(
         0, EPOCH, AS_REG + "patch.mixing=C: classify every patch token as well", "--mixing_coef", group=DIVERSITY

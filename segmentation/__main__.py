@@ -1,7 +1,7 @@
 """Train and evaluate semantic segmentation on a trained backbone.
 
     python -m segmentation --config configs/segmentation/digits.yaml --backbone runs/x/checkpoint_best.pth
-    torchrun --nproc_per_node 8 -m segmentation --config configs/segmentation/ade20k_upernet_deit_small.yaml \\
+    torchrun --nproc_per_node 8 -m segmentation --config configs/segmentation/ade20k_deit_small.yaml \\
         --data-path ADE20K --backbone runs/x/checkpoint_best.pth --output_dir runs/ade20k
 
 Exit codes: as main.py's.

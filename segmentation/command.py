@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,12 @@ from state import checkpoint, resumption
 from state.lock import Lock
 from state.run_state import check_class_names
 from state.saved_flags import flags_of
+from state.trained import is_segmenters
 from trainer import Work, build_trackers, start, train
 from utils import broadcast_from_main, find_launch, init_distributed, print_main, rank, world_size
 from workers import default_workers
 
+ADVICE = "Give a checkpoint of python -m segmentation, with the flags of its run: --config FOLDER/args.yaml"
 AVERAGE = "EMA"  # what a checkpoint's moving average is called in print
 
 
@@ -68,6 +70,8 @@ def run(args: Settings) -> None:
     state = checkpoint.load(args.resume) if args.eval and args.resume else None
     earlier = None if args.eval else resumption.find(args)
     saved = state if earlier is None else earlier.state
+    if saved is not None:
+        check_segmenter(saved, args.resume if earlier is None else earlier.path)
     if saved is None:
         args, origin = find_origin(args)
     else:
@@ -78,6 +82,7 @@ def run(args: Settings) -> None:
     check_names(args, pairs)
     args = replace(args, class_names=named(pairs.classes))
     if saved is not None:
+        check_heads(args, flags_of(saved))
         check_class_names(flags_of(saved), args.class_names, args.resume)
     network = build_network(args, len(pairs.classes), origin, fresh=saved is None)
     diversity, _ = build_diversity(args, network)
@@ -101,8 +106,11 @@ def run(args: Settings) -> None:
 def check_data(args: Settings) -> None:
     """--check-data: read all pairs of both halves once."""
     init_distributed(find_launch(args.world_size), torch.device("cpu"), args.dist_url, args.dist_timeout)
-    halves = {"training": True, "validation": False}
-    found = {half: images_of(args, find_half(args, is_train)) for half, is_train in halves.items()}
+    training = find_half(args, is_train=True)
+    validation = find_half(
+        args, is_train=False, classes=training.classes
+    )  # for which all masks were read, if at all
+    found = {"training": images_of(args, training), "validation": images_of(args, validation)}
     workers = default_workers() if args.num_workers is None else args.num_workers
     check_pairs(found, workers, args.dist_timeout)
 
@@ -117,6 +125,51 @@ def check_batch(args: Settings) -> None:
         raise UserError(
             "--batch-size 1 in one process: UperNet averages a whole crop into one value of each channel, and "
             "batch norm needs two: give --batch-size 2, perhaps with --grad-checkpointing, or start more processes"
+        )
+
+
+def check_values(args: Settings, patches: int) -> None:
+    """Refuse steps of the linear head in which its batch norm would see a single value of each channel.
+
+    Args:
+        patches: of a crop.
+    Raises:
+        UserError: one crop of one patch in all processes.
+    """
+    if args.head == "linear" and not args.eval and args.batch_size * world_size() * patches == 1:
+        raise UserError(
+            "--batch-size 1 in one process, and a crop of one patch: batch norm needs two values of each channel: "
+            "give --batch-size 2, or a larger --crop-size"
+        )
+
+
+def check_segmenter(state: Any, path: str) -> None:
+    """Refuse to continue, or to evaluate, a checkpoint of something else.
+
+    Raises:
+        UserError: it is of a classifier.
+    """
+    if not is_segmenters(model_weights(state, path, ema=has_average(state))):
+        raise UserError(
+            f"--resume {path} is not a checkpoint of python -m segmentation, it has no decode_head: give one, or "
+            "start from its backbone with --backbone"
+        )
+
+
+def check_heads(args: Settings, saved: Mapping[str, Any]) -> None:
+    """Refuse to take away the auxiliary head that a checkpoint has, or to add one.
+
+    Args:
+        saved: the flags in the checkpoint.
+    Raises:
+        UserError: with the coefficient that it was trained with.
+    """
+    then = saved.get("auxiliary_coef")
+    if args.head == "uper" and then is not None and bool(then) != bool(args.auxiliary_coef):
+        has = "an" if then else "no"
+        raise UserError(
+            f"{args.resume} was trained with --auxiliary-coef {then:g} and has {has} auxiliary head: keep it, it "
+            f"cannot go on with {args.auxiliary_coef:g}"
         )
 
 
@@ -169,7 +222,7 @@ def build_model(
     """The network with hooks on what the terms need, tried on blank crops, with equal weights in all processes.
 
     Raises:
-        UserError: it does not take such crops, or a term cannot be computed from what it shows.
+        UserError: it does not take such crops, or too few, or a term cannot be computed from what it shows.
     """
     needs = Needs(**diversity.needs)
     check_layers(diversity, network)
@@ -187,6 +240,7 @@ def build_model(
     if model.layout is not None:
         check_captured(captured, model.layout, shape[1:])
         diversity.check(captured)
+    check_values(args, captured.logits[0, 0].numel())
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
     if not args.explicit_terms:
         model.find_shortcuts(shape)
@@ -226,7 +280,7 @@ def evaluate_checkpoint(
         networks[AVERAGE] = copy.deepcopy(model)
     for name, each in networks.items():
         if args.resume:
-            load_weights(each.backbone, model_weights(state, args.resume, ema=name == AVERAGE), args.resume)
+            load_weights(each.backbone, model_weights(state, args.resume, ema=name == AVERAGE), args.resume, ADVICE)
     if not args.resume:
         print_main("warning: --eval without --resume evaluates untrained heads")
     written = Predictions(Path(args.predictions), images, args.pictures) if args.predictions else None

@@ -169,7 +169,7 @@ def _places(root: Path, is_train: bool) -> tuple[str, str] | None:
 def _read_list(path: Path) -> list[str]:
     """The names in one of VOC's lists: of names, or of the paths of images and masks, as trainaug may be."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the list of images {shown(str(path))}: {error}; {LAYOUTS['VOC']}") from error
     names = [name for line in lines for name in _listed(line.split(), path)]

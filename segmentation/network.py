@@ -162,7 +162,7 @@ def build_segmenter(
         raise UserError(f"unknown head {head!r}.{did_you_mean(head, HEADS)} There are {', '.join(HEADS)}")
     linear = head == "linear"
     if linear and (neck != "scale" or layers is not None):
-        raise UserError("--head linear reads the last layer alone: drop --neck and --layers")
+        raise UserError("--head linear reads the last layer alone: drop --neck and --map-layers")
     maps = find_maps(backbone, image_size, layers, last=linear, in_chans=in_chans)
     if hasattr(backbone, "reset_classifier"):
         backbone.reset_classifier(0)

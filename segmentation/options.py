@@ -69,6 +69,7 @@ class Flags(Args):
     """The flags' values."""
 
     withheld: ClassVar[Mapping[str, Any]] = _withheld()
+    starts_from: ClassVar[str] = "backbone"
 
     model: str = flag(
         "", STAYS, "any timm model; by default the one that --backbone's file says it holds", group="model"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, shown
 from options.config import Resolved, resolve_as
 from options.flags import Args, sides
 from options.parser import dashed
@@ -17,6 +18,7 @@ from segmentation.options import Flags, get_args_parser
 from segmentation.transforms import RECIPES, Recipe
 
 FILES = ("backbone", "head_weights", "class_file")  # flags that name one
+STARTS = ("backbone", "head_weights")  # those that a run begins with, and nothing reads afterwards
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ def check(args: Settings) -> None:
     for name in ("resize", "test_resize", "stride"):
         if len(getattr(args, name)) > 2:
             raise UserError(f"--{dashed(name)} takes one or two numbers of pixels, not {len(getattr(args, name))}")
+    for name in ("resize", "test_resize"):
+        if 0 in getattr(args, name) and any(getattr(args, name)):
+            raise UserError(f"--{dashed(name)} 0 is not to resize at all: drop the other number, or the 0")
     if args.scale_range and (len(args.scale_range) != 2 or args.scale_range[0] > args.scale_range[1]):
         raise UserError("--scale-range takes two factors, the smaller one first")
     labelled = [spec.name for spec in args.terms if MEASURES[spec.measure].takes == "labels"]
@@ -70,18 +75,23 @@ def check(args: Settings) -> None:
         raise UserError(f"--frozen trains the heads alone, and {args.terms[0].name} trains the backbone: drop one")
     if args.head == "linear" and args.neck != Flags().neck:
         raise UserError(f"--head linear reads the last map alone: drop --neck {args.neck}")
+    if args.head == "linear" and args.map_layers:
+        raise UserError("--head linear reads the last map alone: drop --map-layers")
+    twice = next((name for name, count in Counter(args.class_names).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"--class-names has {shown(twice)} more than once: names must differ")
     if args.inference == "whole" and args.stride:
         raise UserError("--stride is that of --inference slide: give both, or drop it")
 
 
 def check_files(args: Settings) -> None:
-    """Refuse files that are not there.
+    """Refuse files that are not there. Those that a trained network began with may be gone where it is evaluated.
 
     Raises:
         UserError: with the flag.
     """
     for name in FILES:
-        path = getattr(args, name)
+        path = "" if args.eval and args.resume and name in STARTS else getattr(args, name)
         if path and not path.startswith("https://") and not Path(path).is_file():
             raise UserError(f"--{dashed(name)} {path}: no such file")
 

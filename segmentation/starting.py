@@ -19,7 +19,7 @@ from segmentation.network import Segmenter, build_segmenter, load_mmseg
 from segmentation.settings import Settings
 from state import checkpoint
 from state.preprocessing import said_by_timm
-from state.trained import read_trained
+from state.trained import Trained, read_trained
 from utils import broadcast_object, print_main
 
 # Arguments of a constructor that this program gives itself.
@@ -44,7 +44,8 @@ def find_origin(args: Settings) -> tuple[Settings, Origin | None]:
     """Read --backbone. The settings then name its model, its remedies, and the colours that it was trained on.
 
     Raises:
-        UserError: it cannot be read, or does not say what it holds, or is of other remedies than --remedy.
+        UserError: it cannot be read, or does not say what it holds, or is of another model than --model and
+            --model-kwargs say, or of other remedies than --remedy.
     """
     if not args.backbone:
         check_name(args.model)
@@ -52,6 +53,7 @@ def find_origin(args: Settings) -> tuple[Settings, Origin | None]:
     trained = read_trained(
         args.backbone, args.weights, model=args.model or None, model_kwargs=args.model_kwargs, only_if_silent=True
     )
+    check_model(args, trained)
     own, given = list(trained.remedies), list(args.remedy)
     if given and [str(each) for each in parse_remedies(own)] != given:
         raise UserError(
@@ -63,6 +65,24 @@ def find_origin(args: Settings) -> tuple[Settings, Origin | None]:
     height, width = trained.image_shape[1:]
     origin = Origin(trained.backbone.state_dict(), (height, width), trained.weights)
     return with_colours(found, trained.preprocessing._asdict()), origin
+
+
+def check_model(args: Settings, trained: Trained) -> None:
+    """Refuse a --backbone of another model than is asked for.
+
+    Raises:
+        UserError: with what its file says.
+    """
+    if args.model and args.model.partition(".")[0] != trained.name.partition(".")[0]:
+        raise UserError(
+            f"{args.backbone} is of the model {trained.name}, not {args.model}: drop --model, or give its backbone"
+        )
+    for key, value in args.model_kwargs.items():
+        own = trained.model_args.get(key, value)
+        if own != value:
+            raise UserError(
+                f"{args.backbone} is of a model with {key}={own}, not {value}: drop it from --model-kwargs"
+            )
 
 
 def with_colours(args: Settings, said: dict[str, Any]) -> Settings:

@@ -85,6 +85,8 @@ class Segmentation:
         predict: makes class numbers of an image.
     """
 
+    length = "--iterations"
+
     def __init__(
         self,
         args: Settings,

@@ -112,8 +112,8 @@ def find(args: Args) -> Earlier | None:
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(
-            f"{path} cannot be resumed, it has no {', '.join(missing)}; --finetune starts from its weights, "
-            "--eval --resume evaluates them"
+            f"{path} cannot be resumed, it has no {', '.join(missing)}; --{args.starts_from} starts from its "
+            "weights, --eval --resume evaluates them"
         )
     check_contents(state, path)
     if state.get("step") and not args.resume_opt:
@@ -151,7 +151,7 @@ def in_force(args: R, earlier: Earlier) -> R:
         if change.rule is Resume.STAYS:
             raise UserError(
                 f"{path} was trained with {before}, not {_value(change.now)}: keep it, or start from its weights "
-                "with --finetune"
+                f"with --{args.starts_from}"
             )
         if change.rule is Resume.EPOCH and step:
             raise UserError(

@@ -399,6 +399,9 @@ def test_voc_lists(tmp_path):
     assert "lists 1 of 3 images that are not in" in message(find_pairs, "VOC", tmp_path, True)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_3")
     assert "1 of 1 images" in message(find_pairs, "VOC", tmp_path, True)
+    listed = b"\xef\xbb\xbf2007_0 \r\n\r\n2007_2\r\n"  # as Windows' editors save it
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_bytes(listed)
+    assert [Path(each).stem for each, _ in find_pairs("VOC", tmp_path, True).samples] == ["2007_0", "2007_2"]
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n")
     assert "lists no images" in message(find_pairs, "VOC", tmp_path, True)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("/a/2007_0.jpg /b/2007_2.png\n")
