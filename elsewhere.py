@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from errors import BAD_ARGUMENT, UserError, reason, shown
-from models.capture import DiverseViT, Needs, check_captured
+from models.capture import DiverseViT
+from models.captured import Needs
+from models.checks import check_captured
 from models.layout import find_layout
 from regularizers.diversity import Diversity, total
 from regularizers.specs import parse_spec

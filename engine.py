@@ -28,7 +28,8 @@ from loggers.meters import Meters
 from loggers.progress import Progress
 from losses import Objective
 from mixing import Mixing
-from models.capture import DiverseViT, Needs
+from models.capture import DiverseViT
+from models.captured import Needs
 from models.sharding import is_sharded, weights_of
 from regularizers.diversity import Diversity, Term, total
 from regularizers.primitives import full_precision

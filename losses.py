@@ -11,13 +11,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from errors import UserError
-from models.capture import Needs
+from models.captured import Needs
 from regularizers.diversity import Diversity, Term, total
 from regularizers.primitives import full_precision
 
 if TYPE_CHECKING:
     from mixing import Labels
-    from models.capture import Captured, Weights
+    from models.captured import Captured, Weights
 
 
 def cross_entropy(logits: Tensor, labels: Labels) -> Tensor:

@@ -11,7 +11,8 @@ from torch import nn
 
 from errors import BAD_ARGUMENT, UserError, did_you_mean, reason, shown
 from models.backbones import REFERENCE_NAMES, VARIANTS, reference_init
-from models.capture import Captured, DiverseViT, Needs
+from models.capture import DiverseViT
+from models.captured import Captured, Needs
 from models.layout import Layout, find_layout
 
 __all__ = [

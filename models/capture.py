@@ -1,16 +1,14 @@
-"""The wrapper that owns the hooks, and what one forward pass shows to the regularizers.
+"""The wrapper that owns the hooks, and lets a forward pass show what the regularizers want to see.
 
 Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads, L blocks, K classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,93 +18,10 @@ from errors import BAD_ARGUMENT, UserError, reason
 from layers import EMBED
 from models.adapters import MapTap
 from models.attentions import Attentions, Blocks
+from models.captured import NOTHING, Captured, Needs, PatchLoss
+from models.checks import check_captured
 from models.heads import Linear, OwnHead, PatchHead, in_mode
 from models.layout import INPUT, Layout, find_layout
-
-Weights = Callable[[int, Sequence[str]], list[Tensor]]  # block, kinds -> its matrices of these kinds, [m, n, d]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What an objective wants to see.
-
-    Attributes:
-        tokens: block indices whose output tokens are wanted; -1 is the input of block 0, -2 the patch embeddings
-            before their positions are added, and L, the number of blocks, the final features.
-        attention: block indices whose attention map is wanted.
-        heads: blocks, one or two, the inner products of whose heads' maps are wanted: (3,) or (0, 11). Where they
-            cannot be had without the maps, the maps take their place.
-        wide: whether these are to be added up in float64.
-        weights: blocks and matrices that are wanted, e.g. (0, 'q'); they are read, no hook is needed.
-        patch_logits: whether every patch is to be classified.
-    """
-
-    tokens: frozenset[int] = frozenset()
-    attention: frozenset[int] = frozenset()
-    weights: frozenset[tuple[int, str]] = frozenset()
-    patch_logits: bool = False
-    heads: frozenset[Blocks] = frozenset()
-    wide: bool = False
-
-    def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            self.tokens | other.tokens,
-            self.attention | other.attention,
-            self.weights | other.weights,
-            self.patch_logits or other.patch_logits,
-            self.heads | other.heads,
-            self.wide or other.wide,
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self.tokens or self.attention or self.weights or self.patch_logits or self.heads)
-
-    @property
-    def attending(self) -> frozenset[int]:
-        """The blocks of whose attention something is wanted."""
-        return self.attention | {block for blocks in self.heads for block in blocks}
-
-    def without(self, possible: frozenset[int]) -> Needs:
-        """The same, with maps where inner products are wanted of blocks other than the possible ones."""
-        heads = frozenset(blocks for blocks in self.heads if possible.issuperset(blocks))
-        maps = frozenset(block for blocks in self.heads - heads for block in blocks)
-        return Needs(self.tokens, self.attention | maps, self.weights, self.patch_logits, heads, self.wide)
-
-
-class PatchLoss(NamedTuple):
-    """The mean, a scalar, over so many patches of an image."""
-
-    value: Tensor
-    patches: int
-
-
-class Captured(NamedTuple):
-    """What one forward pass shows. A NamedTuple, so that DDP and compile find the tensors in it.
-
-    Attributes:
-        logits: [B, K], the model's own prediction; the class token's while a distilled student is in training.
-        dist_logits: [B, K], the distillation token's prediction, from a distilled student in training.
-        patch_logits: [B, P, K], every patch of the last block through the patches' head, if asked for; of a head
-            that mixes regions [B, R, K].
-        tokens: block index -> [B, N, D], the block's output; -1 is the input of block 0, -2 the patch embeddings
-            [B, P, D] before their positions are added, L the final features, final norm included.
-        attention: block index -> [..., H, n, m], after the softmax, before dropout. For a plain ViT this is
-            [B, H, N, N]; windows come before the heads, [B * windows, H, n, n] or [B, windows, H, n, n]; reduced
-            keys make m < n; XCiT's maps are between the channels of a head, not between tokens.
-        prefix_tokens: block index -> T, how many of the N tokens come before the patches.
-        products: blocks -> the inner products of their heads' maps, G of `models.products`: [..., H, H] of one
-            block, [..., 2 H, 2 H] of two.
-        patch_loss: in place of patch_logits, the mean over all patches of what is minimised of theirs.
-    """
-
-    logits: Tensor
-    dist_logits: Tensor | None
-    patch_logits: Tensor | None
-    tokens: dict[int, Tensor]
-    attention: dict[int, Tensor]
-    prefix_tokens: dict[int, int]
-    products: Mapping[Blocks, Tensor] = {}
-    patch_loss: PatchLoss | None = None
 
 
 class DiverseViT(nn.Module):
@@ -134,8 +49,8 @@ class DiverseViT(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        needs: Needs = Needs(),
-        measured: Needs = Needs(),
+        needs: Needs = NOTHING,
+        measured: Needs = NOTHING,
         head: type[PatchHead] = OwnHead,
         patch_loss: Callable[[Linear, Any], Tensor] | None = None,
     ) -> None:
@@ -151,7 +66,7 @@ class DiverseViT(nn.Module):
         self._compared: frozenset[int] = frozenset()  # blocks whose heads' maps are multiplied
         self._attentions = Attentions({})  # those of them that do without the map
         self._fused: list[tuple[Any, bool]] = []  # attentions that left the fused kernel, and whether they had it
-        self._wanted = Needs()
+        self._wanted = NOTHING
         self._sink: dict[tuple[str, int, int], Tensor] = {}
         if self.layout:
             for block, matrix in sorted(hooked.weights):
@@ -361,9 +276,10 @@ class DiverseViT(nn.Module):
             outputs, patch_logits, patch_loss = self.backbone.forward_head(features), None, None
             if needs.patch_logits:
                 assert self._head is not None
-                linear = self._head.linear(features) if labels is not None else None
-                if linear is not None and self._patch_loss is not None:
-                    patch_loss = PatchLoss(self._patch_loss(linear, labels), linear.features.shape[1])
+                of_features = self._patch_loss if labels is not None else None
+                linear = self._head.linear(features) if of_features is not None else None
+                if linear is not None and of_features is not None:
+                    patch_loss = PatchLoss(of_features(linear, labels), linear.features.shape[1])
                 else:
                     patch_logits = self._head(features, labels)
             if final:
@@ -414,7 +330,7 @@ class DiverseViT(nn.Module):
 
     def forget(self) -> None:
         """Store nothing, and keep nothing."""
-        self._wanted, self._sink = Needs(), {}
+        self._wanted, self._sink = NOTHING, {}
 
     @torch.no_grad()
     def tried(self, images: Tensor, needs: Needs) -> Captured:
@@ -451,51 +367,9 @@ class DiverseViT(nn.Module):
         return captured
 
 
-def check_captured(
-    captured: Captured, layout: Layout, image_size: tuple[int, int], whole_images: bool = False
-) -> None:
-    """Refuse what is not what the terms take it for.
-
-    Args:
-        image_size: height and width of the images that showed it.
-        whole_images: whether the patch logits, which were made without labels, are one prediction an image.
-    Raises:
-        UserError: tokens that are no grid of patches after the prefix tokens, or maps that are no softmax.
-    """
-    for index, tokens in captured.tokens.items():
-        patches = tokens.shape[1] - captured.prefix_tokens[index] if tokens.ndim == 3 else 0
-        if not _is_grid(patches, layout, image_size):
-            raise UserError(
-                f"patch terms take the tokens of {layout.name} at layer {layout.layer_name(index)} for [B, N, D] "
-                f"with {captured.prefix_tokens[index]} prefix tokens before a grid of patches, but they are "
-                f"{list(tokens.shape)}: this family keeps its patches elsewhere and is not supported"
-            )
-    for index, attention in captured.attention.items():
-        rows = attention.float().sum(dim=-1)
-        has_numbers = not attention.is_meta
-        sums = has_numbers and all(tap.sums_to_one for tap in layout.map_taps(index))
-        if attention.ndim < 4 or (sums and not torch.allclose(rows, torch.ones_like(rows), atol=1e-2)):
-            raise UserError(
-                f"attention terms take the map of {layout.name} at block {index} for a softmax [..., H, n, m], but "
-                f"it is {list(attention.shape)}, or its rows do not sum to 1: this family's attention is not "
-                "supported; use patch or weight terms"
-            )
-    if captured.patch_logits is not None:
-        height, width = layout.patch_size
-        labelled, classes = _patches_of(layout, image_size), captured.logits.shape[1]
-        if captured.patch_logits.shape[1:] != (1 if whole_images else labelled, classes):
-            raise UserError(
-                f"patch.mixing labels {labelled} patches of {height} x {width} pixels and {classes} classes, but "
-                f"{layout.name} classifies {list(captured.patch_logits.shape[1:])}; drop patch.mixing"
-            )
-        if whole_images:
-            there = captured.tokens[layout.depth].shape[1] - layout.final_prefix_tokens
-            if there != labelled or not labelled:
-                raise UserError(
-                    f"patch.region_mixing labels {labelled} patches of {height} x {width} pixels, and "
-                    f"{layout.name} has {there}: choose an --input-size of whole patches, another --model, or drop "
-                    "the term"
-                )
+def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(logits, None), or the distilled pair (logits, dist_logits)."""
+    return outputs if isinstance(outputs, tuple) else (outputs, None)
 
 
 def _same(products: Tensor | None, maps: Tensor) -> bool:
@@ -504,23 +378,3 @@ def _same(products: Tensor | None, maps: Tensor) -> bool:
         return False
     flat = maps.flatten(-2).to(products.dtype)
     return torch.allclose(products, flat @ flat.mT, rtol=1e-3)
-
-
-def _is_grid(patches: int, layout: Layout, image_size: tuple[int, int]) -> bool:
-    """Whether that many patches can cover an image: a grid of its shape, or as many as the model has."""
-    height, width = image_size
-    rows = round(math.sqrt(max(patches, 0) * height / width))
-    if rows and patches % rows == 0 and abs(patches // rows - rows * width / height) < 1:
-        return True
-    return patches == _patches_of(layout, image_size)
-
-
-def _patches_of(layout: Layout, image_size: tuple[int, int]) -> int:
-    """P, the patches of the last block in images of this height and width."""
-    rows, columns = layout.grid(image_size)
-    return rows * columns
-
-
-def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """(logits, None), or the distilled pair (logits, dist_logits)."""
-    return outputs if isinstance(outputs, tuple) else (outputs, None)

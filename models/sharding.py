@@ -28,7 +28,7 @@ from models import DiverseViT, find_layout
 from utils import world_size
 
 if TYPE_CHECKING:
-    from models.capture import Weights
+    from models.captured import Weights
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from elsewhere import timm_model_in
 from errors import BAD_ARGUMENT, UserError, reason
 from models import Captured, DiverseViT, Layout, Needs, find_layout
-from models.capture import check_captured
+from models.checks import check_captured
 from models.heads import OwnHead
 from models.layout import INPUT
 from redundancy.metrics.shown import Place, Shown, grid_of

@@ -20,7 +20,8 @@ from regularizers.specs import Spec, resolve_pairs
 
 if TYPE_CHECKING:
     from mixing import Labels
-    from models.capture import Captured, Linear, Weights
+    from models.captured import Captured, Weights
+    from models.heads import Linear
 
 
 class Term(NamedTuple):
@@ -245,7 +246,7 @@ class Diversity:
 
     @property
     def needs(self) -> dict[str, Any]:
-        """What a forward pass has to capture: keyword arguments of `models.capture.Needs`."""
+        """What a forward pass has to capture: keyword arguments of `models.captured.Needs`."""
         found: dict[str, Any] = {"patch_logits": True} if self._labelled else {}
         for term in [*self._of_a_batch, *self._of_the_weights]:
             for source, wanted in term.needs.items():

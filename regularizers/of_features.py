@@ -18,7 +18,7 @@ from regularizers.primitives import full_precision, in_chunks
 
 if TYPE_CHECKING:
     from mixing.mixup import Labels
-    from models.capture import Linear
+    from models.heads import Linear
 
 FLOAT16_LIMIT = 6e4  # no product of float16 may be larger
 

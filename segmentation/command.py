@@ -20,7 +20,7 @@ from images.transforms import preprocessing
 from loaders import DeviceLoader
 from losses import Objective
 from models import DiverseViT, Needs
-from models.capture import check_captured
+from models.checks import check_captured
 from models.weights import has_average, load_weights, model_weights
 from options.config import provenance
 from options.flags import shape_of, sides

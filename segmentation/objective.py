@@ -17,7 +17,7 @@ from segmentation.heads import pixel_cross_entropy
 from utils import world_size
 
 if TYPE_CHECKING:
-    from models.capture import Captured
+    from models.captured import Captured
 
 
 class PixelLoss(LabelLoss):

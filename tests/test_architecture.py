@@ -64,7 +64,7 @@ KNOWS = {
     "elsewhere": ("errors", "models", "regularizers"),  # a model and its terms, no loop
 }
 # For a type alone, regularizers name what a model shows and how labels are mixed; without an import at run time.
-NAMES_TYPES_OF = {"regularizers": ("models.capture", "mixing")}
+NAMES_TYPES_OF = {"regularizers": ("models.captured", "models.heads", "mixing")}
 
 
 def modules(root: Path) -> dict[str, Path]:

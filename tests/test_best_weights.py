@@ -15,7 +15,7 @@ from torch import nn
 
 import main
 from engine import Precision, Tally, Updater
-from models.capture import Captured
+from models.captured import Captured
 from state.run_state import Best
 from state.trained import read_trained
 
