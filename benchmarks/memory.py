@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Batches, Recipe, get_args_parser, machine, main, write
-from step import ALL_LAYERS, textbook
+from common import Batches, Recipe, machine, main, write
+from step import build, step_parser
 
 from state import checkpoint
 from utils import pick_device
 
 MIB = 2**20
+VARIANTS = ["five_terms", "five_terms_explicit", "all_layers", "all_layers_explicit", "textbook"]
 
 
 def peak_of(recipe: Recipe, batches: Batches, device: torch.device) -> int:
@@ -71,24 +72,16 @@ def resident(recipe: Recipe) -> int:
 
 def peak(name: str, flags: argparse.Namespace, device: torch.device) -> int:
     """Bytes at the peak of a step of one variant, which is built for it and gone after it."""
-    argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype]
-    if flags.quick:
-        argv += ["--model-kwargs", "depth=3", "embed_dim=96", "num_heads=3"]
-    if name == "all_layers":
-        argv += [f"--reg={spec}" for spec in ALL_LAYERS]
-    recipe = Recipe(
-        "deit_small.yaml" if name in ("plain", "all_layers") else "deit_small_diverse.yaml", device, argv
-    )
-    if name == "textbook":
-        textbook(recipe)
-    return peak_of(recipe, Batches(flags.batch_size, 1, 224, device), device)
+    recipe = build(name, flags, device)
+    assert isinstance(recipe, Recipe)
+    return peak_of(recipe, Batches(flags.batch_size, 1, flags.size, device, classes=flags.classes), device)
 
 
 def parse() -> argparse.Namespace:
-    parser = get_args_parser((__doc__ or "").split("\n")[0])
-    parser.add_argument("--batch-size", type=int, help="images per step; 128, or 4 with --quick")
-    parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser = step_parser((__doc__ or "").split("\n")[0])
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help=f"beside plain; {', '.join(VARIANTS)}")
     flags = parser.parse_args()
+    flags.torchcompile = False
     flags.batch_size = flags.batch_size or (4 if flags.quick else 128)
     return flags
 
@@ -97,15 +90,16 @@ def run() -> None:
     flags = parse()
     device = pick_device(flags.device)
     what = "a small ViT" if flags.quick else "DeiT-S"
-    print(f"{what} at 224, batch {flags.batch_size}, {machine(device)}")
+    print(f"{what} at {flags.size}, {flags.classes} classes, batch {flags.batch_size}, {machine(device)}")
     peaks: dict[str, Any] = {}
-    for name in ("plain", "five_terms", "all_layers", "textbook"):
+    for name in ("plain", *flags.variants):
         peaks[name] = peak(name, flags, device)
-        print(f"{name:>12}: {peaks[name] / MIB:10.1f} MiB  {peaks[name] / peaks['plain']:.3f} of plain", flush=True)
+        print(f"{name:>19}: {peaks[name] / MIB:10.1f} MiB  {peaks[name] / peaks['plain']:.3f} of plain", flush=True)
     ratios = {
         f"{name}_over_plain_memory": value / peaks["plain"] for name, value in peaks.items() if name != "plain"
     }
-    ratios["naive_over_ours_memory"] = peaks["textbook"] / peaks["five_terms"]
+    if {"textbook", "five_terms"} <= peaks.keys():
+        ratios["naive_over_ours_memory"] = peaks["textbook"] / peaks["five_terms"]
     write(flags.json, device, {"batch_size": flags.batch_size, "peak_bytes": peaks, "ratios": ratios})
 
 

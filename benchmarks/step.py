@@ -5,8 +5,8 @@
     python benchmarks/step.py --variants plain patch.mixing=1 weight.cno@all=5e-4
     python benchmarks/step.py --quick                    # a small model: for the machinery, not the figures
 
-All variants train DeiT-S at 224 with the settings of configs/deit_small.yaml (Mixup, CutMix, EMA, AdamW) on random
-images that are already decoded:
+All variants train DeiT-S, at 224 unless --size says otherwise, with the settings of configs/deit_small.yaml (Mixup,
+CutMix, EMA, AdamW) on random images that are already decoded:
 
     timm        the step as timm's own training script makes it: timm's model, Mixup, loss, optimizer and EMA
     plain       ours without diversity
@@ -15,6 +15,7 @@ images that are already decoded:
     released    Patch Diversification's two terms, with its mix and its second head
     textbook    the five terms as the equations stand: n x n matrices, loops over patches and over weight matrices
     SPEC        ours with this term alone, e.g. patch.mixing=1: what each costs
+    X_explicit  the variant X with --explicit-terms: attention maps, and the logits of all patches
 """
 
 from __future__ import annotations
@@ -62,18 +63,21 @@ RATIOS = [
     ("released", "plain"),
     ("textbook", "plain"),
     ("textbook", "five_terms"),
+    ("five_terms_explicit", "plain"),
+    ("all_layers_explicit", "plain"),
 ]
+EXPLICIT = "_explicit"
 
 
 class Timm:
     """timm's own step, with the recipe's settings."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, classes: int) -> None:
         args = recipe.args
         seed_everything(args.seed)
         self.precision = Precision(recipe.precision.device, args.amp_dtype)
         options: dict[str, Any] = {
-            "num_classes": CLASSES,
+            "num_classes": classes,
             "drop_path_rate": args.drop_path,
             "img_size": args.input_size,
         }
@@ -86,7 +90,7 @@ class Timm:
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
             label_smoothing=args.smoothing,
-            num_classes=CLASSES,
+            num_classes=classes,
         )
         self.criterion = SoftTargetCrossEntropy()
         self.optimizer = create_optimizer_v2(
@@ -119,36 +123,30 @@ def textbook(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def build_variants(flags: argparse.Namespace, device: torch.device) -> dict[str, Recipe | Timm]:
-    """All that were asked for, ready to train."""
-    argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype]
-    if flags.torchcompile:
-        argv.append("--torchcompile")
+def build(name: str, flags: argparse.Namespace, device: torch.device) -> Recipe | Timm:
+    """A variant, ready to train."""
+    argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype, "--input-size", str(flags.size)]
+    argv += ["--torchcompile"] if flags.torchcompile else []
+    argv += ["--explicit-terms"] if name == "textbook" or name.endswith(EXPLICIT) else []
     if flags.quick:
         argv += ["--model-kwargs", "depth=3", "embed_dim=96", "num_heads=3"]
-    plain = "deit_small.yaml"
-    builders: dict[str, Callable[[], Recipe | Timm]] = {
-        "timm": lambda: Timm(Recipe(plain, device, argv)),
-        "plain": lambda: Recipe(plain, device, argv),
-        "five_terms": lambda: Recipe("deit_small_diverse.yaml", device, argv),
-        "all_layers": lambda: Recipe(plain, device, [*argv, *(f"--reg={spec}" for spec in ALL_LAYERS)]),
-        "released": lambda: Recipe(plain, device, [*argv, *(f"--reg={spec}" for spec in RELEASED)]),
-        "textbook": lambda: textbook(Recipe("deit_small_diverse.yaml", device, argv)),
-    }
-
-    def build(name: str) -> Recipe | Timm:
-        return builders[name]() if name in builders else Recipe(plain, device, [*argv, f"--reg={name}"])
-
-    return {name: build(name) for name in flags.variants}
+    name = name.removesuffix(EXPLICIT)
+    diverse = name in ("five_terms", "textbook")
+    added = {"all_layers": ALL_LAYERS, "released": RELEASED}.get(name, [] if name in VARIANTS else [name])
+    argv += [f"--reg={spec}" for spec in added]
+    recipe = Recipe("deit_small_diverse.yaml" if diverse else "deit_small.yaml", device, argv, flags.classes)
+    if name == "timm":
+        return Timm(recipe, flags.classes)
+    return textbook(recipe) if name == "textbook" else recipe
 
 
 def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Medians over the rounds of all variants, and the ratios of those that take turns."""
-    variants = build_variants(flags, device)
-    batches = Batches(flags.batch_size, flags.steps, 224, device)
+    variants = {name: build(name, flags, device) for name in flags.variants}
+    batches = Batches(flags.batch_size, flags.steps, flags.size, device, classes=flags.classes)
     rounds = {name: timed(variant.train, batches, device) for name, variant in variants.items()}
     times = take_turns(rounds, flags.rounds)
-    specs = [(name, "plain") for name in flags.variants if name not in VARIANTS]
+    specs = [(name, "plain") for name in flags.variants if name.removesuffix(EXPLICIT) not in VARIANTS]
     pairs = [(above, below) for above, below in [*RATIOS, *specs] if above in times and below in times]
     for above, below in pairs:
         print(f"{above} / {below}: {ratio(times, above, below):.3f}{spread(times, above, below)}")
@@ -167,6 +165,8 @@ def measure(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "kernels_per_step": counts,
         "dtype": next(iter(variants.values())).precision.name,
         "batch_size": flags.batch_size,
+        "size": flags.size,
+        "classes": flags.classes,
         "rounds": flags.rounds,
         "steps": flags.steps,
         "compiled": flags.torchcompile,
@@ -190,15 +190,23 @@ def name_of(above: str, below: str) -> str:
     return f"{above}_over_{below}"
 
 
-def parse() -> argparse.Namespace:
-    parser = get_args_parser((__doc__ or "").split("\n")[0])
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of a step: its images, classes and precision."""
+    parser = get_args_parser(description)
     parser.add_argument("--batch-size", type=int, help="images per step; 128, or 4 with --quick")
+    parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
+    parser.add_argument("--classes", type=int, default=CLASSES, help="of the classifier")
+    parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    parser = step_parser((__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, help="steps in a round; 20, or 1 with --quick")
     parser.add_argument("--rounds", type=int, help="rounds of each variant, after one to warm up; 5")
-    parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--torchcompile", action="store_true", help="compile all variants")
     parser.add_argument("--profile", action="store_true", help="then list the operators that take most time")
-    names = f"of {', '.join(VARIANTS)} (all by default), or specs of single terms"
+    names = f"of {', '.join(VARIANTS)} (all by default), or specs of single terms; with {EXPLICIT} behind"
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help=names)
     flags = parser.parse_args()
     flags.batch_size = flags.batch_size or (4 if flags.quick else 128)
@@ -211,7 +219,9 @@ def run() -> None:
     flags = parse()
     device = pick_device(flags.device)
     what = "a small ViT" if flags.quick else "DeiT-S"
-    print(f"{what} at 224, batch {flags.batch_size}, {machine(device)}, {torch.get_num_threads()} threads")
+    print(
+        f"{what} at {flags.size}, {flags.classes} classes, batch {flags.batch_size}, {machine(device)}, {torch.get_num_threads()} threads"
+    )
     results = measure(flags, device)
     for name, value in results["seconds_per_step"].items():
         print(f"{name:>12}: {1000 * value:8.1f} ms/step  {flags.batch_size / value:8.1f} images/s")

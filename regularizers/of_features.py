@@ -43,7 +43,10 @@ OF_FEATURES: Mapping[str, Callable[[Linear, Any], Tensor]] = {"mixing": mixing}
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
-    """`mixing` of features [N, D], with two classes [N, 2] and their shares [N, 2].  -> scalar"""
+    """`mixing` of features [N, D], with two classes [N, 2] and their shares [N, 2].  -> scalar
+
+    Logits stand upright, [K, n]: on CPUs W X^T is a third faster than X W^T.
+    """
 
     @staticmethod
     def forward(
@@ -68,13 +71,15 @@ class _MeanCrossEntropy(torch.autograd.Function):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(features.device.type, enabled=False):
             for some, chosen, parts in zip(*in_chunks(features, classes, shares, each=len(weight)), strict=True):
-                some = some.to(dtype)
-                log_q = full_precision(F.linear(some, weight, bias)).log_softmax(dim=1)  # [n, K]
-                hit = (parts * log_q.gather(1, chosen)).sum()
-                total -= ((1 - smoothing) * hit + smoothing * log_q.mean(dim=1).sum()) / count
+                some, chosen, parts = some.to(dtype), chosen.mT, parts.mT  # [n, D], [2, n], [2, n]
+                logits = weight @ some.mT if bias is None else torch.addmm(bias[:, None], weight, some.mT)  # [K, n]
+                log_q = full_precision(logits).log_softmax(dim=0)
+                del logits
+                hit = (parts * log_q.gather(0, chosen)).sum()
+                total -= ((1 - smoothing) * hit + smoothing * log_q.mean(dim=0).sum()) / count
                 if any(each is not None for each in sums):
-                    hits = ((1 - smoothing) * parts).to(log_q.dtype)  # [n, 2]
-                    by_logits = (log_q.exp_() - smoothing / log_q.shape[1]).scatter_add_(1, chosen, -hits)
+                    hits = ((1 - smoothing) * parts).to(log_q.dtype)
+                    by_logits = log_q.exp_().sub_(smoothing / len(log_q)).scatter_add_(0, chosen, -hits)
                     _add(sums, slice(start, start + len(some)), some, weight, by_logits, 1 / count)
                 start += len(some)
         ctx.save_for_backward(*sums)
@@ -91,16 +96,18 @@ class _MeanCrossEntropy(torch.autograd.Function):
 def _add(
     sums: list[Tensor | None], rows: slice, some: Tensor, weight: Tensor, by_logits: Tensor, factor: float
 ) -> None:
-    """Add the part of some features [n, D] to the gradients at features, weight and bias; by_logits [n, K]."""
+    """Add the part of some features [n, D] to the gradients at features, weight and bias; by_logits [K, n]."""
     by_features, by_weight, by_bias = sums
     narrow = by_logits.to(weight.dtype)
     if by_features is not None:
-        by_features[rows] = (narrow @ weight) * factor
-    if by_weight is not None:
+        by_features[rows] = (narrow.mT @ weight) * factor
+    if by_weight is not None and narrow.dtype == by_weight.dtype:
+        by_weight.addmm_(narrow, some, alpha=factor)
+    elif by_weight is not None:
         shrink = _shrink(some)
-        by_weight += (narrow.mT @ (some * shrink).to(some.dtype)) * (factor / shrink)
+        by_weight += (narrow @ (some * shrink).to(some.dtype)) * (factor / shrink)
     if by_bias is not None:
-        by_bias += by_logits.sum(dim=0) * factor
+        by_bias += by_logits.sum(dim=1) * factor
 
 
 def _shrink(some: Tensor) -> Tensor | float:
