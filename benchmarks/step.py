@@ -219,9 +219,8 @@ def run() -> None:
     flags = parse()
     device = pick_device(flags.device)
     what = "a small ViT" if flags.quick else "DeiT-S"
-    print(
-        f"{what} at {flags.size}, {flags.classes} classes, batch {flags.batch_size}, {machine(device)}, {torch.get_num_threads()} threads"
-    )
+    images = f"{flags.size}, {flags.classes} classes, batch {flags.batch_size}"
+    print(f"{what} at {images}, {machine(device)}, {torch.get_num_threads()} threads")
     results = measure(flags, device)
     for name, value in results["seconds_per_step"].items():
         print(f"{name:>12}: {1000 * value:8.1f} ms/step  {flags.batch_size / value:8.1f} images/s")

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from errors import BAD_ARGUMENT, UserError, reason
 from layers import EMBED
-from models.adapters import MapTap
+from models.adapters import MapTap, remedies_of
 from models.attentions import Attentions, Blocks
 from models.captured import NOTHING, Captured, Needs, PatchLoss
 from models.checks import check_captured
@@ -158,8 +158,13 @@ class DiverseViT(nn.Module):
         ):
             self.backbone(images)
             found = dict(self._attentions.found)
-        self._attentions.keep([block for block in self._compared if _same(found.get((block,)), maps[block])])
+        same = [block for block in self._compared if _same(found.get((block,)), maps[block])]
+        self._attentions.keep([block for block in same if not self._changed(block)])
         self._leave_fused()
+
+    def _changed(self, block: int) -> bool:
+        """Whether a remedy may learn to change a block's maps, which it leaves as they are at first."""
+        return any(remedies_of(tap.attention) for tap in self._taps[block])
 
     def _use_maps(self) -> None:
         """From now on, form every map of which something is wanted."""

@@ -277,6 +277,17 @@ def test_compiling_and_recomputing_change_no_number(four_steps, tmp_path):
     assert list(weights_of(tmp_path / "fast")) == list(weights_of(tmp_path / "eager"))
 
 
+def test_explicit_terms_change_no_number(four_steps, tmp_path):
+    """Without attention maps and logits of patches, trained and measured, the log is the same but for rounding."""
+    argv = [*RUN, *RECIPE, "--epochs", "1", "--measure", "attn.pairwise_cosine@all"]
+    argv += ["--measure", "attn.cosine_cross@0:1"]
+    for name, flags in (("without", []), ("explicit", ["--explicit-terms"])):
+        assert main.main([*argv, "--output_dir", str(tmp_path / name), *flags]) == 0
+    (one,), (other,) = (log_of(tmp_path / name) for name in ("without", "explicit"))
+    assert one.keys() == other.keys() and one != other  # it is rounded otherwise
+    assert one == pytest.approx(other, rel=1e-3)
+
+
 @hidden_by_torch
 def test_nothing_is_compiled_after_the_first_step(four_steps, tmp_path, capsys, monkeypatch):
     """Three epochs of Mixup, CutMix and unmixed batches; evaluation ends with a smaller batch; then --eval."""

@@ -22,6 +22,7 @@ from mixing.mixup import Labels
 from models import DiverseViT, Needs, build_model, products
 from models.heads import Linear
 from models.products import Attended, attend, inner_products
+from models.remedies import install_remedies
 from regularizers import Diversity, measures, of_features, of_products, parse_spec
 from regularizers.diversity import total
 from regularizers.specs import all_names
@@ -247,6 +248,21 @@ def test_windows_masks_and_biases():
     """Swin's attention calls the kernel where timm is told to: windows, shifted ones, with a bias that learns."""
     model = same_step(FAMILIES["swin"], EVERYWHERE, fused=True)
     assert len(model._attentions.possible) == FAMILIES["swin"].depth
+
+
+def test_a_remedy_that_learns_to_change_maps_keeps_them():
+    """At first AttnScale changes nothing, so that trying does not tell."""
+    backbone = FAMILIES["deit"].make().double()
+    install_remedies(backbone, ["attnscale@1"])
+    diversity = Diversity([parse_spec("attn.cosine@all=1")], 3)
+    model = DiverseViT(backbone, Needs(**diversity.needs))
+    model.find_shortcuts((3, 32, 32))
+    with torch.no_grad():
+        backbone.blocks[1].attn.remedies["attnscale"].lamb.fill_(0.5)
+    captured = model.eval()(FAMILIES["deit"].images())
+    assert set(captured.products) == {(0,), (2,)} and set(captured.attention) == {1}
+    maps = model(FAMILIES["deit"].images(), needs=Needs(attention=frozenset({1}))).attention[1]
+    torch.testing.assert_close(diversity.terms[0].of_layers(captured, (1,)), measures.cosine(maps.flatten(-2)))
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.classifies])
