@@ -172,12 +172,10 @@ def build_student(
     needs, measured = Needs(**diversity.needs), Needs(**measure.needs) | (monitored or Needs())
     head = find_scheme(diversity.labelled).head
     model = DiverseViT(backbone, needs, measured, head, diversity.patch_loss).to(device)
-    tried = model.check(shape_of(args), num_classes, needs | measured)
+    tried = model.check(shape_of(args), num_classes, needs | measured, shortcuts=not args.explicit_terms)
     diversity.check(tried)
     measure.check(tried)
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
-    if not args.explicit_terms:
-        model.find_shortcuts(shape_of(args))
     return model
 
 

@@ -7,7 +7,7 @@ windows, reduced keys) and whatever mask or bias they pass. `Attentions.find` tr
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -55,6 +55,7 @@ class Attentions:
         self._recomputes = recomputes
         self._count = {block: len(each) for block, each in taps.items()}  # attentions side by side
         self._handles: dict[int, list[RemovableHandle]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self._wanted: tuple[Blocks, ...] = ()
         self._wide = False
         self._place: tuple[int, int] | None = None  # of the attention that is running: block, number
@@ -67,13 +68,20 @@ class Attentions:
             self._handles[block] = enter + [tap.attention.register_forward_hook(self._leave) for tap in each]
 
     @property
-    def possible(self) -> frozenset[int]:
-        """The blocks with hooks."""
-        return frozenset(self._handles)
+    def alike(self) -> list[Blocks]:
+        """The blocks that `serve`, those with maps of the same sizes together."""
+        sizes = set(self._shapes.values())
+        return [tuple(sorted(block for block, own in self._shapes.items() if own == size)) for size in sizes]
 
-    def keep(self, blocks: Collection[int]) -> None:
-        """Leave all other blocks as they were before."""
-        for block in self.possible.difference(blocks):
+    def serve(self, blocks: Blocks) -> bool:
+        """Whether inner products of these blocks' heads can be had: of all blocks, and their maps have one size."""
+        sizes = {self._shapes.get(block) for block in blocks}
+        return len(sizes) == 1 and None not in sizes
+
+    def keep(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
+        """Serve these blocks, with the sizes (..., n, m) of their maps; leave all others as they were before."""
+        self._shapes = dict(shapes)
+        for block in self._handles.keys() - shapes.keys():
             for handle in self._handles.pop(block):
                 handle.remove()
 

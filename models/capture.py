@@ -5,10 +5,10 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,14 +122,14 @@ class DiverseViT(nn.Module):
     @property
     def _trained(self) -> Needs:
         """What every training pass captures: maps where there are no inner products."""
-        return self.needs.without(self._attentions.possible)
+        return self.needs.without(self._attentions.serve)
 
     def find_shortcuts(self, image_shape: tuple[int, int, int]) -> None:
         """From now on, do without attention maps and the patches' logits wherever that is possible.
 
         Inner products are taken from queries and keys in blocks whose attentions call scaled_dot_product_attention
         once each, if they are those of the map. The patches' loss is taken from features if a linear layer comes
-        last in the head. Both are tried on two random images. Call it before anything is compiled or copied.
+        last in the head. Both are tried on a random image. Call it before anything is compiled or copied.
 
         Args:
             image_shape: C, H and W of the images.
@@ -138,29 +138,63 @@ class DiverseViT(nn.Module):
         if parameter.is_meta:
             return
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(2, *image_shape, generator=generator).to(parameter)
+        image = torch.rand(1, *image_shape, generator=generator).to(parameter)
         self._use_maps()
-        if self._compared:
-            self._find_products(images)
-        if self._head is not None and self._patch_loss is not None and self.needs.patch_logits:
-            with torch.no_grad(), in_mode(self, training=False):
-                self._head.find_linear(self.backbone.forward_features(images))
+        with torch.no_grad(), in_mode(self, training=False):
+            if self._compared:
+                self._find_products(image)
+            if self._head is not None and self._patch_loss is not None and self.needs.patch_logits:
+                self._head.find_linear(self.backbone.forward_features(image))
 
-    def _find_products(self, images: Tensor) -> None:
-        maps = self.tried(images, Needs(attention=self._compared)).attention
+    @property
+    def alike(self) -> list[Blocks]:
+        """Blocks that can do without their maps, those with maps of one size together."""
+        return self._attentions.alike
+
+    def _find_products(self, image: Tensor) -> None:
+        expected = self._products_of_maps(image)
         self._return_fused()
         recomputes = any(getattr(part, "grad_checkpointing", False) for part in self.modules())
         self._attentions = Attentions({block: self._taps[block] for block in self._compared}, recomputes)
-        with (
-            torch.no_grad(),
-            in_mode(self, training=False),
-            self._attentions.watching([(block,) for block in self._compared]),
-        ):
-            self.backbone(images)
+        with self._attentions.watching([(block,) for block in self._compared]):
+            self.backbone(image)
             found = dict(self._attentions.found)
-        same = [block for block in self._compared if _same(found.get((block,)), maps[block])]
-        self._attentions.keep([block for block in same if not self._changed(block)])
+        same = [block for block in self._compared if _agree(found.get((block,)), expected[block])]
+        shapes = {block: expected[block][0].map_shape for block in same if not self._changed(block)}
+        self._attentions.keep(shapes)
         self._leave_fused()
+
+    def _products_of_maps(self, image: Tensor) -> dict[int, list[_OfMap]]:
+        """What the maps themselves give, attention by attention; each map is gone when the next one is made."""
+        found: dict[int, list[_OfMap]] = {block: [] for block in self._compared}
+
+        def note(block: int, tap: MapTap, module: nn.Module, args: tuple[Any, ...]) -> None:
+            maps = tap.heads_first(args[0])  # [..., H, n, m]
+            flat = maps.flatten(-2)
+            found[block].append(_OfMap((*maps.shape[:-3], *maps.shape[-2:]), flat @ flat.mT))
+
+        places = [(block, tap) for block in self._compared for tap in self._taps[block]]
+        handles = [tap.hooked.register_forward_pre_hook(partial(note, block, tap)) for block, tap in places]
+        try:
+            with self._forming_maps(self._compared):
+                self.backbone(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @contextmanager
+    def _forming_maps(self, blocks: Iterable[int]) -> Iterator[None]:
+        """With these blocks out of the fused kernel, if they are not out of it anyway."""
+        attentions = [tap.attention for block in blocks for tap in self._taps[block]]
+        fused = [getattr(attention, "fused_attn", False) for attention in attentions]
+        for attention in attentions:
+            attention.fused_attn = False
+        try:
+            yield
+        finally:
+            for attention, was in zip(attentions, fused, strict=True):
+                attention.fused_attn = was
 
     def _changed(self, block: int) -> bool:
         """Whether a remedy may learn to change a block's maps, which it leaves as they are at first."""
@@ -168,7 +202,7 @@ class DiverseViT(nn.Module):
 
     def _use_maps(self) -> None:
         """From now on, form every map of which something is wanted."""
-        self._attentions.keep([])
+        self._attentions.keep({})
         self._leave_fused()
 
     def avoid_shortcuts(self, of_heads: bool = True, of_patches: bool = True) -> None:
@@ -183,7 +217,7 @@ class DiverseViT(nn.Module):
         """Leave the backbone as it was before."""
         for handle in self._handles:
             handle.remove()
-        self._attentions.keep([])
+        self._attentions.keep({})
         self._return_fused()
         self._handles = []
 
@@ -215,18 +249,13 @@ class DiverseViT(nn.Module):
     @contextmanager
     def _watching(self, needs: Needs) -> Iterator[None]:
         """Let the hooks store what is needed, and forget it afterwards."""
-        only_now = [tap.attention for i in needs.attention - self._trained.attention for tap in self._taps[i]]
-        fused = [getattr(attention, "fused_attn", False) for attention in only_now]
+        heads = self._attentions.watching(sorted(needs.heads), needs.wide) if needs.heads else nullcontext()
         self._wanted = needs
-        for attention in only_now:
-            attention.fused_attn = False
         try:
-            with self._attentions.watching(sorted(needs.heads), needs.wide) if needs.heads else nullcontext():
+            with self._forming_maps(needs.attention - self._trained.attention), heads:
                 yield
         finally:
             self.forget()
-            for attention, was in zip(only_now, fused, strict=True):
-                attention.fused_attn = was
 
     def _caught(self, kind: str, index: int) -> Tensor:
         """What the hooks stored at a layer; attentions side by side have their heads one after the other."""
@@ -269,7 +298,7 @@ class DiverseViT(nn.Module):
         Raises:
             UserError: something needed did not arrive, or arrived without gradient while gradients are on.
         """
-        needs = self._trained if needs is None else needs.without(self._attentions.possible)
+        needs = self._trained if needs is None else needs.without(self._attentions.serve)
         if not needs:
             return Captured(*_split(self.backbone(images)), None, {}, {}, {})
         assert self.layout is not None
@@ -312,7 +341,7 @@ class DiverseViT(nn.Module):
             call: makes logits of images; it calls the backbone.
             needs: what to capture; patch logits and final features are not among it.
         """
-        needs = needs.without(self._attentions.possible)
+        needs = needs.without(self._attentions.serve)
         with self._watching(needs):
             return self._captured(call(images), None, needs)
 
@@ -343,9 +372,16 @@ class DiverseViT(nn.Module):
         with in_mode(self, training=False):
             return self(images, needs=needs)
 
-    def check(self, image_shape: tuple[int, int, int], num_classes: int, needs: Needs) -> Captured:
+    def check(
+        self, image_shape: tuple[int, int, int], num_classes: int, needs: Needs, shortcuts: bool = False
+    ) -> Captured:
         """Try two blank images, so that what cannot work is refused before training.
 
+        Args:
+            image_shape: C, H and W of the images.
+            num_classes: K, of the data.
+            needs: what is to be captured.
+            shortcuts: whether to `find_shortcuts` first.
         Returns: what they show, for `Diversity.check`.
         Raises:
             UserError: the model does not take such images or returns other logits, or what is captured is not
@@ -356,6 +392,8 @@ class DiverseViT(nn.Module):
             needs |= Needs(tokens=frozenset({self.layout.depth}))  # to count what the regions are made of
         blank = torch.zeros(2, *image_shape, device=next(self.parameters()).device)
         try:
+            if shortcuts:
+                self.find_shortcuts(image_shape)
             captured = self.tried(blank, needs)
         except BAD_ARGUMENT as error:
             raise UserError(
@@ -377,9 +415,22 @@ def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | No
     return outputs if isinstance(outputs, tuple) else (outputs, None)
 
 
-def _same(products: Tensor | None, maps: Tensor) -> bool:
-    """Whether inner products [..., H, H] are those of maps [..., H, n, m], but for rounding."""
-    if products is None or maps.shape[:-2] != products.shape[:-1]:
+class _OfMap(NamedTuple):
+    """Of a map [..., H, n, m] its sizes (..., n, m), and the inner products of its heads [..., H, H]."""
+
+    map_shape: tuple[int, ...]
+    products: Tensor
+
+
+def _agree(products: Tensor | None, expected: Sequence[_OfMap]) -> bool:
+    """Whether inner products of all heads of a block are those of its maps, but for rounding."""
+    if products is None or products.shape[-1] != sum(each.products.shape[-1] for each in expected):
         return False
-    flat = maps.flatten(-2).to(products.dtype)
-    return torch.allclose(products, flat @ flat.mT, rtol=1e-3)
+    start = 0
+    for _, own in expected:  # attentions side by side
+        heads = slice(start, start + own.shape[-1])
+        part = products[..., heads, heads]
+        if part.shape != own.shape or not torch.allclose(part, own.to(part.dtype), rtol=1e-3):
+            return False
+        start = heads.stop
+    return True

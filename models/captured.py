@@ -56,9 +56,9 @@ class Needs:
         """The blocks of whose attention something is wanted."""
         return self.attention | {block for blocks in self.heads for block in blocks}
 
-    def without(self, possible: frozenset[int]) -> Needs:
-        """The same, with maps where inner products are wanted of blocks other than the possible ones."""
-        heads = frozenset(blocks for blocks in self.heads if possible.issuperset(blocks))
+    def without(self, can_serve: Callable[[Blocks], bool]) -> Needs:
+        """The same, with maps in place of inner products of blocks that cannot be served."""
+        heads = frozenset(blocks for blocks in self.heads if can_serve(blocks))
         maps = frozenset(block for blocks in self.heads - heads for block in blocks)
         return Needs(self.tokens, self.attention | maps, self.weights, self.patch_logits, heads, self.wide)
 

@@ -170,7 +170,7 @@ def _calls(scales: Sequence[float], parts: Sequence[Tensor | None]) -> list[Atte
 def _tiles(calls: Sequence[Attended]) -> Iterator[tuple[slice, slice]]:
     """Parts of the images or windows, and of their rows, that bound the elements of a tile."""
     count, _, n, _ = calls[0].q.shape
-    row = calls[0].k.shape[-2] * sum(call.q.shape[1] for call in calls)  # elements of a query's rows in all heads
+    row = calls[0].k.shape[-2] * max(call.q.shape[1] for call in calls)  # elements of a query's rows in all heads
     in_cache = calls[0].q.device.type == "cpu" and not torch.compiler.is_compiling()
     limit = MAX_ELEMENTS if in_cache else MAX_ELEMENTS_ON_DEVICE
     rows = min(n, max(1, limit // row))

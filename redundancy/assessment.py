@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ def assess(
         if opening is None:
             return None
         besides = ("tokens", "attention") if chosen_look.count else ()
-        with Watched(model, wanted, opening[0][:2], besides) as watched:
+        heads = "maps" if "attention" in besides else of_heads(asked)
+        with Watched(model, wanted, opening[0][:2], besides, heads) as watched:
             lacks = watched.lacks | ({"classes": classes} if classes else {})
             lacks |= {} if opening[1] is not None else {"labels": "the images come without labels"}
             lacks |= _refused(specs, watched, opening[0][:2], lacks)
@@ -102,6 +103,14 @@ def assess(
     gaps = {name: why for name, why in gaps.items() if why}
     described = {"parameters": sum(parameter.numel() for parameter in model.parameters()), **(about or {})}
     return Report([Assessed(label, described, findings, gaps, examples)], {})
+
+
+def of_heads(metrics: Iterable[Metric]) -> Literal["maps", "each", "all"]:
+    """What metrics want of attention, see `Watched`."""
+    attending = [metric for metric in metrics if "attention" in metric.needs]
+    if not all(metric.of_products is not None for metric in attending):
+        return "maps"
+    return "all" if any(metric.takes == "all maps" for metric in attending) else "each"
 
 
 def _batches(loader: Iterable[Any], like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -264,7 +273,7 @@ class Pass:
         if metric.takes == "set":
             accumulator: Accumulator = metric.function()
             return accumulator
-        layers = self.watched.needs.attention if "attention" in metric.needs else self.watched.needs.tokens
+        layers = self.watched.needs.attending if "attention" in metric.needs else self.watched.needs.tokens
         axis = axis_of("layer", map(layer_label, sorted(layers)))
         dimensions = {"output": 0, "all patches": 2, "all maps": 2}.get(metric.takes, 1)
         return ImageMeans(metric, (axis,) * dimensions, partial(values_of, metric))

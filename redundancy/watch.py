@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,13 @@ def shown_by(
     proportions = _proportions(layout, size)
     grids = {layer: grid_of(x.shape[1], proportions) for layer, x in patches.items()}
     places = {block: _place_of(layout, block, grids.get(block), size) for block in maps if layout is not None}
+    heads = {
+        blocks: full_precision(products).reshape(batch, -1, *products.shape[-2:])
+        for blocks, products in captured.products.items()
+    }
     logits = full_precision(captured.logits)
     patch_logits = None if captured.patch_logits is None else full_precision(captured.patch_logits)
-    return Shown(size, patches, maps, places, logits, features, patch_logits, labels, grids)
+    return Shown(size, patches, maps, places, logits, features, patch_logits, labels, grids, heads)
 
 
 def covered(layout: Layout | None, size: tuple[int, int]) -> tuple[int, int]:
@@ -97,6 +101,8 @@ class Watched:
         model: a timm model, or one around it: a DiverseViT, DDP, a compiled one, or one with a head of its own.
         wanted: what metrics need, of `registry.Needs`.
         besides: what else may be looked at (`look(..., everything=True)`).
+        heads: what is wanted of attention: 'maps', or only inner products of 'each' block's heads, or also those
+            between 'all' blocks with maps of one size.
         images: [B, C, H, W], a few to try it with.
     Attributes:
         layout: the model's layout; None if it is no vision transformer that is known.
@@ -106,7 +112,12 @@ class Watched:
     """
 
     def __init__(
-        self, model: nn.Module, wanted: Collection[str], images: Tensor, besides: Collection[str] = ()
+        self,
+        model: nn.Module,
+        wanted: Collection[str],
+        images: Tensor,
+        besides: Collection[str] = (),
+        heads: Literal["maps", "each", "all"] = "maps",
     ) -> None:
         self.backbone: Any = timm_model_in(model)
         self._outer: Any = _unwrapped(model)
@@ -119,13 +130,15 @@ class Watched:
             undo.enter_context(_eager(self._outer))
             self._outer.eval()
             self._watch_features(undo)
-            possible = self._possible({*wanted, *besides})
+            possible = self._possible({*wanted, *besides}, heads == "maps")
             every = Needs()
             for needs in possible.values():
                 every = every | needs
             self.model = DiverseViT(self.backbone, measured=every)
             undo.callback(self.model.unhook)
             self._try(images, Needs())
+            if heads != "maps" and "attention" in possible:
+                possible["attention"] = self._without_maps(images, possible["attention"], heads == "all")
             shown = self._shown_of(images, possible)
             self.needs, self._everything = Needs(), Needs()
             for name, needs in shown.items():
@@ -154,8 +167,15 @@ class Watched:
         """Leave the model as it was before."""
         self._undo.close()
 
-    def _possible(self, wanted: Collection[str]) -> dict[str, Needs]:
-        """What of the wanted the model's parts promise to show."""
+    def _without_maps(self, images: Tensor, needs: Needs, across: bool) -> Needs:
+        """The same, with inner products between blocks whose maps have one size, if these are wanted."""
+        channels, height, width = images.shape[1:]
+        self.model.find_shortcuts((channels, height, width))
+        groups = frozenset(self.model.alike) if across else frozenset()
+        return needs | Needs(heads=groups)
+
+    def _possible(self, wanted: Collection[str], maps: bool = True) -> dict[str, Needs]:
+        """What of the wanted the model's parts promise to show; of attention maps, or inner products of heads."""
         try:
             self.layout = find_layout(self.backbone)
         except UserError as error:
@@ -168,7 +188,8 @@ class Watched:
             blocks = frozenset(block for block in range(depth) if self._has_map(block))
             if blocks:
                 self.lacks.pop("attention", None)
-                found["attention"] = Needs(attention=blocks)
+                heads = frozenset((block,) for block in blocks)
+                found["attention"] = Needs(attention=blocks) if maps else Needs(heads=heads)
         if self._outer is not self.backbone:
             self.lacks["patch logits"] = f"{type(self._outer).__name__} has a head of its own around the timm model"
         elif "patch logits" in wanted:

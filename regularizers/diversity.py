@@ -94,6 +94,8 @@ class BoundTerm:
     def check(self, captured: Captured) -> None:
         """Refuse pairs of layers whose items cannot be compared, and patches that are not those of the grid."""
         for a, b in self.pairs:
+            if (a, b) in captured.products:
+                continue  # they were multiplied
             first, second = self.items(captured, a), self.items(captured, b)
             if first.shape[1:] != second.shape[1:]:
                 raise UserError(

@@ -35,8 +35,8 @@ def of_products(spec: Spec) -> OfProducts | None:
     return partial(function, **arguments)
 
 
-def _cosines(g: Tensor) -> Tensor:
-    """<u_i, u_j>.  [..., n, n] -> [..., n, n]"""
+def cosines(g: Tensor) -> Tensor:
+    """<u_i, u_j> of all pairs.  [..., n, n] -> [..., n, n]"""
     lengths = torch.diagonal(g, dim1=-2, dim2=-1).sqrt().clamp_min(EPS)  # [..., n]
     return g / (lengths[..., :, None] * lengths[..., None, :])
 
@@ -44,20 +44,24 @@ def _cosines(g: Tensor) -> Tensor:
 def _between(g: Tensor) -> Tensor:
     """<u_i, v_j> of items of the first layer and of the second.  [..., 2 n, 2 n] -> [..., n, n]"""
     n = g.shape[-1] // 2
-    return _cosines(g)[..., :n, n:]
+    return cosines(g)[..., :n, n:]
 
 
 def cosine(g: Tensor, *, absolute: bool = False) -> Tensor:
     """1/n^2 sum_ij <u_i, u_j>, or of absolute values."""
-    return _cosines(g).abs().mean() if absolute else _cosines(g).mean()
+    return cosines(g).abs().mean() if absolute else cosines(g).mean()
 
 
 def pairwise_cosine(g: Tensor) -> Tensor:
     """1/(n (n - 1)) sum_{i != j} |<u_i, u_j>|."""
-    n = g.shape[-1]
-    cosines = _cosines(g).abs()
-    others = cosines.sum(dim=(-2, -1)) - torch.diagonal(cosines, dim1=-2, dim2=-1).sum(dim=-1)
-    return (others / max(n * (n - 1), 1)).mean()
+    return pairwise_cosines(g).mean()
+
+
+def pairwise_cosines(g: Tensor) -> Tensor:
+    """`pairwise_cosine` of every set.  [..., n, n] -> [...]"""
+    n, among = g.shape[-1], cosines(g).abs()
+    others = among.sum(dim=(-2, -1)) - torch.diagonal(among, dim1=-2, dim2=-1).sum(dim=-1)
+    return others / max(n * (n - 1), 1)
 
 
 def cosine_cross(g: Tensor, *, absolute: bool = False) -> Tensor:
@@ -98,7 +102,7 @@ def mgd(g: Tensor) -> Tensor:
 
 def so(g: Tensor, *, normalize: bool = False) -> Tensor:
     """|| G - I ||_F^2."""
-    g = _cosines(g) if normalize else g
+    g = cosines(g) if normalize else g
     identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     return (g - identity).square().sum(dim=(-2, -1)).mean()
 
@@ -111,7 +115,7 @@ def cno(
     eps: float = 1e-6,
 ) -> Tensor:
     """(lambda_max - lambda_min)^2, by the same power iterations from the same probes."""
-    g = _cosines(g) if normalize else g
+    g = cosines(g) if normalize else g
     probe, other = (vector.mT for vector in draw_probes(g, distribution))  # [..., 1, n]
     y = probe @ g
     largest = _along(y, g) / _divisor(y, eps)

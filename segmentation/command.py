@@ -229,6 +229,8 @@ def build_model(
     model = DiverseViT(synchronised(network.to(device)), needs)
     shape = shape_of(args)
     try:
+        if not args.explicit_terms:
+            model.find_shortcuts(shape)
         captured = model.tried(torch.zeros(2, *shape, device=device), needs)
     except BAD_ARGUMENT as error:
         raise UserError(
@@ -242,8 +244,6 @@ def build_model(
         diversity.check(captured)
     check_values(args, captured.logits[0, 0].numel())
     broadcast_from_main(model)  # the processes drew different weights; the EMA is a copy of these
-    if not args.explicit_terms:
-        model.find_shortcuts(shape)
     return model
 
 

@@ -184,7 +184,8 @@ def test_reference_flags_parse(flag: str, text: str) -> None:
 def test_reference_flags_are_the_recipe() -> None:
     recipe = diversity(*(f"{text}=1" for text in REFERENCE_FLAGS.values()), depth=12)
     assert len(REFERENCE_FLAGS) == 5
-    assert Needs(**recipe.needs) == Needs(frozenset({-1, 11}), frozenset({0}), qkv(*range(12)), True)
+    tokens, heads = frozenset({-1, 11}), frozenset({(0,)})
+    assert Needs(**recipe.needs) == Needs(tokens, weights=qkv(*range(12)), patch_logits=True, heads=heads)
     assert recipe.labelled == ["patch.mixing"] and recipe.averaged == {"patch.mixing"}
     assert recipe.names == [
         "patch.cosine@last",
@@ -353,8 +354,9 @@ def test_layers_that_the_model_does_not_have(text: str, message: str) -> None:
         (["patch.cosine@all=1"], Needs(tokens=frozenset({0, 1, 2, 3}))),
         (["patch.contrastive=1"], Needs(tokens=frozenset({-1, 3}))),
         (["patch.contrastive@0-1:2-3=1"], Needs(tokens=frozenset({0, 1, 2, 3}))),
-        (["attn.cosine@first,last=1"], Needs(attention=frozenset({0, 3}))),
-        (["attn.contrastive@0:1-2=1"], Needs(attention=frozenset({0, 1, 2}))),
+        (["attn.cosine@first,last=1"], Needs(heads=frozenset({(0,), (3,)}))),
+        (["attn.cno:inverse=1", "attn.so@1=1"], Needs(attention=frozenset({0}), heads=frozenset({(1,)}))),
+        (["attn.contrastive@0:1-2=1"], Needs(heads=frozenset({(0, 1), (0, 2)}))),
         (["weight.so@first=1"], Needs(weights=qkv(0))),
         (["weight.so=1"], Needs(weights=qkv(0, 1, 2, 3))),
         (["weight.so:fc1,q@0=1"], Needs(weights=frozenset({(0, "q"), (0, "fc1")}))),
@@ -362,7 +364,7 @@ def test_layers_that_the_model_does_not_have(text: str, message: str) -> None:
         (["patch.mixing=1"], Needs(patch_logits=True)),
         (
             ["patch.mixing=1", "patch.so@0=1", "patch.mhs@2=1", "attn.mgd=1", "weight.cno@1=1"],
-            Needs(frozenset({0, 2}), frozenset({0}), qkv(1), True),
+            Needs(frozenset({0, 2}), frozenset(), qkv(1), True, frozenset({(0,)}), wide=True),
         ),
         (["patch.mixing=0", "patch.cosine=0", "attn.cosine=0", "weight.cno@9=0"], Needs()),
         (["patch.gradient_diversity=1", "patch.mixing=1"], Needs(tokens=frozenset({3}), patch_logits=True)),

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from models import DiverseViT, Needs, build_model, products
 from models.heads import Linear
 from models.products import Attended, attend, inner_products
 from models.remedies import install_remedies
+from redundancy import assess
+from redundancy.examples import Look
+from redundancy.watch import Watched
 from regularizers import Diversity, measures, of_features, of_products, parse_spec
 from regularizers.diversity import total
 from regularizers.specs import all_names
@@ -237,17 +241,21 @@ def test_a_familys_heads(name):
         else []
     )
     model = same_step(family, EVERYWHERE + pairs)
-    without_map = 0 if name in WITH_MAPS or name == "swin" else PARTLY.get(name, family.depth)
-    assert len(model._attentions.possible) == without_map
-    assert (
-        model._trained.attention == frozenset(range(family.depth)) - model._attentions.possible
-    ) or not without_map
+    number = 0 if name in WITH_MAPS or name == "swin" else PARTLY.get(name, family.depth)
+    assert len(served(model, family)) == number
+    if number:
+        assert model._trained.attention == frozenset(range(family.depth)) - served(model, family)
+
+
+def served(model: DiverseViT, family: Family) -> frozenset[int]:
+    return frozenset(block for block in range(family.depth) if model._attentions.serve((block,)))
 
 
 def test_windows_masks_and_biases():
     """Swin's attention calls the kernel where timm is told to: windows, shifted ones, with a bias that learns."""
-    model = same_step(FAMILIES["swin"], EVERYWHERE, fused=True)
-    assert len(model._attentions.possible) == FAMILIES["swin"].depth
+    family = FAMILIES["swin"]
+    model = same_step(family, EVERYWHERE, fused=True)
+    assert len(served(model, family)) == family.depth
 
 
 def test_a_remedy_that_learns_to_change_maps_keeps_them():
@@ -459,3 +467,33 @@ def test_maps_and_logits_are_never_formed(monkeypatch, shortcuts):
     maps = [shape for shape in watch.seen if shape[-2:] == (tokens, tokens)]
     logits = [shape for shape in watch.seen if shape[-1:] == (5,) and shape.numel() >= 5 * patches]
     assert bool(maps) != shortcuts and bool(logits) != shortcuts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_parallel_things", "vit_diff", "volo", "pvt_v2", "twins_svt", "swin"])
+def test_the_report_needs_no_maps_for_heads(name):
+    """Similarity within and across blocks, against the same with maps; also where some blocks keep theirs."""
+    family = FAMILIES[name]
+    backbone = family.make().double()
+    images = [family.images()]
+    alone = ["attn.cosine_abs", "attn.across"]
+    ours = assess(backbone, images, metrics=alone, look=Look(count=0)).models[0].findings
+    assert not [module for module in backbone.modules() if module._forward_hooks or module._forward_pre_hooks]
+    with_maps = assess(backbone, images, metrics=[*alone, "attn.entropy"], look=Look(count=0)).models[0].findings
+    for metric in alone:
+        np.testing.assert_allclose(ours[metric].mean, with_maps[metric].mean, rtol=1e-9)
+        assert ours[metric].axes == with_maps[metric].axes
+
+
+def test_the_report_of_heads_forms_no_map(monkeypatch):
+    """Beyond the trial, where the maps of one image are there, block by block."""
+    monkeypatch.setattr(products, "MAX_ELEMENTS", 200)
+    family = FAMILIES["vit"]
+    backbone, watch = family.make().double(), Shapes()
+    with Watched(backbone, ("attention",), family.images(), heads="all") as watched, watch:
+        shown = watched.look(family.images(), None)
+    assert {(0,), (1,), (2,), (0, 1, 2)} == shown.heads.keys() and not shown.maps
+    assert not [shape for shape in watch.seen if shape[-2:] == (17, 17) and shape[:1] == (IMAGES,)]

@@ -8,6 +8,7 @@ Shapes: B images, W windows of an image (1 where there are none), H heads, n que
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +16,41 @@ from torch import Tensor
 from redundancy.metrics.patches import by_shape, no_pairs, undefined_where
 from redundancy.metrics.registry import metric
 from redundancy.metrics.shown import Place, grid_of
+from regularizers import of_products
 from regularizers.measures import pairwise_cosines
 from regularizers.primitives import unit
 
+if TYPE_CHECKING:
+    from redundancy.metrics.values import Group
+
+
+def cosine_abs_of_products(g: Tensor) -> Tensor:
+    """`cosine_abs` from inner products [B, W, H, H].  -> [B]"""
+    values = of_products.pairwise_cosines(g).mean(dim=1)
+    return undefined_where(torch.full_like(values, g.shape[-1] < 2, dtype=torch.bool), values)
+
+
+def across_of_products(groups: Sequence[Group], blocks: int) -> Tensor:
+    """`across` from the inner products of the heads of blocks with maps of one size, group by group."""
+    first = groups[0].products
+    found = first.new_full((len(first), blocks, blocks), torch.nan)
+    for places, products in groups:
+        rows = torch.tensor(places, device=found.device)
+        for image in range(len(found)):
+            among = of_products.cosines(products[image]).abs().clamp(max=1)  # [W, l * H, l * H]
+            found[image, rows[:, None], rows] = _means_between(among, len(places))
+    return found
+
 
 @metric(
-    "attn.cosine_abs", takes="maps", label="mean |cos|", summary="mean", limits=(0, 1), redundant="high", cheap=True
+    "attn.cosine_abs",
+    takes="maps",
+    label="mean |cos|",
+    summary="mean",
+    limits=(0, 1),
+    redundant="high",
+    cheap=True,
+    of_products=cosine_abs_of_products,
 )
 def cosine_abs(a: Tensor) -> Tensor:
     """Mean |cosine| between different heads of a block.
@@ -41,7 +71,15 @@ def cosine_abs(a: Tensor) -> Tensor:
     return undefined_where(no_pairs(heads), pairwise_cosines(heads).mean(dim=1))
 
 
-@metric("attn.across", takes="all maps", label="mean |cos|", summary="pairs", limits=(0, 1), redundant="high")
+@metric(
+    "attn.across",
+    takes="all maps",
+    label="mean |cos|",
+    summary="pairs",
+    limits=(0, 1),
+    redundant="high",
+    of_products=across_of_products,
+)
 def across(blocks: Sequence[Tensor]) -> Tensor:
     """Mean |cosine| between the heads of one block and those of another.
 
@@ -66,11 +104,16 @@ def across(blocks: Sequence[Tensor]) -> Tensor:
 
 def _between_blocks(heads: Tensor) -> Tensor:
     """Mean |cos| between the heads of every two of l blocks; heads [W, l, H, d].  -> [l, l]"""
-    windows, blocks, count, _ = heads.shape
     u = unit(heads.flatten(1, 2))  # [W, l * H, d]
-    cosines = (u @ u.mT).abs().clamp(max=1).view(windows, blocks, count, blocks, count)
-    sums = cosines.sum(dim=(2, 4)).mean(dim=0)  # [l, l]
-    selves = torch.diagonal(cosines.mean(dim=0).reshape(blocks * count, -1)).view(blocks, count)
+    return _means_between((u @ u.mT).abs().clamp(max=1), heads.shape[1])
+
+
+def _means_between(among: Tensor, blocks: int) -> Tensor:
+    """Means over windows and heads of |cos| among the heads of l blocks, [W, l * H, l * H].  -> [l, l]"""
+    count = among.shape[-1] // blocks
+    by_block = among.view(len(among), blocks, count, blocks, count)
+    sums = by_block.sum(dim=(2, 4)).mean(dim=0)  # [l, l]
+    selves = torch.diagonal(among.mean(dim=0)).view(blocks, count)
     pairs = torch.full_like(sums, count * count).fill_diagonal_(count * (count - 1))
     return torch.where(pairs > 0, (sums - torch.diag(selves.sum(dim=1))) / pairs, torch.nan)
 

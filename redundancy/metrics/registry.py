@@ -79,6 +79,8 @@ class Metric:
             model's are the data's, or the 'features' that its classifier reads.
         text: its docstring.
         along: of a metric that gives numbers in a row, what they run over, and the first one's number.
+        of_products: of a metric of maps, the same from the inner products of their heads, so that no map is needed:
+            of a block's [B, W, H, H] -> [B]; of one that takes all maps, of `values.Group`s and L -> [B, L, L].
     """
 
     name: str
@@ -92,6 +94,7 @@ class Metric:
     needs: tuple[Needs, ...]
     text: Text
     along: tuple[str, int] | None = None
+    of_products: Callable[..., Any] | None = None
 
     @property
     def level(self) -> str:
@@ -131,6 +134,7 @@ def metric(
     cheap: bool = False,
     needs: tuple[Needs, ...] = (),
     along: tuple[str, int] | None = None,
+    of_products: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register what follows as a metric.
 
@@ -145,7 +149,7 @@ def metric(
             'weight': a `weights.Weight` -> a number, or numbers in a row;
             'output': a `shown.Shown` -> [B];
             'set': it is a class with `update(shown)`, `merge(other)` and `finding()`, see `accumulate.Accumulator`.
-        label, summary, limits, redundant, cheap, along: see `Metric`.
+        label, summary, limits, redundant, cheap, along, of_products: see `Metric`.
         needs: besides what `takes` says.
     Raises:
         ValueError: the name is taken, of no level, or the docstring lacks a section.
@@ -156,7 +160,9 @@ def metric(
             raise ValueError(f"{name}: taken, or of no level ({', '.join(LEVELS)})")
         text = read_text(name, inspect.getdoc(function))
         every = (*NEEDED.get(takes, ()), *needs)
-        METRICS[name] = Metric(name, function, takes, label, summary, limits, redundant, cheap, every, text, along)
+        METRICS[name] = Metric(
+            *(name, function, takes, label, summary, limits, redundant, cheap, every, text, along, of_products)
+        )
         return function
 
     return register

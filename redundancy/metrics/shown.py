@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,6 +52,8 @@ class Shown:
         patch_logits: [B, P, K]; None if patches cannot be classified.
         labels: [B]; None if there are none.
         grids: layer -> rows and columns of its patches; None if they are none.
+        heads: blocks -> the inner products of their heads' maps, [B, W, H, H] of one block, [B, W, l H, l H] of l,
+            where they are all that is wanted of attention. Blocks that cannot do without their map are in `maps`.
     """
 
     size: tuple[int, int]
@@ -62,6 +65,12 @@ class Shown:
     patch_logits: Tensor | None = None
     labels: Tensor | None = None
     grids: dict[int, tuple[int, int] | None] = field(default_factory=dict)
+    heads: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def attending(self) -> list[int]:
+        """The blocks that show their heads."""
+        return sorted({*self.maps, *(block for blocks in self.heads for block in blocks)})
 
 
 def layer_label(layer: int) -> str:

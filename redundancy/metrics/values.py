@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from redundancy.metrics.patches import by_shape
 from redundancy.metrics.registry import Metric
 from redundancy.metrics.shown import Shown
+
+
+class Group(NamedTuple):
+    """Inner products [B, W, l H, l H] of the heads of l blocks, and the places of these among all blocks."""
+
+    places: list[int]
+    products: Tensor
 
 
 def values_of(metric: Metric, shown: Shown) -> Tensor:
     """A metric's numbers of every image of a batch.  [B, *axes]"""
     function = metric.function
+    if shown.heads and metric.of_products is not None:
+        return _of_products(metric, metric.of_products, shown)
     if metric.takes == "output":
         return torch.as_tensor(function(shown))
     if metric.takes == "all patches":
@@ -28,3 +41,29 @@ def values_of(metric: Metric, shown: Shown) -> Tensor:
     else:
         columns = [function(a, shown.places[block]) for block, a in shown.maps.items()]
     return torch.stack([column.cpu().double() for column in columns], dim=1)
+
+
+def _of_products(metric: Metric, function: Callable[..., Tensor], shown: Shown) -> Tensor:
+    """The same of a metric of maps, where inner products of heads are all that is known of most blocks."""
+    if metric.takes == "all maps":
+        return function(_groups(shown), len(shown.attending))
+    columns = [
+        function(shown.heads[(block,)]) if (block,) in shown.heads else metric.function(shown.maps[block])
+        for block in shown.attending
+    ]
+    return torch.stack([column.cpu().double() for column in columns], dim=1)
+
+
+def _groups(shown: Shown) -> list[Group]:
+    """The blocks whose heads can be compared, together: those with maps of one size."""
+    place = {block: number for number, block in enumerate(shown.attending)}
+    several = [blocks for blocks in shown.heads if len(blocks) > 1]
+    alone = [
+        blocks for blocks in shown.heads if len(blocks) == 1 and not any(blocks[0] in each for each in several)
+    ]
+    groups = [Group([place[block] for block in blocks], shown.heads[blocks]) for blocks in several + alone]
+    mapped = list(shown.maps)
+    for same in by_shape(list(shown.maps.values())):
+        heads = torch.cat([shown.maps[mapped[each]].flatten(-2) for each in same], dim=2)  # [B, W, l * H, n * m]
+        groups.append(Group([place[mapped[each]] for each in same], heads @ heads.mT))
+    return groups
