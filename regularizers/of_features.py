@@ -5,7 +5,7 @@ Each function is its namesake in measures.py with logits z_p = W x_p + b: the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from errors import UserError
 from regularizers.measures import labels_of_patches
-from regularizers.primitives import full_precision, in_chunks
+from regularizers.primitives import full_precision
 
 if TYPE_CHECKING:
     from mixing.mixup import Labels
     from models.heads import Linear
 
+MAX_ELEMENTS = 2**19  # of the logits that are there at a time on a CPU: 2 MiB in float32
+MAX_ELEMENTS_ON_DEVICE = 2**25  # where launching a kernel costs more than memory: 128 MiB in float32
+LEAST = 192  # patches at a time: W's gradient is read and written for each of such parts
 FLOAT16_LIMIT = 6e4  # no product of float16 may be larger
 
 
@@ -69,7 +72,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         start, count = 0, len(features)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(features.device.type, enabled=False):
-            for some, chosen, parts in zip(*in_chunks(features, classes, shares, each=len(weight)), strict=True):
+            for some, chosen, parts in _in_parts(features, classes, shares, classes_of=weight):
                 some, chosen, parts = some.to(dtype), chosen.mT, parts.mT  # [n, D], [2, n], [2, n]
                 logits = weight @ some.mT if bias is None else torch.addmm(bias[:, None], weight, some.mT)  # [K, n]
                 log_q = full_precision(logits).log_softmax(dim=0)
@@ -90,6 +93,13 @@ class _MeanCrossEntropy(torch.autograd.Function):
             raise UserError("mixing of features is differentiated once, not twice: take --explicit-terms")
         found = [None if each is None else each.mul_(gradient) for each in ctx.saved_tensors]
         return *found, None, None, None, None, None
+
+
+def _in_parts(*tensors: Tensor, classes_of: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equal length, split alike, so that the logits of a part bound the memory."""
+    limit = MAX_ELEMENTS if classes_of.device.type == "cpu" else MAX_ELEMENTS_ON_DEVICE
+    rows = max(LEAST, limit // len(classes_of))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _add(

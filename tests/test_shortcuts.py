@@ -460,7 +460,8 @@ def tensors_in(made: Any) -> Iterator[Tensor]:
 def test_maps_and_logits_are_never_formed(monkeypatch, shortcuts):
     """Forwards and backwards: no N x N tensor, and none with a class for each patch."""
     monkeypatch.setattr(products, "MAX_ELEMENTS", 200)
-    monkeypatch.setattr("regularizers.primitives.MAX_ELEMENTS", 100)
+    monkeypatch.setattr(of_features, "MAX_ELEMENTS", 100)
+    monkeypatch.setattr(of_features, "LEAST", 3)
     watch = Shapes()
     step(shortcuts, watch=watch)
     tokens, patches = 17, 4 * 16
