@@ -381,13 +381,19 @@ def provenance() -> dict[str, str]:
     import torchvision
 
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(_typed(sys.argv)),
         "revision": _git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
     }
+
+
+def _typed(argv: Sequence[str]) -> list[str]:
+    """A command as it is typed: of `python -m PROGRAM`, Python names the file of the program."""
+    program = Path(argv[0])
+    return ["-m", program.parent.name, *argv[1:]] if program.name == "__main__.py" else list(argv)
 
 
 def _git_revision() -> str:

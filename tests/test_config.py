@@ -351,3 +351,11 @@ def test_args_yaml_repeats_any_run(argv):
         config.write_args(first, path)
         second = config.resolve(["--config", str(path)])
     assert replace(second, config="") == first
+
+
+def test_a_recorded_command_is_the_one_that_was_typed(monkeypatch):
+    """Python puts the whole path of a package's program into argv, which is nobody's business."""
+    monkeypatch.setattr("sys.argv", ["/home/me/project/segmentation/__main__.py", "--seed", "1"])
+    assert config.provenance()["command"] == "-m segmentation --seed 1"
+    monkeypatch.setattr("sys.argv", ["main.py", "--project", "a b"])
+    assert config.provenance()["command"] == "main.py --project 'a b'"
