@@ -124,6 +124,10 @@ class DiverseViT(nn.Module):
         """What every training pass captures: maps where there are no inner products."""
         return self.needs.without(self._attentions.serve)
 
+    def _can_serve(self, blocks: Blocks) -> bool:
+        """Whether inner products of these blocks can be had now: training may have them out of the fused kernel."""
+        return self._attentions.serve(blocks) and self._trained.attention.isdisjoint(blocks)
+
     def find_shortcuts(self, image_shape: tuple[int, int, int]) -> None:
         """From now on, do without attention maps and the patches' logits wherever that is possible.
 
@@ -298,7 +302,7 @@ class DiverseViT(nn.Module):
         Raises:
             UserError: something needed did not arrive, or arrived without gradient while gradients are on.
         """
-        needs = self._trained if needs is None else needs.without(self._attentions.serve)
+        needs = self._trained if needs is None else needs.without(self._can_serve)
         if not needs:
             return Captured(*_split(self.backbone(images)), None, {}, {}, {})
         assert self.layout is not None
@@ -341,7 +345,7 @@ class DiverseViT(nn.Module):
             call: makes logits of images; it calls the backbone.
             needs: what to capture; patch logits and final features are not among it.
         """
-        needs = needs.without(self._attentions.serve)
+        needs = needs.without(self._can_serve)
         with self._watching(needs):
             return self._captured(call(images), None, needs)
 

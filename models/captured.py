@@ -57,10 +57,17 @@ class Needs:
         return self.attention | {block for blocks in self.heads for block in blocks}
 
     def without(self, can_serve: Callable[[Blocks], bool]) -> Needs:
-        """The same, with maps in place of inner products of blocks that cannot be served."""
-        heads = frozenset(blocks for blocks in self.heads if can_serve(blocks))
-        maps = frozenset(block for blocks in self.heads - heads for block in blocks)
-        return Needs(self.tokens, self.attention | maps, self.weights, self.patch_logits, heads, self.wide)
+        """The same, with maps in place of inner products of blocks that cannot be served.
+
+        A block that forms its map for anything forms it for all that is wanted of it.
+        """
+        heads, maps = self.heads, self.attention
+        while True:
+            heads = frozenset(blocks for blocks in heads if can_serve(blocks) and maps.isdisjoint(blocks))
+            more = self.attention | {block for blocks in self.heads - heads for block in blocks}
+            if more == maps:
+                return Needs(self.tokens, maps, self.weights, self.patch_logits, heads, self.wide)
+            maps = more
 
 
 NOTHING = Needs()

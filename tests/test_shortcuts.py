@@ -321,6 +321,37 @@ def test_a_distilled_students_patches():
     assert model.eval()(images, labels=labels).patch_loss is None
 
 
+@pytest.mark.parametrize(
+    ("trained", "measured", "maps"),
+    [
+        (["attn.so@0=1", "attn.cno:inverse@0=1"], [], {0}),  # a map for one is the map for all
+        (["attn.so@0,2=1", "attn.cosine_cross@0:1=1", "attn.cno:inverse@1=1"], [], {0, 1}),  # and its partner's
+        (["attn.cno:inverse@0=1"], ["attn.so@all"], {0}),  # training has block 0 out of the fused kernel
+        (["attn.so@0=1"], ["attn.cno:inverse@all"], {0, 1, 2}),
+        (["attn.so@0=1"], ["attn.cosine_cross@0:2"], set()),
+    ],
+)
+def test_maps_and_products_of_one_block(trained, measured, maps):
+    """Terms that need a block's map beside terms that do not, in training and in evaluation."""
+    family = FAMILIES["vit"]
+    diversity = Diversity([parse_spec(spec) for spec in trained], family.depth)
+    measure = Diversity([parse_spec(spec, with_coef=False) for spec in measured], family.depth)
+    torch.manual_seed(0)
+    model = DiverseViT(family.make().double(), Needs(**diversity.needs), Needs(**measure.needs)).eval()
+    wanted = Needs(**diversity.needs) | Needs(**measure.needs)
+    found = []
+    for shortcuts in (False, True):
+        if shortcuts:
+            model.find_shortcuts((3, family.pixels, family.pixels))
+        for terms, needs in ((diversity, None), (measure, Needs(**measure.needs)), (measure, wanted)):
+            torch.manual_seed(1)
+            captured = model(family.images(), needs=needs)
+            found.append([term.value for term in terms.of_batch(captured).values()])
+    assert set(captured.attention) == maps
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Mixing from features
 
