@@ -1,7 +1,7 @@
 """Where a model calls scaled_dot_product_attention: the inner products of its heads' maps, without the maps.
 
 One place serves all families that call it, whatever they do to queries and keys before (rotary embeddings, norms,
-windows, reduced keys) and whatever mask or bias they pass. `Attentions.find` tries which blocks do.
+windows, reduced keys) and whatever mask or bias they pass. shortcuts.py tries which blocks do.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Attentions:
         self._recomputes = recomputes
         self._count = {block: len(each) for block, each in taps.items()}  # attentions side by side
         self._handles: dict[int, list[RemovableHandle]] = {}
-        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._sizes: dict[int, tuple[int, ...]] = {}
         self._wanted: tuple[Blocks, ...] = ()
         self._wide = False
         self._place: tuple[int, int] | None = None  # of the attention that is running: block, number
@@ -67,21 +67,15 @@ class Attentions:
             ]
             self._handles[block] = enter + [tap.attention.register_forward_hook(self._leave) for tap in each]
 
-    @property
-    def alike(self) -> list[Blocks]:
-        """The blocks that `serve`, those with maps of the same sizes together."""
-        sizes = set(self._shapes.values())
-        return [tuple(sorted(block for block, own in self._shapes.items() if own == size)) for size in sizes]
-
     def serve(self, blocks: Blocks) -> bool:
         """Whether inner products of these blocks' heads can be had: of all blocks, and their maps have one size."""
-        sizes = {self._shapes.get(block) for block in blocks}
+        sizes = {self._sizes.get(block) for block in blocks}
         return len(sizes) == 1 and None not in sizes
 
-    def keep(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
-        """Serve these blocks, with the sizes (..., n, m) of their maps; leave all others as they were before."""
-        self._shapes = dict(shapes)
-        for block in self._handles.keys() - shapes.keys():
+    def keep(self, sizes: Mapping[int, tuple[int, ...]]) -> None:
+        """Serve these blocks, with these sizes of their maps; leave all others as they were before."""
+        self._sizes = dict(sizes)
+        for block in self._handles.keys() - sizes.keys():
             for handle in self._handles.pop(block):
                 handle.remove()
 

@@ -5,10 +5,10 @@ Legend: B images, P patches, T prefix tokens, N = P + T tokens, D width, H heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from errors import BAD_ARGUMENT, UserError, reason
 from layers import EMBED
-from models.adapters import MapTap, remedies_of
+from models.adapters import MapTap
 from models.attentions import Attentions, Blocks
 from models.captured import NOTHING, Captured, Needs, PatchLoss
 from models.checks import check_captured
 from models.heads import Linear, OwnHead, PatchHead, in_mode
 from models.layout import INPUT, Layout, find_layout
+from models.shortcuts import Sizes, forming_maps, try_products
 
 
 class DiverseViT(nn.Module):
@@ -65,6 +66,7 @@ class DiverseViT(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._compared: frozenset[int] = frozenset()  # blocks whose heads' maps are multiplied
         self._attentions = Attentions({})  # those of them that do without the map
+        self._sizes: dict[int, Sizes] = {}  # of their maps
         self._fused: list[tuple[Any, bool]] = []  # attentions that left the fused kernel, and whether they had it
         self._wanted = NOTHING
         self._sink: dict[tuple[str, int, int], Tensor] = {}
@@ -152,57 +154,20 @@ class DiverseViT(nn.Module):
 
     @property
     def alike(self) -> list[Blocks]:
-        """Blocks that can do without their maps, those with maps of one size together."""
-        return self._attentions.alike
+        """The blocks of whose heads something is wanted, those with maps of one size together.
+
+        Empty before `find_shortcuts`, which looks.
+        """
+        groups: dict[Sizes, list[int]] = {}
+        for block, sizes in self._sizes.items():
+            groups.setdefault(sizes, []).append(block)
+        return [tuple(blocks) for blocks in groups.values()]
 
     def _find_products(self, image: Tensor) -> None:
-        expected = self._products_of_maps(image)
         self._return_fused()
-        recomputes = any(getattr(part, "grad_checkpointing", False) for part in self.modules())
-        self._attentions = Attentions({block: self._taps[block] for block in self._compared}, recomputes)
-        with self._attentions.watching([(block,) for block in self._compared]):
-            self.backbone(image)
-            found = dict(self._attentions.found)
-        same = [block for block in self._compared if _agree(found.get((block,)), expected[block])]
-        shapes = {block: expected[block][0].map_shape for block in same if not self._changed(block)}
-        self._attentions.keep(shapes)
+        taps = {block: self._taps[block] for block in sorted(self._compared)}
+        self._attentions, self._sizes = try_products(self.backbone, taps, image)
         self._leave_fused()
-
-    def _products_of_maps(self, image: Tensor) -> dict[int, list[_OfMap]]:
-        """What the maps themselves give, attention by attention; each map is gone when the next one is made."""
-        found: dict[int, list[_OfMap]] = {block: [] for block in self._compared}
-
-        def note(block: int, tap: MapTap, module: nn.Module, args: tuple[Any, ...]) -> None:
-            maps = tap.heads_first(args[0])  # [..., H, n, m]
-            flat = maps.flatten(-2)
-            found[block].append(_OfMap((*maps.shape[:-3], *maps.shape[-2:]), flat @ flat.mT))
-
-        places = [(block, tap) for block in self._compared for tap in self._taps[block]]
-        handles = [tap.hooked.register_forward_pre_hook(partial(note, block, tap)) for block, tap in places]
-        try:
-            with self._forming_maps(self._compared):
-                self.backbone(image)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
-
-    @contextmanager
-    def _forming_maps(self, blocks: Iterable[int]) -> Iterator[None]:
-        """With these blocks out of the fused kernel, if they are not out of it anyway."""
-        attentions = [tap.attention for block in blocks for tap in self._taps[block]]
-        fused = [getattr(attention, "fused_attn", False) for attention in attentions]
-        for attention in attentions:
-            attention.fused_attn = False
-        try:
-            yield
-        finally:
-            for attention, was in zip(attentions, fused, strict=True):
-                attention.fused_attn = was
-
-    def _changed(self, block: int) -> bool:
-        """Whether a remedy may learn to change a block's maps, which it leaves as they are at first."""
-        return any(remedies_of(tap.attention) for tap in self._taps[block])
 
     def _use_maps(self) -> None:
         """From now on, form every map of which something is wanted."""
@@ -254,9 +219,10 @@ class DiverseViT(nn.Module):
     def _watching(self, needs: Needs) -> Iterator[None]:
         """Let the hooks store what is needed, and forget it afterwards."""
         heads = self._attentions.watching(sorted(needs.heads), needs.wide) if needs.heads else nullcontext()
+        mapped = needs.attention - self._trained.attention
         self._wanted = needs
         try:
-            with self._forming_maps(needs.attention - self._trained.attention), heads:
+            with forming_maps(tap.attention for block in mapped for tap in self._taps[block]), heads:
                 yield
         finally:
             self.forget()
@@ -417,24 +383,3 @@ class DiverseViT(nn.Module):
 def _split(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     """(logits, None), or the distilled pair (logits, dist_logits)."""
     return outputs if isinstance(outputs, tuple) else (outputs, None)
-
-
-class _OfMap(NamedTuple):
-    """Of a map [..., H, n, m] its sizes (..., n, m), and the inner products of its heads [..., H, H]."""
-
-    map_shape: tuple[int, ...]
-    products: Tensor
-
-
-def _agree(products: Tensor | None, expected: Sequence[_OfMap]) -> bool:
-    """Whether inner products of all heads of a block are those of its maps, but for rounding."""
-    if products is None or products.shape[-1] != sum(each.products.shape[-1] for each in expected):
-        return False
-    start = 0
-    for _, own in expected:  # attentions side by side
-        heads = slice(start, start + own.shape[-1])
-        part = products[..., heads, heads]
-        if part.shape != own.shape or not torch.allclose(part, own.to(part.dtype), rtol=1e-3):
-            return False
-        start = heads.stop
-    return True

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,15 +26,16 @@ from models import Layout
 from models.adapters import MATRICES
 from redundancy.examples import Look, look_at
 from redundancy.finding import Assessed, Axis, Example, Finding
-from redundancy.metrics.measured import Measured, as_metric, measured_weights, refusal
+from redundancy.metrics.measured import Measured, as_metric, compares_layers, measured_weights, refusal
 from redundancy.metrics.registry import Metric, choose, nanmean
 from redundancy.metrics.shown import Shown, layer_label
 from redundancy.metrics.streams import Accumulator, ImageMeans, axis_of
 from redundancy.metrics.values import values_of
 from redundancy.metrics.weights import Weight
 from redundancy.report import Report
-from redundancy.watch import Watched
+from redundancy.watch import Heads, Watched
 from regularizers import Spec, parse_spec
+from regularizers.of_products import WIDE, of_products
 from utils import world_size
 
 
@@ -86,7 +87,7 @@ def assess(
         if opening is None:
             return None
         besides = ("tokens", "attention") if chosen_look.count else ()
-        heads = "maps" if "attention" in besides else of_heads(asked)
+        heads = None if "attention" in besides else of_heads(chosen, specs)
         with Watched(model, wanted, opening[0][:2], besides, heads) as watched:
             lacks = watched.lacks | ({"classes": classes} if classes else {})
             lacks |= {} if opening[1] is not None else {"labels": "the images come without labels"}
@@ -105,12 +106,15 @@ def assess(
     return Report([Assessed(label, described, findings, gaps, examples)], {})
 
 
-def of_heads(metrics: Iterable[Metric]) -> Literal["maps", "each", "all"]:
-    """What metrics want of attention, see `Watched`."""
+def of_heads(metrics: Iterable[Metric], specs: Iterable[Spec]) -> Heads | None:
+    """The inner products of heads that metrics and measures want; None if some want the maps."""
     attending = [metric for metric in metrics if "attention" in metric.needs]
-    if not all(metric.of_products is not None for metric in attending):
-        return "maps"
-    return "all" if any(metric.takes == "all maps" for metric in attending) else "each"
+    measured = [spec for spec in specs if spec.level == "attn"]
+    forms = [metric.of_products for metric in attending] + [of_products(spec) for spec in measured]
+    if any(form is None for form in forms):
+        return None
+    across = any(metric.takes == "all maps" for metric in attending) or any(map(compares_layers, measured))
+    return Heads(across, wide=any(spec.measure in WIDE for spec in measured))
 
 
 def _batches(loader: Iterable[Any], like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:

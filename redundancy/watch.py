@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from redundancy.metrics.shown import Place, Shown, grid_of
 from regularizers.primitives import full_precision
 
 OF_MODELS = ("tokens", "attention", "patch logits")  # what a forward pass may show besides logits
+
+
+class Heads(NamedTuple):
+    """What is wanted of attention where inner products of heads are enough.
+
+    Attributes:
+        across: also those between blocks with maps of one size.
+        wide: added up in float64.
+    """
+
+    across: bool
+    wide: bool = False
 
 
 def shown_by(
@@ -101,8 +114,7 @@ class Watched:
         model: a timm model, or one around it: a DiverseViT, DDP, a compiled one, or one with a head of its own.
         wanted: what metrics need, of `registry.Needs`.
         besides: what else may be looked at (`look(..., everything=True)`).
-        heads: what is wanted of attention: 'maps', or only inner products of 'each' block's heads, or also those
-            between 'all' blocks with maps of one size.
+        heads: the inner products that take the place of attention maps; None if the maps are wanted.
         images: [B, C, H, W], a few to try it with.
     Attributes:
         layout: the model's layout; None if it is no vision transformer that is known.
@@ -117,7 +129,7 @@ class Watched:
         wanted: Collection[str],
         images: Tensor,
         besides: Collection[str] = (),
-        heads: Literal["maps", "each", "all"] = "maps",
+        heads: Heads | None = None,
     ) -> None:
         self.backbone: Any = timm_model_in(model)
         self._outer: Any = _unwrapped(model)
@@ -130,15 +142,15 @@ class Watched:
             undo.enter_context(_eager(self._outer))
             self._outer.eval()
             self._watch_features(undo)
-            possible = self._possible({*wanted, *besides}, heads == "maps")
+            possible = self._possible({*wanted, *besides}, heads)
             every = Needs()
             for needs in possible.values():
                 every = every | needs
             self.model = DiverseViT(self.backbone, measured=every)
             undo.callback(self.model.unhook)
             self._try(images, Needs())
-            if heads != "maps" and "attention" in possible:
-                possible["attention"] = self._without_maps(images, possible["attention"], heads == "all")
+            if heads is not None and "attention" in possible:
+                possible["attention"] = self._without_maps(images, possible["attention"], heads)
             shown = self._shown_of(images, possible)
             self.needs, self._everything = Needs(), Needs()
             for name, needs in shown.items():
@@ -167,14 +179,13 @@ class Watched:
         """Leave the model as it was before."""
         self._undo.close()
 
-    def _without_maps(self, images: Tensor, needs: Needs, across: bool) -> Needs:
+    def _without_maps(self, images: Tensor, needs: Needs, heads: Heads) -> Needs:
         """The same, with inner products between blocks whose maps have one size, if these are wanted."""
         channels, height, width = images.shape[1:]
         self.model.find_shortcuts((channels, height, width))
-        groups = frozenset(self.model.alike) if across else frozenset()
-        return needs | Needs(heads=groups)
+        return replace(needs, heads=frozenset(self.model.alike) or needs.heads) if heads.across else needs
 
-    def _possible(self, wanted: Collection[str], maps: bool = True) -> dict[str, Needs]:
+    def _possible(self, wanted: Collection[str], heads: Heads | None) -> dict[str, Needs]:
         """What of the wanted the model's parts promise to show; of attention maps, or inner products of heads."""
         try:
             self.layout = find_layout(self.backbone)
@@ -188,8 +199,10 @@ class Watched:
             blocks = frozenset(block for block in range(depth) if self._has_map(block))
             if blocks:
                 self.lacks.pop("attention", None)
-                heads = frozenset((block,) for block in blocks)
-                found["attention"] = Needs(attention=blocks) if maps else Needs(heads=heads)
+                each = frozenset((block,) for block in blocks)
+                found["attention"] = (
+                    Needs(attention=blocks) if heads is None else Needs(heads=each, wide=heads.wide)
+                )
         if self._outer is not self.backbone:
             self.lacks["patch logits"] = f"{type(self._outer).__name__} has a head of its own around the timm model"
         elif "patch logits" in wanted:

@@ -5,6 +5,7 @@ Each function is its namesake in measures.py with logits z_p = W x_p + b: the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from mixing.mixup import Labels
     from models.heads import Linear
 
-MAX_ELEMENTS = 2**19  # of the logits that are there at a time on a CPU: 2 MiB in float32
+MAX_ELEMENTS = 2**19  # of the logits that are there at a time on a CPU, about: 2 MiB in float32
 MAX_ELEMENTS_ON_DEVICE = 2**25  # where launching a kernel costs more than memory: 128 MiB in float32
-LEAST = 192  # patches at a time: W's gradient is read and written for each of such parts
+LEAST = 384  # patches at a time: products with fewer are slower, and each part reads and writes W's gradient
 FLOAT16_LIMIT = 6e4  # no product of float16 may be larger
 
 
@@ -75,13 +76,15 @@ class _MeanCrossEntropy(torch.autograd.Function):
             for some, chosen, parts in _in_parts(features, classes, shares, classes_of=weight):
                 some, chosen, parts = some.to(dtype), chosen.mT, parts.mT  # [n, D], [2, n], [2, n]
                 logits = weight @ some.mT if bias is None else torch.addmm(bias[:, None], weight, some.mT)  # [K, n]
-                log_q = full_precision(logits).log_softmax(dim=0)
-                del logits
-                hit = (parts * log_q.gather(0, chosen)).sum()
-                total -= ((1 - smoothing) * hit + smoothing * log_q.mean(dim=0).sum()) / count
+                logits = full_precision(logits)
+                likely = logits.gather(0, chosen)  # [2, n]
+                mean = logits.mean(dim=0) if smoothing else 0.0  # [n]
+                q, log_sum = _softmax_(logits)
+                loss = log_sum - (1 - smoothing) * (parts * likely).sum(dim=0) - smoothing * mean  # [n]
+                total += loss.sum() / count
                 if any(each is not None for each in sums):
-                    hits = ((1 - smoothing) * parts).to(log_q.dtype)
-                    by_logits = log_q.exp_().sub_(smoothing / len(log_q)).scatter_add_(0, chosen, -hits)
+                    hits = ((1 - smoothing) * parts).to(q.dtype)
+                    by_logits = q.sub_(smoothing / len(q)).scatter_add_(0, chosen, -hits)
                     _add(sums, slice(start, start + len(some)), some, weight, by_logits, 1 / count)
                 start += len(some)
         ctx.save_for_backward(*sums)
@@ -98,8 +101,17 @@ class _MeanCrossEntropy(torch.autograd.Function):
 def _in_parts(*tensors: Tensor, classes_of: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of equal length, split alike, so that the logits of a part bound the memory."""
     limit = MAX_ELEMENTS if classes_of.device.type == "cpu" else MAX_ELEMENTS_ON_DEVICE
-    rows = max(LEAST, limit // len(classes_of))
+    count, most = len(tensors[0]), max(LEAST, limit // len(classes_of))
+    rows = math.ceil(count / max(1, round(count / most)))  # parts of equal length, and none of a few rows
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of the logits [K, n] their softmax over classes, and log sum_k exp z_k.  -> [K, n], [n]"""
+    largest = logits.amax(dim=0)  # [n]
+    powers = logits.sub_(largest).exp_()
+    sums = powers.sum(dim=0)
+    return powers.mul_(1 / sums), largest + sums.log()
 
 
 def _add(

@@ -32,7 +32,7 @@ REMEDIES = ["--only", "explicit_map", "layerscale", "gfsa:order=3"]
         (
             "report.py",
             ["--images", "16"],
-            {"all_metrics_over_evaluation", "patch_over_evaluation", "monitor_over_step_image"},
+            {"all_metrics_over_evaluation", "monitor_over_step_image", "without_maps_over_with_maps_memory"},
         ),
         ("remedies.py", REMEDIES, {"gfsa:order=3_over_plain", "explicit_map_over_plain_memory"}),
         ("rows.py", [str(ROOT / "configs/tables/digits.yaml"), "--only", "five"], {"five_over_plain"}),

@@ -26,7 +26,7 @@ from models.products import Attended, attend, inner_products
 from models.remedies import install_remedies
 from redundancy import assess
 from redundancy.examples import Look
-from redundancy.watch import Watched
+from redundancy.watch import Heads, Watched
 from regularizers import Diversity, measures, of_features, of_products, parse_spec
 from regularizers.diversity import total
 from regularizers.specs import all_names
@@ -520,12 +520,45 @@ def test_the_report_needs_no_maps_for_heads(name):
         assert ours[metric].axes == with_maps[metric].axes
 
 
+SPECS = [*(f"attn.{name}@all" for name in SETS), *(f"attn.{name}@0:1" for name in PAIRS)]
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_parallel_things", "vit_diff", "volo", "swin"])
+def test_measures_of_heads_in_the_report_need_no_maps(name):
+    """Each block, or pair, by itself; pairs of blocks with maps of different sizes are refused either way."""
+    family = FAMILIES[name]
+    backbone = family.make().double()
+    found = [
+        assess(backbone, [family.images()], metrics=metrics, measures=SPECS, look=Look(count=0)).models[0]
+        for metrics in (["output"], ["attn.entropy"])
+    ]
+    ours, theirs = ({spec: each.findings[spec] for spec in SPECS if spec in each.findings} for each in found)
+    assert ours.keys() == theirs.keys() and ours
+    assert {spec: found[0].gaps.get(spec) for spec in SPECS} == {spec: found[1].gaps.get(spec) for spec in SPECS}
+    for spec, finding in ours.items():
+        np.testing.assert_allclose(finding.per_image, theirs[spec].per_image, rtol=1e-7)
+        assert finding.axes == theirs[spec].axes
+
+
+def test_a_block_with_a_map_among_others_is_compared_with_them():
+    """A remedy keeps its block's map; so do the blocks that it is compared with."""
+    family = FAMILIES["vit"]
+    backbone = family.make().double()
+    install_remedies(backbone, ["gfsa@1"])
+    across, entropy = (
+        assess(backbone, [family.images()], metrics=["attn.across", *besides], look=Look(count=0)).models[0]
+        for besides in ([], ["attn.entropy"])
+    )
+    assert np.isfinite(across.findings["attn.across"].mean).all()
+    np.testing.assert_allclose(across.findings["attn.across"].mean, entropy.findings["attn.across"].mean, rtol=1e-9)
+
+
 def test_the_report_of_heads_forms_no_map(monkeypatch):
     """Beyond the trial, where the maps of one image are there, block by block."""
     monkeypatch.setattr(products, "MAX_ELEMENTS", 200)
     family = FAMILIES["vit"]
     backbone, watch = family.make().double(), Shapes()
-    with Watched(backbone, ("attention",), family.images(), heads="all") as watched, watch:
+    with Watched(backbone, ("attention",), family.images(), heads=Heads(across=True)) as watched, watch:
         shown = watched.look(family.images(), None)
-    assert {(0,), (1,), (2,), (0, 1, 2)} == shown.heads.keys() and not shown.maps
+    assert {(0, 1, 2)} == shown.heads.keys() and not shown.maps
     assert not [shape for shape in watch.seen if shape[-2:] == (17, 17) and shape[:1] == (IMAGES,)]

@@ -5,7 +5,7 @@ main.py logs the sum over a spec's layers. Here each layer, pair of layers or ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -24,6 +24,7 @@ from redundancy.metrics.streams import Accumulator, ImageMeans, axis_of
 from regularizers import Spec
 from regularizers.catalogue import read
 from regularizers.diversity import BoundTerm
+from regularizers.measures import MEASURES
 
 NEEDS: dict[str, Needs] = {"patch": "tokens", "attn": "attention", "weight": "weights"}
 
@@ -58,6 +59,10 @@ def as_metric(spec: Spec) -> Metric:
     return Metric(spec.name, _by_spec, takes, "R", "mean", (None, None), "high", False, (needs,), text)
 
 
+def compares_layers(spec: Spec) -> bool:
+    return MEASURES[spec.measure].takes == "pair"
+
+
 def refusal(spec: Spec, layout: Layout, shown: Shown) -> str:
     """Why a spec cannot be computed from what a model shows; empty if it can.
 
@@ -71,7 +76,10 @@ def refusal(spec: Spec, layout: Layout, shown: Shown) -> str:
         except UserError as error:
             return str(error)
         return ""
-    source = shown.patches if term.level.source == "tokens" else shown.maps
+    if term.level.source == "tokens":
+        source: Collection[int] = shown.patches
+    else:
+        source = shown.attending
     ends = [layout.layer_name(layer) for layer in _layers(term) if layer in (EMBED, layout.depth)]
     if ends:
         return (
@@ -81,13 +89,26 @@ def refusal(spec: Spec, layout: Layout, shown: Shown) -> str:
     missing = [layer for layer in _layers(term) if layer not in source]
     if missing:
         return f"{spec.name}: {layout.name} shows no {term.level.source} of layer {layer_label(missing[0])}"
-    for one, other in term.pairs:
-        if source[one].shape[1:] != source[other].shape[1:]:
+    for pair in term.pairs:
+        if not _alike(shown, term, pair):
+            one, other = pair
             return (
                 f"{spec.name}: layers {layer_label(one)} and {layer_label(other)} cannot be compared, their "
                 f"{term.level.shape} differ; choose two layers of equal shape"
             )
     return ""
+
+
+def _alike(shown: Shown, term: BoundTerm, pair: tuple[int, int]) -> bool:
+    """Whether the items of two layers can be compared."""
+    if term.level.source == "attention" and shown.heads:
+        if shown.products(*pair) is not None:
+            return True
+        if not all(block in shown.maps for block in pair):
+            return False  # maps of one size are known together, or their inner products are
+    source = shown.patches if term.level.source == "tokens" else shown.maps
+    one, other = (source[layer].shape[1:] for layer in pair)
+    return one == other
 
 
 def _layers(term: BoundTerm) -> list[int]:
@@ -122,12 +143,15 @@ class Measured(Accumulator):
 
     def _of_image(self, shown: Shown, image: int) -> Tensor:
         """One number for each layer, or each pair."""
-        wanted: list[tuple[int, ...]] = [*((layer,) for layer in self.term.layers), *self.term.pairs]
-        values = []
-        for layers in wanted:
-            grid = {"grid": shown.grids[layers[0]]} if self.term.looks_at_neighbours else {}
-            values.append(self.term.function(*(self._items(shown, layer, image) for layer in layers), **grid).cpu())
-        return torch.stack(values)
+        return torch.stack([self._value(shown, layers, image).cpu() for layers in self.term.sets])
+
+    def _value(self, shown: Shown, layers: tuple[int, ...], image: int) -> Tensor:
+        """Of a layer, or of two that are compared."""
+        products = shown.products(*layers) if self.term.of_products is not None else None
+        if products is not None and self.term.of_products is not None:
+            return self.term.of_products(products[image])
+        grid = {"grid": shown.grids[layers[0]]} if self.term.looks_at_neighbours else {}
+        return self.term.function(*(self._items(shown, layer, image) for layer in layers), **grid)
 
     def _items(self, shown: Shown, layer: int, image: int) -> Tensor:
         """[..., n, d]"""

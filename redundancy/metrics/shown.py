@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from models.layout import INPUT
@@ -66,6 +67,16 @@ class Shown:
     labels: Tensor | None = None
     grids: dict[int, tuple[int, int] | None] = field(default_factory=dict)
     heads: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def products(self, *blocks: int) -> Tensor | None:
+        """The inner products [B, W, k H, k H] of the heads of k of the blocks; None if these are not known."""
+        for known, found in self.heads.items():
+            if set(blocks) <= set(known):
+                count = found.shape[-1] // len(known)  # H, since their maps have one size
+                rows = torch.cat([torch.arange(count) + count * known.index(block) for block in blocks])
+                rows = rows.to(found.device)
+                return found[..., rows[:, None], rows]
+        return None
 
     @property
     def attending(self) -> list[int]:

@@ -47,21 +47,17 @@ def _of_products(metric: Metric, function: Callable[..., Tensor], shown: Shown) 
     """The same of a metric of maps, where inner products of heads are all that is known of most blocks."""
     if metric.takes == "all maps":
         return function(_groups(shown), len(shown.attending))
-    columns = [
-        function(shown.heads[(block,)]) if (block,) in shown.heads else metric.function(shown.maps[block])
-        for block in shown.attending
-    ]
+    columns = []
+    for block in shown.attending:
+        products = shown.products(block)
+        columns.append(metric.function(shown.maps[block]) if products is None else function(products))
     return torch.stack([column.cpu().double() for column in columns], dim=1)
 
 
 def _groups(shown: Shown) -> list[Group]:
     """The blocks whose heads can be compared, together: those with maps of one size."""
     place = {block: number for number, block in enumerate(shown.attending)}
-    several = [blocks for blocks in shown.heads if len(blocks) > 1]
-    alone = [
-        blocks for blocks in shown.heads if len(blocks) == 1 and not any(blocks[0] in each for each in several)
-    ]
-    groups = [Group([place[block] for block in blocks], shown.heads[blocks]) for blocks in several + alone]
+    groups = [Group([place[block] for block in blocks], products) for blocks, products in shown.heads.items()]
     mapped = list(shown.maps)
     for same in by_shape(list(shown.maps.values())):
         heads = torch.cat([shown.maps[mapped[each]].flatten(-2) for each in same], dim=2)  # [B, W, l * H, n * m]
