@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +15,16 @@ from regularizers.levels import LEVELS
 from regularizers.measures import MEASURES
 from regularizers.of_features import OF_FEATURES
 from regularizers.of_products import WIDE, of_products
-from regularizers.primitives import full_precision
+from regularizers.primitives import MAX_ELEMENTS_ON_DEVICE, full_precision
 from regularizers.specs import Spec, resolve_pairs
 
 if TYPE_CHECKING:
     from mixing import Labels
     from models.captured import Captured, Weights
     from models.heads import Linear
+
+
+STACKED = 2**18  # elements of weights that are copied together on a CPU: 1 MiB in float32
 
 
 class Term(NamedTuple):
@@ -138,18 +141,21 @@ class BoundTerm:
         return self.level.items(gradient, captured.prefix_tokens.get(layer, 0))
 
     def stacks(self, weights: Weights) -> list[Tensor]:
-        """The matrices of all its layers, stacked by shape so that a measure runs once for all of them.
+        """The matrices of all its layers, stacked by shape so that a measure runs once for many of them.
 
-        The order within a stack is block by block, and within a block that of `matrices`.
+        The order within a stack is block by block, and within a block that of `matrices`. A stack is a copy, which
+        waits for its gradient: large matrices of a block stay by themselves on a CPU, where kernels start at once.
 
-        Returns: tensors [M, n, d], one per distinct shape; M matrices of n neurons.
+        Returns: tensors [M, n, d], M matrices of n neurons.
         """
         stacks: dict[torch.Size, list[Tensor]] = {}
         for layer in self.layers:
             for some in weights(layer, self.matrices):  # [m, n, d]
                 items = self.level.items(some, 0)
                 stacks.setdefault(items.shape[1:], []).append(items)
-        return [torch.cat(stack) for stack in stacks.values()]
+        return [
+            torch.cat(some) if len(some) > 1 else some[0] for stack in stacks.values() for some in _in_stacks(stack)
+        ]
 
     def of_stacks(self, stacks: Sequence[Tensor]) -> Tensor:
         """The term of weights: of all matrices [M, n, d] of its layers."""
@@ -179,6 +185,15 @@ class BoundTerm:
             assert captured.patch_logits is not None
             value, count = self.function(captured.patch_logits, labels), captured.patch_logits.shape[1]
         return Term(value, self.spec.coef * (count if self.averaged else 1))
+
+
+def _in_stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors [m, n, d], so many together that their copy has no more elements than is good for its device."""
+    first = matrices[0]
+    limit = STACKED if first.device.type == "cpu" else MAX_ELEMENTS_ON_DEVICE
+    count = max(1, limit // first.numel())
+    for start in range(0, len(matrices), count):
+        yield matrices[start : start + count]
 
 
 def _times(shape: Iterable[int]) -> str:

@@ -18,6 +18,7 @@ from mixing.mixup import Mixup
 from models import Captured, DiverseViT, Needs
 from models.adapters import MATRICES
 from regularizers import MEASURES, REFERENCE_FLAGS, Diversity, Spec, Term, parse_spec, total
+from regularizers import diversity as bound
 from regularizers.levels import LEVELS
 from regularizers.measures import OPTIONS
 from regularizers.registry import Option
@@ -577,9 +578,14 @@ def test_cno_of_patches_and_heads(
     assert value.item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("together", [3, 2, 1])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_cno_of_weights(inverse: bool) -> None:
-    """Uniform probes for lambda_max, lambda_min of each matrix in turn: block by block, q, k, v. No eps."""
+def test_cno_of_weights(monkeypatch: pytest.MonkeyPatch, inverse: bool, together: int) -> None:
+    """Uniform probes for lambda_max, lambda_min of each matrix in turn: block by block, q, k, v. No eps.
+
+    Whether the matrices of some blocks are stacked, or each block's stay by themselves.
+    """
+    monkeypatch.setattr(bound, "STACKED", together * 3 * 6 * 4)
     weights = weights_by_shape([[(6, 4)] * 3])
     term = diversity("weight.cno:inverse@1-3=1" if inverse else "weight.cno@1-3=1")
     torch.manual_seed(5)
