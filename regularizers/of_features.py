@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_ELEMENTS = 2**19  # of the logits that are there at a time on a CPU, about: 2 MiB in float32
 MAX_ELEMENTS_ON_DEVICE = 2**25  # where launching a kernel costs more than memory: 128 MiB in float32
-LEAST = 384  # patches at a time: products with fewer are slower, and each part reads and writes W's gradient
+LEAST = 320  # patches at a time: products with fewer are slower, and each part reads and writes W's gradient
 FLOAT16_LIMIT = 6e4  # no product of float16 may be larger
 
 
