@@ -6,11 +6,13 @@ import math
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -95,7 +97,7 @@ class SteadyLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Any, seconds: float = math.inf, **options: Any) -> None:
-        super().__init__(dataset, **options)
+        super().__init__(dataset, worker_init_fn=_begin, **options)
         self._patience = Patience(seconds)
         Finalize(None, end_workers, exitpriority=0)
 
@@ -109,6 +111,19 @@ class SteadyLoader(DataLoader[Any]):
             process.terminate = process.kill  # type: ignore[method-assign]
         own = getattr(batches, "_workers", [])  # none, if this process reads by itself
         return _known_while_read(self._patience.over_each(batches, "reading a batch of images"), own)
+
+
+def _begin(worker: int) -> None:
+    """In a worker: say nothing when the process that it hands a batch to goes away meanwhile.
+
+    Whoever ended that process knows why, or else `name_dead_workers` there says it.
+    """
+    sys.excepthook = _tell_unless_left
+
+
+def _tell_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _known_while_read(batches: Iterator[Any], own: Sequence[BaseProcess]) -> Iterator[Any]:

@@ -989,3 +989,30 @@ def test_workers_outlast_signals_to_their_group_but_not_their_parent(tmp_path, m
     assert output == "100 samples, signalled: True\n", errors
     assert run.returncode == 1 and errors.splitlines()[-1] == "KeyError: 'a mistake'"
     assert errors.count("Traceback") == 1
+
+
+LEAVES = """
+import multiprocessing.connection
+import os
+import torch
+from workers import SteadyLoader
+
+
+def leave(*args):
+    os._exit(3)
+
+
+multiprocessing.connection.answer_challenge = leave  # in the handshake in which a batch is handed over
+next(iter(SteadyLoader(torch.arange(100), batch_size=10, num_workers=1)))
+"""
+
+
+def test_a_reader_that_goes_away_while_a_batch_is_handed_over_is_no_traceback():
+    """As a second Ctrl-C makes it: what the worker has to say would stand under the run's own message."""
+    run = subprocess.run(
+        [sys.executable, "-c", LEAVES],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,  # until the worker is gone too
+        text=True,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (3, "", "")
