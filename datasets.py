@@ -7,6 +7,7 @@ data of another form, write a function there that returns a `Found`, and add its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class LabelledImages(Dataset[Example]):
         source, label = self.samples[index]
         image = self.read(source)
         if self.crop is not None:
-            check_sides(self.name(source), *image.size, self.size, self.crop)
+            check_sides(partial(self.name, source), *image.size, self.size, self.crop)
         return to_bytes(image) if self.as_bytes else image, label
 
     def example(self, decoded: Any, label: int) -> tuple[Tensor, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,16 +183,20 @@ def resized_pixels(width: int, height: int, size: tuple[int, int], crop: Preproc
     return round(height / ratio) * round(width / ratio)
 
 
-def check_sides(name: str, width: int, height: int, size: tuple[int, int], crop: Preprocessing) -> None:
+def check_sides(
+    name: Callable[[], str], width: int, height: int, size: tuple[int, int], crop: Preprocessing
+) -> None:
     """Refuse an image so thin that resizing it, as `build_transform` does, would take gigabytes.
 
+    Args:
+        name: what to call the image; asked only if it is refused, since all of an array would be written out.
     Raises:
         ImageError: the resized image would have more pixels than Pillow's MAX_IMAGE_PIXELS.
     """
     pixels = resized_pixels(width, height, size, crop)
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         raise ImageError(
-            f"cannot decode image {name}: it is too thin, {width} x {height}: resized for --input-size "
+            f"cannot decode image {name()}: it is too thin, {width} x {height}: resized for --input-size "
             f"{_sides(size)} it would have {pixels} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}; repair or "
             "remove the file"
         )

@@ -251,6 +251,17 @@ def test_digits_are_enlarged_to_the_input_size(size):
     assert val[0][0].shape == (3, size, size)
 
 
+def test_no_array_is_written_out_unless_it_is_refused():
+    """Writing the pixels of every image that is evaluated took longer than training on the digits."""
+
+    def refuse(source):
+        raise AssertionError("nobody asked")
+
+    images, _ = build_dataset(False, make_args(data_set="DIGITS", input_size=16))
+    images.name = refuse
+    assert images[0][0].shape == (3, 16, 16)
+
+
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match="pip install scikit-learn"):
