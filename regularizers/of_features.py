@@ -121,7 +121,7 @@ def _add(
     by_features, by_weight, by_bias = sums
     narrow = by_logits.to(weight.dtype)
     if by_features is not None:
-        by_features[rows] = (narrow.mT @ weight) * factor
+        by_features[rows] = (narrow.mT @ weight).to(by_features.dtype) * factor  # float16 would lose digits
     if by_weight is not None and narrow.dtype == by_weight.dtype:
         by_weight.addmm_(narrow, some, alpha=factor)
     elif by_weight is not None:

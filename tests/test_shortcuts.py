@@ -180,6 +180,35 @@ def compare(text: str, items: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_probes_are_those_of_the_maps_beside_a_measure_in_float64(measured):
+    """mgd has inner products added up in float64; cno, in float32, draws the same probes as without it."""
+    found: list[Any] = []
+    specs = ["attn.cno@all", "attn.mgd@all"]
+    diversity = Diversity([parse_spec(spec, with_coef=False) for spec in specs], 2)
+    sizes = TINY | {"embed_dim": 32, "depth": 2, "num_heads": 16}
+    backbone: Any = build_model("deit_tiny_patch16_224", **sizes).eval()
+    images = rand(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        for block in backbone.blocks:
+            block.attn.qkv.weight.mul_(20)  # heads that differ, or any probe gives the same
+    if measured:
+        found = [
+            assess(backbone, [images], metrics=metrics, measures=specs, look=Look(count=0)).models[0].findings
+            for metrics in (["output"], ["attn.entropy"])
+        ]
+        ours, theirs = (torch.from_numpy(each["attn.cno@all"].per_image) for each in found)
+    else:
+        model = DiverseViT(backbone, Needs(**diversity.needs))
+        for shortcuts in (True, False):
+            model.find_shortcuts((3, 32, 32)) if shortcuts else model.avoid_shortcuts()
+            captured = model(images)
+            torch.manual_seed(1)
+            found.append(diversity.of_batch(captured)["attn.cno@all"].value)
+        ours, theirs = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
 def test_identical_heads_have_a_finite_determinant():
     """In float32 the rounding of inner products could make the determinant negative."""
     q, k = (rand(2, 1, 50, 4, seed=seed, dtype=torch.float32).expand(-1, 12, -1, -1) for seed in (0, 1))
@@ -387,6 +416,21 @@ def test_float16_does_not_overflow(size):
     wide = [each.detach().float().requires_grad_() for each in (features, weight)]
     expected = torch.autograd.grad(of_features.mixing(Linear(*wide, None), labels), wide[1])[0]
     torch.testing.assert_close(by_weight.float(), expected, rtol=2e-2, atol=2e-3 * size)
+
+
+def test_float16_keeps_its_digits():
+    """A mean over many patches makes gradients so small that float16, which no scaler has helped yet, has few."""
+    features, weight = rand(64, 196, 16, dtype=torch.float32), 0.02 * rand(10, 16, seed=1, dtype=torch.float32)
+    own, partner = torch.randint(10, (2, 64), generator=torch.Generator().manual_seed(0))
+    labels = Labels(own, partner, torch.ones(64), rand(64, 196, seed=2, dtype=torch.float32).sigmoid(), 0.1, True)
+    found = []
+    for enabled in (True, False):
+        wanted = [each.clone().requires_grad_() for each in (features, weight)]
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            value = of_features.mixing(Linear(*wanted, None), labels)
+        found.append(torch.autograd.grad(value, wanted))
+    for half, exact in zip(*found, strict=True):
+        assert (half - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_a_second_derivative_is_refused():
