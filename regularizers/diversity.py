@@ -98,11 +98,13 @@ class BoundTerm:
             if (a, b) in captured.products:
                 continue  # they were multiplied
             first, second = self.items(captured, a), self.items(captured, b)
-            if first.shape[1:] != second.shape[1:]:
+            if first.shape != second.shape:
+                alike = first.shape[1:] == second.shape[1:]  # but for the windows, which stand beside the images
+                one, other = (x.shape[0 if alike else 1 :] for x in (first, second))
                 raise UserError(
                     f"{self.spec.name}: layers {layer_name(a, self.depth)} and {layer_name(b, self.depth)} cannot "
-                    f"be compared, their {self.level.shape} differ: "
-                    f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
+                    f"be compared, their {'windows x ' if alike else ''}{self.level.shape} differ: "
+                    f"{_times(one)} and {_times(other)}; choose two layers of equal shape"
                 )
             if self.grid and self.grid[0] * self.grid[1] != first.shape[1]:
                 raise UserError(

@@ -287,6 +287,21 @@ def test_windows_masks_and_biases():
     assert len(served(model, family)) == family.depth
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_blocks_with_different_numbers_of_windows_are_refused(fused):
+    """Swin with as many heads in both stages: each window has the same map, but there are four times as many."""
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 12, "depths": (2, 2), "num_heads": (3, 3)}
+    backbone = build_model("swin_tiny_patch4_window7_224", window_size=4, num_classes=5, **sizes)
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    diversity = Diversity([parse_spec("attn.cosine_cross@first:last=1")], 4)
+    model = DiverseViT(backbone, Needs(**diversity.needs))
+    tried = model.check((3, 32, 32), 5, model.needs, shortcuts=True)
+    with pytest.raises(UserError, match="their windows x heads x map differ: 8 x 3 x 256 and 2 x 3 x 256; choose"):
+        diversity.check(tried)
+
+
 def test_a_remedy_that_learns_to_change_maps_keeps_them():
     """At first AttnScale changes nothing, so that trying does not tell."""
     backbone = FAMILIES["deit"].make().double()
