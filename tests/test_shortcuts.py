@@ -454,6 +454,9 @@ def test_a_second_derivative_is_refused():
     value = of_features.mixing(Linear(features, rand(6, 4), None), labels)
     with pytest.raises(UserError, match="differentiated once, not twice: take --explicit-terms"):
         torch.autograd.grad(value, features, create_graph=True)
+    torch.autograd.grad(value, features, retain_graph=True)
+    with pytest.raises(UserError, match="differentiated once, not twice: take --explicit-terms"):
+        torch.autograd.grad(value, features)
     both = ["patch.mixing=1", "patch.gradient_diversity=0.1"]
     assert Diversity([parse_spec(spec) for spec in both], depth=2).patch_loss is None
 
@@ -579,7 +582,7 @@ def test_the_report_needs_no_maps_for_heads(name):
         assert ours[metric].axes == with_maps[metric].axes
 
 
-SPECS = [*(f"attn.{name}@all" for name in SETS), *(f"attn.{name}@0:1" for name in PAIRS)]
+MEASURED = [*(f"attn.{name}@all" for name in SETS), *(f"attn.{name}@0:1" for name in PAIRS)]
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_parallel_things", "vit_diff", "volo", "swin"])
@@ -588,12 +591,13 @@ def test_measures_of_heads_in_the_report_need_no_maps(name):
     family = FAMILIES[name]
     backbone = family.make().double()
     found = [
-        assess(backbone, [family.images()], metrics=metrics, measures=SPECS, look=Look(count=0)).models[0]
+        assess(backbone, [family.images()], metrics=metrics, measures=MEASURED, look=Look(count=0)).models[0]
         for metrics in (["output"], ["attn.entropy"])
     ]
-    ours, theirs = ({spec: each.findings[spec] for spec in SPECS if spec in each.findings} for each in found)
+    ours, theirs = ({spec: each.findings[spec] for spec in MEASURED if spec in each.findings} for each in found)
     assert ours.keys() == theirs.keys() and ours
-    assert {spec: found[0].gaps.get(spec) for spec in SPECS} == {spec: found[1].gaps.get(spec) for spec in SPECS}
+    gaps, others = ({spec: each.gaps.get(spec) for spec in MEASURED} for each in found)
+    assert gaps == others
     for spec, finding in ours.items():
         np.testing.assert_allclose(finding.per_image, theirs[spec].per_image, rtol=1e-7)
         assert finding.axes == theirs[spec].axes
