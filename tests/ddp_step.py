@@ -1,8 +1,9 @@
 """One process of a two-process run: compares DDP's gradients with the mean of the single-process ones.
 
 Started by tests/test_distributed.py through torchrun. Each process has its own images and its own CNO probes. The
-model in DDP does without attention maps and, unless something is differentiated twice, without the logits of patches.
-It may be compiled and recompute its blocks; what it is compared with is eager, forms both, and keeps its activations.
+model in DDP does without attention maps and, unless something is differentiated twice, without logits of patches;
+it may be compiled and recompute its blocks. What it is compared with is eager, forms both, and keeps its
+activations.
 """
 
 from __future__ import annotations
