@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import CLASSES, FAMILIES, IMAGES, Family
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,10 +21,11 @@ from build import use_grad_checkpointing
 from errors import UserError
 from losses import Objective
 from mixing.mixup import Labels
-from models import DiverseViT, Needs, build_model, products
+from models import DiverseViT, Needs, build_model, find_layout, products
 from models.heads import Linear
 from models.products import Attended, attend, inner_products
 from models.remedies import install_remedies
+from models.shortcuts import _products_of_maps
 from redundancy import assess
 from redundancy.examples import Look
 from redundancy.watch import Heads, Watched
@@ -285,6 +287,45 @@ def test_windows_masks_and_biases():
     family = FAMILIES["swin"]
     model = same_step(family, EVERYWHERE, fused=True)
     assert len(served(model, family)) == family.depth
+
+
+class OtherScale(Attention):
+    """Its fused form multiplies the scores by a factor, the form with a map does not."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale * self.factor)
+        else:
+            out = self.attn_drop((q * self.scale @ k.mT).softmax(dim=-1)) @ v
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("factor", "blocks"), [(1.0, 3), (1.05, 0), (0.9, 0)])
+def test_other_maps_are_seen_in_an_untrained_model(factor, blocks):
+    """Its maps are nearly uniform, and so are those with another scale, or with none at all."""
+    torch.manual_seed(0)
+    attention = type("Attention", (OtherScale,), {"factor": factor})
+    backbone = build_model("vit_tiny_patch16_224", attn_layer=attention, **TINY | {"embed_dim": 192})
+    model = DiverseViT(backbone, Needs(heads=frozenset({(0,), (1,), (2,)})))
+    model.find_shortcuts((3, 32, 32))
+    assert sum(model._attentions.serve((block,)) for block in range(3)) == blocks
+
+
+def test_large_maps_are_added_up_exactly():
+    """Sixteen million numbers in one float32 sum would be off by nearly what the trial allows."""
+    torch.manual_seed(0)
+    sizes = TINY | {"img_size": 512, "depth": 1, "num_heads": 1, "embed_dim": 8}
+    backbone: Any = build_model("vit_tiny_patch16_224", **sizes)
+    taps = {0: find_layout(backbone).map_taps(0)}
+    image = torch.rand(1, 3, 512, 512)
+    with torch.no_grad():
+        (found,) = _products_of_maps(backbone, taps, image)[0]
+        (exact,) = _products_of_maps(backbone.double(), taps, image.double())[0]
+    assert found.sizes == (1, 4097, 4097)
+    torch.testing.assert_close(found.products.double(), exact.products, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
