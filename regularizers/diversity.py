@@ -65,6 +65,7 @@ class BoundTerm:
         self.grid = grid if self.looks_at_neighbours else None
         self.function = partial(measure.function, **spec.arguments, **({"grid": self.grid} if self.grid else {}))
         self.of_products = of_products(spec) if self.level.source == "attention" else None
+        self.is_wide = spec.measure in WIDE  # others draw their probes in the precision of the model
         self.matrices = spec.matrices or self.level.default_matrices
         self.layers: list[int] = []
         self.pairs: list[tuple[int, int]] = []
@@ -100,11 +101,13 @@ class BoundTerm:
             if (a, b) in captured.products:
                 continue  # they were multiplied
             first, second = self.items(captured, a), self.items(captured, b)
-            if first.shape[1:] != second.shape[1:]:
+            if first.shape != second.shape:
+                alike = first.shape[1:] == second.shape[1:]  # but for the windows, which stand beside the images
+                one, other = (x.shape[0 if alike else 1 :] for x in (first, second))
                 raise UserError(
                     f"{self.spec.name}: layers {layer_name(a, self.depth)} and {layer_name(b, self.depth)} cannot "
-                    f"be compared, their {self.level.shape} differ: "
-                    f"{_times(first.shape[1:])} and {_times(second.shape[1:])}; choose two layers of equal shape"
+                    f"be compared, their {'windows x ' if alike else ''}{self.level.shape} differ: "
+                    f"{_times(one)} and {_times(other)}; choose two layers of equal shape"
                 )
             if self.grid and self.grid[0] * self.grid[1] != first.shape[1]:
                 raise UserError(
@@ -171,7 +174,8 @@ class BoundTerm:
         """The measure of one layer, or of a pair: of inner products, where they are all that was captured."""
         products = captured.products.get(layers)
         if products is not None and self.of_products is not None:
-            return self.of_products(products).to(full_precision(captured.logits[:0]).dtype)
+            dtype = full_precision(captured.logits[:0]).dtype
+            return self.of_products(products if self.is_wide else products.to(dtype)).to(dtype)
         items = [self.items(captured, layer) for layer in layers]
         if self.detached:
             items[0] = items[0].detach()
@@ -268,7 +272,7 @@ class Diversity:
         for term in [*self._of_a_batch, *self._of_the_weights]:
             for source, wanted in term.needs.items():
                 found[source] = found.get(source, frozenset()) | wanted
-        if any(term.spec.measure in WIDE for term in self._of_a_batch if term.of_products is not None):
+        if any(term.is_wide for term in self._of_a_batch if term.of_products is not None):
             found["wide"] = True
         return found
 

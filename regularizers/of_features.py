@@ -30,8 +30,8 @@ def mixing(linear: Linear, labels: Labels) -> Tensor:
     """1/(B P) sum_bp CE_bp, under autocast with the layer's products in its precision.
 
     The logits of some patches are there at a time, once: the loss is linear in the gradient that comes back to it,
-    so the gradients at x, W and b are made in the same pass, and only multiplied later. A second derivative is
-    refused.
+    so the gradients at x, W and b are made in the same pass, and only multiplied later. A second derivative, or a
+    second backward pass, is refused.
 
     Returns: scalar, in at least float32.
     """
@@ -88,12 +88,14 @@ class _MeanCrossEntropy(torch.autograd.Function):
                     _add(sums, slice(start, start + len(some)), some, weight, by_logits, 1 / count)
                 start += len(some)
         ctx.save_for_backward(*sums)
+        ctx.is_spent = False  # a backward pass multiplies them in place
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or ctx.is_spent:
             raise UserError("mixing of features is differentiated once, not twice: take --explicit-terms")
+        ctx.is_spent = True
         found = [None if each is None else each.mul_(gradient) for each in ctx.saved_tensors]
         return *found, None, None, None, None, None
 
@@ -121,7 +123,7 @@ def _add(
     by_features, by_weight, by_bias = sums
     narrow = by_logits.to(weight.dtype)
     if by_features is not None:
-        by_features[rows] = (narrow.mT @ weight) * factor
+        by_features[rows] = (narrow.mT @ weight).to(by_features.dtype) * factor  # float16 would lose digits
     if by_weight is not None and narrow.dtype == by_weight.dtype:
         by_weight.addmm_(narrow, some, alpha=factor)
     elif by_weight is not None:

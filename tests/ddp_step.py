@@ -1,7 +1,9 @@
 """One process of a two-process run: compares DDP's gradients with the mean of the single-process ones.
 
 Started by tests/test_distributed.py through torchrun. Each process has its own images and its own CNO probes. The
-model in DDP may be compiled and recompute its blocks; what it is compared with is eager and keeps its activations.
+model in DDP does without attention maps and, unless something is differentiated twice, without logits of patches;
+it may be compiled and recompute its blocks. What it is compared with is eager, forms both, and keeps its
+activations.
 """
 
 from __future__ import annotations
@@ -132,15 +134,19 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(launch.rank)  # processes start apart, as in main.py; DDP makes them equal
     specs = RECIPE if args.static_graph or args.torchcompile else (*RECIPE, TWICE)
     diversity, together_terms = (Diversity([parse_spec(spec) for spec in specs], depth=3) for _ in range(2))
-    model = DiverseViT(build_model("deit_tiny_patch16_224", **TINY), Needs(**diversity.needs)).double()
+    needs = Needs(**diversity.needs)
+    backbone = build_model("deit_tiny_patch16_224", **TINY).double()
+    model = DiverseViT(backbone, needs, patch_loss=diversity.patch_loss)
     if args.grad_checkpointing:
         build.use_grad_checkpointing(model.backbone)
+    model.find_shortcuts((3, 32, 32))
     if args.torchcompile:
         compile_model(args.torchcompile, model)
         together_terms.compile(args.torchcompile)
     wrapped = DistributedDataParallel(model, static_graph=args.static_graph)
     eager = copy.deepcopy(model)  # deepcopy leaves the compiled forward behind
     eager.backbone.set_grad_checkpointing(False)
+    eager.avoid_shortcuts()
     ema, before = ModelEmaV3(model, decay=EMA_DECAY), copy.deepcopy(model.backbone.state_dict())
 
     together = gradients(wrapped, together_terms, launch.rank, ema)

@@ -79,13 +79,19 @@ def start(
     dtype: torch.dtype = torch.float64,
     precision: Precision | None = None,
 ) -> Run:
-    """A run of the recipe's five terms with AdamW and an EMA: 'fsdp', 'ddp' or 'alone'."""
+    """A run of the recipe's five terms with AdamW and an EMA: 'fsdp', 'ddp' or 'alone'.
+
+    The last forms attention maps and the logits of all patches, the others do without.
+    """
     torch.manual_seed(0)
     diversity = Diversity([parse_spec(spec) for spec in RECIPE], depth=3)
     odd = {**TINY, "embed_dim": 27}  # 81 neurons of q, k and v: shards of 41 and 40
-    model = DiverseViT(build_model("deit_tiny_patch16_224", **odd), Needs(**diversity.needs)).to(dtype)
+    backbone = build_model("deit_tiny_patch16_224", **odd).to(dtype)
+    model = DiverseViT(backbone, Needs(**diversity.needs), patch_loss=diversity.patch_loss)
     if checkpointing:
         use_grad_checkpointing(model.backbone)
+    if how != "alone":
+        model.find_shortcuts((3, 32, 32))
     ema = ModelEmaV3(model, decay=0.75)
     if how == "fsdp":
         shard(model, CPU)

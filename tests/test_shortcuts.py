@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import CLASSES, FAMILIES, IMAGES, Family
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,10 +21,11 @@ from build import use_grad_checkpointing
 from errors import UserError
 from losses import Objective
 from mixing.mixup import Labels
-from models import DiverseViT, Needs, build_model, products
+from models import DiverseViT, Needs, build_model, find_layout, products
 from models.heads import Linear
 from models.products import Attended, attend, inner_products
 from models.remedies import install_remedies
+from models.shortcuts import _products_of_maps
 from redundancy import assess
 from redundancy.examples import Look
 from redundancy.watch import Heads, Watched
@@ -179,6 +181,35 @@ def compare(text: str, items: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_probes_are_those_of_the_maps_beside_a_measure_in_float64(measured):
+    """mgd has inner products added up in float64; cno, in float32, draws the same probes as without it."""
+    found: list[Any] = []
+    specs = ["attn.cno@all", "attn.mgd@all"]
+    diversity = Diversity([parse_spec(spec, with_coef=False) for spec in specs], 2)
+    sizes = TINY | {"embed_dim": 32, "depth": 2, "num_heads": 16}
+    backbone: Any = build_model("deit_tiny_patch16_224", **sizes).eval()
+    images = rand(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        for block in backbone.blocks:
+            block.attn.qkv.weight.mul_(20)  # heads that differ, or any probe gives the same
+    if measured:
+        found = [
+            assess(backbone, [images], metrics=metrics, measures=specs, look=Look(count=0)).models[0].findings
+            for metrics in (["output"], ["attn.entropy"])
+        ]
+        ours, theirs = (torch.from_numpy(each["attn.cno@all"].per_image) for each in found)
+    else:
+        model = DiverseViT(backbone, Needs(**diversity.needs))
+        for shortcuts in (True, False):
+            model.find_shortcuts((3, 32, 32)) if shortcuts else model.avoid_shortcuts()
+            captured = model(images)
+            torch.manual_seed(1)
+            found.append(diversity.of_batch(captured)["attn.cno@all"].value)
+        ours, theirs = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
 def test_identical_heads_have_a_finite_determinant():
     """In float32 the rounding of inner products could make the determinant negative."""
     q, k = (rand(2, 1, 50, 4, seed=seed, dtype=torch.float32).expand(-1, 12, -1, -1) for seed in (0, 1))
@@ -255,6 +286,60 @@ def test_windows_masks_and_biases():
     family = FAMILIES["swin"]
     model = same_step(family, EVERYWHERE, fused=True)
     assert len(served(model, family)) == family.depth
+
+
+class OtherScale(Attention):
+    """Its fused form multiplies the scores by a factor, the form with a map does not."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale * self.factor)
+        else:
+            out = self.attn_drop((q * self.scale @ k.mT).softmax(dim=-1)) @ v
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("factor", "blocks"), [(1.0, 3), (1.05, 0), (0.9, 0)])
+def test_other_maps_are_seen_in_an_untrained_model(factor, blocks):
+    """Its maps are nearly uniform, and so are those with another scale, or with none at all."""
+    torch.manual_seed(0)
+    attention = type("Attention", (OtherScale,), {"factor": factor})
+    backbone = build_model("vit_tiny_patch16_224", attn_layer=attention, **TINY | {"embed_dim": 192})
+    model = DiverseViT(backbone, Needs(heads=frozenset({(0,), (1,), (2,)})))
+    model.find_shortcuts((3, 32, 32))
+    assert sum(model._attentions.serve((block,)) for block in range(3)) == blocks
+
+
+def test_large_maps_are_added_up_exactly():
+    """Sixteen million numbers in one float32 sum would be off by nearly what the trial allows."""
+    torch.manual_seed(0)
+    sizes = TINY | {"img_size": 512, "depth": 1, "num_heads": 1, "embed_dim": 8}
+    backbone: Any = build_model("vit_tiny_patch16_224", **sizes)
+    taps = {0: find_layout(backbone).map_taps(0)}
+    image = torch.rand(1, 3, 512, 512)
+    with torch.no_grad():
+        (found,) = _products_of_maps(backbone, taps, image)[0]
+        (exact,) = _products_of_maps(backbone.double(), taps, image.double())[0]
+    assert found.sizes == (1, 4097, 4097)
+    torch.testing.assert_close(found.products.double(), exact.products, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_blocks_with_different_numbers_of_windows_are_refused(fused):
+    """Swin with as many heads in both stages: each window has the same map, but there are four times as many."""
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 12, "depths": (2, 2), "num_heads": (3, 3)}
+    backbone = build_model("swin_tiny_patch4_window7_224", window_size=4, num_classes=5, **sizes)
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    diversity = Diversity([parse_spec("attn.cosine_cross@first:last=1")], 4)
+    model = DiverseViT(backbone, Needs(**diversity.needs))
+    tried = model.check((3, 32, 32), 5, model.needs, shortcuts=True)
+    with pytest.raises(UserError, match="their windows x heads x map differ: 8 x 3 x 256 and 2 x 3 x 256; choose"):
+        diversity.check(tried)
 
 
 def test_a_remedy_that_learns_to_change_maps_keeps_them():
@@ -388,12 +473,30 @@ def test_float16_does_not_overflow(size):
     torch.testing.assert_close(by_weight.float(), expected, rtol=2e-2, atol=2e-3 * size)
 
 
+def test_float16_keeps_its_digits():
+    """A mean over many patches makes gradients so small that float16, which no scaler has helped yet, has few."""
+    features, weight = rand(64, 196, 16, dtype=torch.float32), 0.02 * rand(10, 16, seed=1, dtype=torch.float32)
+    own, partner = torch.randint(10, (2, 64), generator=torch.Generator().manual_seed(0))
+    labels = Labels(own, partner, torch.ones(64), rand(64, 196, seed=2, dtype=torch.float32).sigmoid(), 0.1, True)
+    found = []
+    for enabled in (True, False):
+        wanted = [each.clone().requires_grad_() for each in (features, weight)]
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            value = of_features.mixing(Linear(*wanted, None), labels)
+        found.append(torch.autograd.grad(value, wanted))
+    for half, exact in zip(*found, strict=True):
+        assert (half - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_a_second_derivative_is_refused():
     features = rand(2, 3, 4).requires_grad_()
     labels = Labels(torch.tensor([0, 1]), torch.tensor([1, 0]), rand(2), rand(2, 3, seed=2).sigmoid(), 0.1, True)
     value = of_features.mixing(Linear(features, rand(6, 4), None), labels)
     with pytest.raises(UserError, match="differentiated once, not twice: take --explicit-terms"):
         torch.autograd.grad(value, features, create_graph=True)
+    torch.autograd.grad(value, features, retain_graph=True)
+    with pytest.raises(UserError, match="differentiated once, not twice: take --explicit-terms"):
+        torch.autograd.grad(value, features)
     both = ["patch.mixing=1", "patch.gradient_diversity=0.1"]
     assert Diversity([parse_spec(spec) for spec in both], depth=2).patch_loss is None
 
@@ -519,7 +622,7 @@ def test_the_report_needs_no_maps_for_heads(name):
         assert ours[metric].axes == with_maps[metric].axes
 
 
-SPECS = [*(f"attn.{name}@all" for name in SETS), *(f"attn.{name}@0:1" for name in PAIRS)]
+MEASURED = [*(f"attn.{name}@all" for name in SETS), *(f"attn.{name}@0:1" for name in PAIRS)]
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_parallel_things", "vit_diff", "volo", "swin"])
@@ -528,12 +631,13 @@ def test_measures_of_heads_in_the_report_need_no_maps(name):
     family = FAMILIES[name]
     backbone = family.make().double()
     found = [
-        assess(backbone, [family.images()], metrics=metrics, measures=SPECS, look=Look(count=0)).models[0]
+        assess(backbone, [family.images()], metrics=metrics, measures=MEASURED, look=Look(count=0)).models[0]
         for metrics in (["output"], ["attn.entropy"])
     ]
-    ours, theirs = ({spec: each.findings[spec] for spec in SPECS if spec in each.findings} for each in found)
+    ours, theirs = ({spec: each.findings[spec] for spec in MEASURED if spec in each.findings} for each in found)
     assert ours.keys() == theirs.keys() and ours
-    assert {spec: found[0].gaps.get(spec) for spec in SPECS} == {spec: found[1].gaps.get(spec) for spec in SPECS}
+    gaps, others = ({spec: each.gaps.get(spec) for spec in MEASURED} for each in found)
+    assert gaps == others
     for spec, finding in ours.items():
         np.testing.assert_allclose(finding.per_image, theirs[spec].per_image, rtol=1e-7)
         assert finding.axes == theirs[spec].axes
