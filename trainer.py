@@ -144,6 +144,9 @@ def train(work: Work, task: Task, signals: Signals, trackers: Trackers, earlier:
     observers = [Rates(run_state), *build_logs(output, run_state), saver, trackers]
     complete_save(observers, run_state, output, earlier)
     task.print_plan(run_state)
+    mapped = run_state.model.mapped
+    if mapped and not args.explicit_terms:
+        print_main(f"note: terms form attention maps (docs/shortcuts.md), in blocks {', '.join(map(str, mapped))}")
     if run_state.epoch + 1 >= args.epochs:
         print_main(f"nothing to train: {run_state.epoch + 1} of {args.epochs} epochs are done; raise {task.length}")
         return

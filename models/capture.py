@@ -126,6 +126,11 @@ class DiverseViT(nn.Module):
         """What every training pass captures: maps where there are no inner products."""
         return self.needs.without(self._attentions.serve)
 
+    @property
+    def mapped(self) -> list[int]:
+        """The blocks whose attention map every training pass forms."""
+        return sorted(self._trained.attention)
+
     def _can_serve(self, blocks: Blocks) -> bool:
         """Whether inner products of these blocks can be had now: training may have them out of the fused kernel."""
         return self._attentions.serve(blocks) and self._trained.attention.isdisjoint(blocks)

@@ -85,3 +85,11 @@ def test_a_stopped_run_goes_on_exactly(images, tmp_path):
         assert_same(*(saved(tmp_path / name)[part] for name in ("whole", "same")))
     assert losses(tmp_path / "same") == whole[-len(losses(tmp_path / "same")) :]
     assert_close(losses(tmp_path / "other"), whole[-len(losses(tmp_path / "other")) :])
+
+
+def test_a_run_says_which_maps_it_forms(images, tmp_path, capsys):
+    terms = ["--reg", "attn.cosine@all=1"]
+    assert train(images, tmp_path / "none", "--epochs", "1", *terms) == 0
+    assert "attention maps" not in capsys.readouterr().out
+    assert train(images, tmp_path / "one", "--epochs", "1", *terms, "--reg", "attn.cno:inverse@1=0.1") == 0
+    assert "note: terms form attention maps (docs/shortcuts.md), in blocks 1\n" in capsys.readouterr().out
