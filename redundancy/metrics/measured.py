@@ -149,8 +149,8 @@ class Measured(Accumulator):
         """Of a layer, or of two that are compared."""
         products = shown.products(*layers) if self.term.of_products is not None else None
         if products is not None and self.term.of_products is not None:
-            wide = products if self.term.is_wide else products.to(shown.logits.dtype)
-            return self.term.of_products(wide[image])
+            g = products if self.term.is_wide else products.to(shown.logits.dtype)
+            return self.term.of_products(g[image])
         grid = {"grid": shown.grids[layers[0]]} if self.term.looks_at_neighbours else {}
         return self.term.function(*(self._items(shown, layer, image) for layer in layers), **grid)
 
