@@ -33,7 +33,8 @@ from state.saved_flags import flags_of
 from utils import keep_random_state, set_streams
 
 LARGEST = 2**40  # of what counts epochs, steps or updates
-ADVICE = "take another checkpoint, or start from its weights with --finetune"
+NEW_RUN = "start from its weights with --finetune (segmentation: --backbone)"
+ADVICE = f"take another checkpoint, or {NEW_RUN}"
 DESCRIBED = ("model", "model_kwargs", "remedy", "input_size", "in_chans")
 NUMPY_WORDS = 624  # of a generator's state
 STREAMS = ("python", "numpy", "mixup", "torch")
@@ -320,7 +321,7 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, path: str) -
     Raises:
         UserError: the first that differs.
     """
-    advice = "repeat the flags of its args.yaml, or start from its weights with --finetune"
+    advice = f"repeat the flags of its args.yaml, or {NEW_RUN}"
     groups = optimizer.param_groups
     there = [len(group["params"]) for group in saved["param_groups"]]
     here = [len(group["params"]) for group in groups]
@@ -427,7 +428,7 @@ def check_scheduler(saved: Mapping[str, Any], scheduler: Any, path: str) -> None
         if name not in own:
             raise UserError(
                 f"{path} has a schedule with {shown(repr(name))}, which that of --sched has not: repeat the flags "
-                "of its args.yaml, or start from its weights with --finetune"
+                f"of its args.yaml, or {NEW_RUN}"
             )
         lengths = {
             "base_values": len(own.get("base_values", ())),

@@ -24,7 +24,7 @@ from models.capture import DiverseViT
 from models.sharding import optimizer_state, whole
 from models.weights import load_weights, model_weights
 from state import checkpoint
-from state.contents import check_description
+from state.contents import NEW_RUN, check_description
 from state.optimizers import generator_state, set_generator
 from state.saved_flags import flags_of
 from utils import all_reduce, gather_to_main, is_main, print_main, rank, set_streams, streams, world_size
@@ -219,7 +219,7 @@ class RunState:
         except BAD_ARGUMENT as error:
             raise UserError(
                 f"the optimizer or schedule in {path} is not what --opt, --sched and --weight-decay say "
-                f"({reason(error)}); repeat the flags of its args.yaml, or start from its weights with --finetune"
+                f"({reason(error)}); repeat the flags of its args.yaml, or {NEW_RUN}"
             ) from error
         if self.ema is not None and "model_ema" in state:
             load_weights(self.ema.module.backbone, model_weights(state, path, ema=True), path)
@@ -368,6 +368,5 @@ def check_class_names(saved: Any, names: Sequence[str], path: str) -> None:
     then, now = (each[label] if label < len(each) else "none" for each in (trained, list(names)))
     raise UserError(
         f"{path} was trained on other classes than the data has: class {label} of {len(trained)} was {then!r}, "
-        f"here class {label} of {len(names)} is {now!r}. Give the data that it was trained on, or start from its "
-        "weights with --finetune"
+        f"here class {label} of {len(names)} is {now!r}. Give the data that it was trained on, or {NEW_RUN}"
     )

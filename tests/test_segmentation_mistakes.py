@@ -167,6 +167,17 @@ def test_what_must_stay_names_this_program_s_flag(
     assert "--channels 8, not 9: keep it, or start from its weights with --backbone" in one_line(capsys)
 
 
+def test_a_damaged_state_names_this_program_s_flag(
+    images: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(run / "checkpoint.pth", weights_only=True)
+    state["optimizer"]["param_groups"].pop()
+    torch.save(state, tmp_path / "damaged.pth")
+    assert segment(images, None, *SHORT, "--resume", str(tmp_path / "damaged.pth")) == 2
+    said = one_line(capsys)
+    assert "damaged.pth" in said and "start from its weights with --finetune (segmentation: --backbone)" in said
+
+
 def test_masks_are_counted_once(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where there are no names, all masks are read for their largest label, for both halves."""
     assert segment(images, None, "--check-data") == 0
