@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a small vision transformer on scikit-learn's digits three times: plain, with the five diversity terms as the
 # reference's code has them, and with the paper's absolute cosines. Compare the three, and measure their redundancy head
-# to toe. Six to eight minutes on two CPU cores once the requirements are installed; no download of data.
+# to toe. Five to eight minutes on two CPU cores once the requirements are installed; no download of data.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source script/env.sh requirements-quickstart.txt

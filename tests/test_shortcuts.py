@@ -488,6 +488,15 @@ def test_float16_keeps_its_digits():
         assert (half - exact).norm() < 1e-3 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("patches", "classes", "parts"), [(784, 21_843, [392, 392]), (1568, 1000, [523, 523, 522]), (5, 10, [5])]
+)
+def test_parts_are_of_equal_length(patches, classes, parts):
+    """A last part of a few patches would read and write the weight's gradient for next to nothing."""
+    found = of_features._in_parts(torch.zeros(patches, 1), classes_of=torch.empty(classes, 1))
+    assert [len(some) for (some,) in found] == parts
+
+
 def test_a_second_derivative_is_refused():
     features = rand(2, 3, 4).requires_grad_()
     labels = Labels(torch.tensor([0, 1]), torch.tensor([1, 0]), rand(2), rand(2, 3, seed=2).sigmoid(), 0.1, True)
