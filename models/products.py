@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_ELEMENTS = 2**20  # of a tile on a CPU: 4 MiB in float32, which its caches hold
+MAX_ELEMENTS = 2**19  # of a tile on a CPU: 2 MiB in float32, which its caches hold
 MAX_ELEMENTS_ON_DEVICE = 2**25  # where launching a kernel costs more than memory, or each tile is compiled
 
 
