@@ -252,7 +252,7 @@ def test_digits_are_enlarged_to_the_input_size(size):
 
 
 def test_no_array_is_written_out_unless_it_is_refused():
-    """Writing the pixels of every image that is evaluated took longer than training on the digits."""
+    """The text of one digit's pixels takes more than a millisecond."""
 
     def refuse(source):
         raise AssertionError("nobody asked")
