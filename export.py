@@ -27,7 +27,7 @@ from timm.layers import use_fused_attn
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from errors import BAD_ARGUMENT, UserError, did_you_mean, reason
+from errors import BAD_ARGUMENT, UserError, did_you_mean, reason, shown
 from images.transforms import Preprocessing
 from images.transforms import preprocessing as preprocessing_of
 from models import DiverseViT
@@ -297,7 +297,7 @@ def check_folder(folder: Path) -> None:
     """Raise a UserError if `folder` is a file, or can be neither written to nor made."""
     existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     if not existing.is_dir():
-        raise UserError(f"cannot write to {folder}: {existing} is a file, not a folder")
+        raise UserError(f"cannot write to {shown(str(folder))}: {shown(str(existing))} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: no permission to write in {existing}")
 

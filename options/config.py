@@ -302,16 +302,16 @@ def check_files(args: Args) -> None:
     resume = "" if args.resume == "auto" else args.resume
     for name, path in (("resume", resume), ("finetune", args.finetune), ("teacher-path", args.teacher_path)):
         if path and not path.startswith("https://") and not Path(path).is_file():
-            raise UserError(f"--{name} {path}: no such file (and not an https address)")
+            raise UserError(f"--{name} {shown(path)}: no such file (and not an https address)")
     if not args.resume_opt:
         check_fresh_optimizer(args)
     if args.val_labels and not Path(args.val_labels).is_file():
-        raise UserError(f"--val-labels {args.val_labels}: no such file")
+        raise UserError(f"--val-labels {shown(args.val_labels)}: no such file")
     if args.resume == "auto" and (args.eval or not args.output_dir):
         needs = "--eval needs one file" if args.eval else "give --output_dir"
         raise UserError(f"--resume auto looks for the newest checkpoint of a run in --output_dir: {needs}")
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output_dir {args.output_dir} is a file, not a folder")
+        raise UserError(f"--output_dir {shown(args.output_dir)} is a file, not a folder")
 
 
 def check_fresh_optimizer(args: Args) -> None:

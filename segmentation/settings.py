@@ -93,7 +93,7 @@ def check_files(args: Settings) -> None:
     for name in FILES:
         path = "" if args.eval and args.resume and name in STARTS else getattr(args, name)
         if path and not path.startswith("https://") and not Path(path).is_file():
-            raise UserError(f"--{dashed(name)} {path}: no such file")
+            raise UserError(f"--{dashed(name)} {shown(str(path))}: no such file")
 
 
 def recipe_of(args: Settings) -> Recipe:

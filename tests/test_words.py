@@ -191,6 +191,8 @@ def merges(levels: int) -> str:
         (r'data_path: "a\0b"', "has bytes that are no text"),
         (r'output_dir: "\udcff"', "has bytes that are no text"),
         (f"output_dir: {'x' * 300}", "too long"),
+        *((f'{name}: "\\u2028"', r"\u2028: no such file") for name in ("resume", "finetune", "val_labels")),
+        ('teacher_path: "\\e[31m.pth"', r"\x1b[31m.pth: no such file"),
         (f"resume: {'x/' * 3000}", "too long"),
         ("resume: ~nobody-lives-here/x.pth", "no home of this name"),
         ("resume: https://", "not an https address"),
