@@ -42,23 +42,25 @@ class Fork:
     """A running script; as subprocess.Popen, as far as tests need it."""
 
     def __init__(self, script: Path, argv: list[str], env: Mapping[str, str], out: int, err: int) -> None:
-        self._reports, theirs = os.pipe()
+        self._watcher, theirs = socket.socketpair()
         asked = {"argv": [str(script), *argv], "env": dict(env)}
-        socket.send_fds(_server(), [json.dumps(asked).encode()], [out, err, theirs])
-        os.close(theirs)
+        socket.send_fds(_server(), [json.dumps(asked).encode()], [out, err, theirs.fileno()])
+        theirs.close()
         self.returncode: int | None = None
         self.pid = self._read()
 
     def _read(self) -> int:
-        report = os.read(self._reports, NUMBER.size)
+        report = self._watcher.recv(NUMBER.size)
         assert len(report) == NUMBER.size, "the process that others are forks of is gone"
         return NUMBER.unpack(report)[0]
 
     def poll(self) -> int | None:
         """The exit code, if there is one: that of subprocess, negative for signals."""
-        if self.returncode is None and select.select([self._reports], [], [], 0)[0]:
+        if self.returncode is None and select.select([self._watcher], [], [], 0)[0]:
             self.returncode = self._read()
-            os.close(self._reports)
+            self._watcher.shutdown(socket.SHUT_WR)
+            self._watcher.recv(1)  # nothing comes, but the watcher's end: then the process is gone as well
+            self._watcher.close()
         return self.returncode
 
     def wait(self, timeout: float = PATIENCE) -> int:
@@ -71,6 +73,7 @@ class Fork:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
+        """Nothing, if the process has ended. If it ends meanwhile, its number is still its own (`watch_over`)."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -124,8 +127,11 @@ class Group:
             self.kill()
 
     def kill(self) -> None:
+        """All at once; when this returns they are gone."""
         for fork in self.forks:
             fork.kill()
+        for fork in self.forks:
+            fork.wait()
 
 
 def run(processes: int, script: str, *argv: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -170,7 +176,7 @@ class Asked(NamedTuple):
     words: dict[str, Any]
     out: int
     err: int
-    reports: int
+    watched: int
 
 
 def serve(control: socket.socket) -> Asked | None:
@@ -188,16 +194,25 @@ def serve(control: socket.socket) -> Asked | None:
 
 
 def watch_over(asked: Asked) -> Asked:
-    """Fork once more, and tell how the second fork ends; in it, return."""
+    """Fork once more, and tell how the second fork ends; in it, return.
+
+    The second fork stays a zombie until its end was read: who still believes it to run can send a signal to its
+    number, and no other process has it.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child == 0:
-        os.close(asked.reports)
+        os.close(asked.watched)
         return asked
     os.close(asked.out), os.close(asked.err)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an end without words, if nobody waits for the second fork
-    os.write(asked.reports, NUMBER.pack(child))
-    os.write(asked.reports, NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+    os.write(asked.watched, NUMBER.pack(child))
+    end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert end is not None
+    code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+    os.write(asked.watched, NUMBER.pack(code))
+    os.read(asked.watched, 1)  # nothing comes, but the end of the other side
+    os.waitpid(child, 0)
     os._exit(0)
 
 

@@ -106,6 +106,7 @@ def test_a_process_that_dies_or_hangs_ends_the_other(tmp_path, how, timeout, say
             code = left.wait()
         finally:
             left.kill(), lost.kill()
+            left.wait(), lost.wait()
         errors.seek(0)
         error = errors.read()
     assert code == 1

@@ -63,6 +63,7 @@ class Run(forks.Fork):
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+        self.wait()
         self.stdout.close(), self.stderr.close()
 
     def communicate(self) -> tuple[str, str]:
