@@ -427,7 +427,7 @@ def check_scheduler(saved: Mapping[str, Any], scheduler: Any, path: str) -> None
     for name, value in saved.items():
         if name not in own:
             raise UserError(
-                f"{path} has a schedule with {shown(repr(name))}, which that of --sched has not: repeat the flags "
+                f"{path} has a schedule with {shown(repr(name))}, which that of this run has not: repeat the flags "
                 f"of its args.yaml, or {NEW_RUN}"
             )
         lengths = {

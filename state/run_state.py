@@ -218,8 +218,8 @@ class RunState:
             self.resumed = True
         except BAD_ARGUMENT as error:
             raise UserError(
-                f"the optimizer or schedule in {path} is not what --opt, --sched and --weight-decay say "
-                f"({reason(error)}); repeat the flags of its args.yaml, or {NEW_RUN}"
+                f"the optimizer or schedule in {path} is not this run's ({reason(error)}): repeat the "
+                f"flags of its args.yaml, or {NEW_RUN}"
             ) from error
         if self.ema is not None and "model_ema" in state:
             load_weights(self.ema.module.backbone, model_weights(state, path, ema=True), path)
