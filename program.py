@@ -6,12 +6,13 @@ Nothing is imported here that takes time, so that a signal is answered before to
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from errors import is_first_on_machine
@@ -49,23 +50,23 @@ def leave(code: int) -> NoReturn:
 
 
 def end(code: int, message: str, alone: bool = False) -> NoReturn:
-    """End this process and its workers now, whatever it is doing.
+    """End this process and its workers now, whatever it is doing: also in the middle of a write.
 
     Args:
         alone: whether other processes do not say the same.
     """
     if alone or is_first_on_machine():
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it
+            os.write(2, f"{message}\n".encode(sys.stderr.encoding, "backslashreplace"))
     for process in daemons():
         process.kill()
-    sys.stdout.flush()
+    with suppress(RuntimeError):  # a write that a signal has interrupted, and that nothing can finish
+        sys.stdout.flush()
     os._exit(code)
 
 
 def daemons() -> list[BaseProcess]:
     """The processes that end with this one: all loaders' workers."""
-    import multiprocessing  # takes time
-
     return [process for process in multiprocessing.active_children() if process.daemon]
 
 

@@ -126,6 +126,7 @@ def textbook(recipe: Recipe) -> Recipe:
 def build(name: str, flags: argparse.Namespace, device: torch.device) -> Recipe | Timm:
     """A variant, ready to train."""
     argv = ["--batch-size", str(flags.batch_size), "--amp-dtype", flags.amp_dtype, "--input-size", str(flags.size)]
+    argv += ["--seed", str(flags.seed), "--min-lr", "0"]
     argv += ["--torchcompile"] if flags.torchcompile else []
     argv += ["--explicit-terms"] if name == "textbook" or name.endswith(EXPLICIT) else []
     if flags.quick:
@@ -191,12 +192,13 @@ def name_of(above: str, below: str) -> str:
 
 
 def step_parser(description: str) -> argparse.ArgumentParser:
-    """The flags of a step: its images, classes and precision."""
+    """The flags of a step: its images, classes, precision and random numbers."""
     parser = get_args_parser(description)
     parser.add_argument("--batch-size", type=int, help="images per step; 128, or 4 with --quick")
     parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--classes", type=int, default=CLASSES, help="of the classifier")
     parser.add_argument("--amp-dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and their mixes")
     return parser
 
 

@@ -72,6 +72,7 @@ class Runner:
         self._epochs_before = self._epochs()
         self._training: defaultdict[str, float] = defaultdict(float)  # seconds of runs that have ended
         self._shown = 0.0
+        self._passed_on = False  # a signal, to the runs
         self._terminal = sys.stdout.isatty()
 
     def run(self) -> None:
@@ -82,6 +83,7 @@ class Runner:
         )
         with self._signals():
             while (self._waiting and not self.stopped) or any(slot.cell for slot in self.slots):
+                self._pass_on()
                 for slot in self.slots:
                     self._look_at(slot)
                 self._show()
@@ -210,10 +212,15 @@ class Runner:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: object) -> None:
-        if not self.stopped:
-            self._say("stopping: the runs finish their step and save")
+        """Only note it: a run may be about to start, or a line half written."""
         self.stopped = number
-        self._stop_all()
+
+    def _pass_on(self) -> None:
+        """What has come, once."""
+        if self.stopped and not self._passed_on:
+            self._passed_on = True
+            self._say("stopping: the runs finish their step and save")
+            self._stop_all()
 
     # --------------------------------------------------------------------------------------------------------
     # What is said meanwhile

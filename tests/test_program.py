@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import io
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -107,15 +110,82 @@ def is_alive(pid: int) -> bool:
 # Signals
 
 
-@pytest.mark.parametrize(("name", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("seconds", [0.4, 2.5], ids=["importing", "building"])
-def test_a_signal_during_the_start(images, tmp_path, name, code, seconds):
+SAID = {
+    signal.SIGTERM: (75, "main.py: stopped by a signal"),
+    signal.SIGUSR1: (75, "main.py: stopped by a signal"),
+    signal.SIGINT: (130, "main.py: interrupted"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_signal_while_torch_is_imported(images, tmp_path, name):
     with started(images, tmp_path / "run", *LONG) as run:
-        time.sleep(seconds)
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            assert run.poll() is None
+            time.sleep(0.01)
         run.send_signal(name)
         _, error = run.communicate(timeout=PATIENCE)
-    assert run.returncode == code
-    assert error.strip() in ("main.py: stopped by a signal", "main.py: interrupted")
+    assert (run.returncode, error.strip()) == SAID[name]
+
+
+BUILDING = """
+import io, os, runpy, sys, time
+import build
+
+class Interrupting(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, text):
+        os.kill(os.getpid(), int(os.environ["NUMBER"]))
+        return len(text)
+
+def build_for_long(*_):
+    name = os.environ["WRITING"]
+    kept = sys.stdout, sys.stderr  # they would be closed
+    if name:
+        stream = io.TextIOWrapper(io.BufferedWriter(Interrupting()), write_through=True)
+        setattr(sys, name, stream)
+        print("x", file=stream, flush=True)
+    else:
+        os.kill(os.getpid(), int(os.environ["NUMBER"]))
+    time.sleep(10_000)
+
+build.build_backbone = build_for_long
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("writing", ["", "stdout", "stderr"])
+@pytest.mark.parametrize("name", SAID)
+def test_a_signal_while_the_model_is_built(images, tmp_path, name, writing):
+    """Also in the middle of a write, as of one that its reader holds up: streams cannot be used again then."""
+    script = tmp_path / "building.py"
+    script.write_text(BUILDING)
+    variables = {"NUMBER": str(int(name)), "WRITING": writing}
+    with Run(images, tmp_path / "run", *LONG, script=script, **variables) as run:
+        _, error = run.communicate()
+    assert (run.returncode, error.strip()) == SAID[name]
+    assert not (tmp_path / "run").exists()
+
+
+def in_pipe(reading: int) -> int:
+    """Bytes that wait to be read; a pipe holds some 64 thousand."""
+    count = array.array("i", [0])
+    fcntl.ioctl(reading, termios.FIONREAD, count)
+    return count[0]
+
+
+def test_a_signal_while_nobody_reads_the_output(images, tmp_path):
+    """The write never ends, but the program does."""
+    script = tmp_path / "held_up.py"
+    script.write_text(BUILDING.replace('name = os.environ["WRITING"]', 'print("x" * 1_000_000); name = None'))
+    with Run(images, tmp_path / "run", *LONG, script=script) as run:
+        while in_pipe(run.stdout.fileno()) < 30_000:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait() == 75
 
 
 def test_more_signals_while_it_stops(images, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -58,8 +59,7 @@ for epoch in range(done, 2):
     if row == "slow" and epoch == 1 and "HURRY" not in os.environ:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         note("ready")
-        signal.sigwait([signal.SIGTERM])
-        sys.exit(75)
+        sys.exit(75 if signal.sigtimedwait([signal.SIGTERM], 60) else 1)
     time.sleep(0.2)
     with open(log, "a") as file:
         file.write(json.dumps({"epoch": epoch, "test_acc1": 90 + seed + epoch, "n_parameters": 7}) + chr(10))
@@ -245,6 +245,52 @@ def test_a_signal_lets_runs_save_and_stop(tmp_path: Path, notes: Path, capsys: p
         assert not finish(all_cells).failed and all(cell.finished for cell in all_cells)
     finally:
         del os.environ["HURRY"]
+
+
+def test_a_signal_while_a_run_starts_reaches_it(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = runner.start
+
+    def interrupted(*arguments: Any) -> Any:
+        process = start(*arguments)
+        while not any(word == "ready" for word, *_ in noted(notes)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(runner, "start", interrupted)
+    found = finish(made(tmp_path, "slow", "other"))
+    assert (found.stopped, found.failed) == (signal.SIGTERM, {})
+    assert [row for word, row, *_ in noted(notes) if word == "begin"] == ["slow"]
+
+
+class Interrupting(io.RawIOBase):
+    """A stream during whose second write a signal comes."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: Any) -> int:
+        self.written.append(bytes(text))
+        if len(self.written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(text)
+
+
+def test_a_signal_in_the_middle_of_a_line(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stream can be used again while it writes."""
+    raw = Interrupting()
+    monkeypatch.setattr(runner, "SHOWN", (0.0, 0.0))
+    with io.TextIOWrapper(io.BufferedWriter(raw), write_through=True) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        found = finish(made(tmp_path, "one", "two"))
+        written = b"".join(raw.written).decode()
+    assert found.stopped == signal.SIGTERM and not found.failed
+    assert written.count("stopping: the runs finish their step and save") == 1
 
 
 HOLDER = """
