@@ -19,6 +19,8 @@ from segmentation.transforms import RECIPES, Recipe
 
 FILES = ("backbone", "head_weights", "class_file")  # flags that name one
 STARTS = ("backbone", "head_weights")  # those that a run begins with, and nothing reads afterwards
+OF_UPERNET = ("channels", "auxiliary_channels", "auxiliary_coef", "head_drop")  # --head linear has none of it
+OF_BLOCKS = ("drop_path", "layer_decay", "grad_checkpointing")  # --frozen does not train them
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,23 @@ def check(args: Settings) -> None:
         raise UserError(f"--class-names has {shown(twice)} more than once: names must differ")
     if args.inference == "whole" and args.stride:
         raise UserError("--stride is that of --inference slide: give both, or drop it")
+
+
+def without_effect(args: Settings) -> list[str]:
+    """The flags that were given, but that this network does not use, each with the reason."""
+    default = Flags()
+    unused: dict[str, str] = {}
+    if args.auxiliary_coef == 0:
+        unused["auxiliary_channels"] = "--auxiliary-coef 0 has no auxiliary head"
+    if args.head == "linear":
+        unused |= dict.fromkeys(OF_UPERNET, "--head linear is one layer on the last map")
+    if args.frozen:
+        unused |= dict.fromkeys(OF_BLOCKS, "--frozen does not train the backbone")
+    return [
+        f"--{dashed(name)} has no effect: {why}"
+        for name, why in unused.items()
+        if getattr(args, name) != getattr(default, name)
+    ]
 
 
 def check_files(args: Settings) -> None:

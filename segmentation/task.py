@@ -13,7 +13,7 @@ from options.flags import shape_of, sides
 from regularizers import Diversity
 from segmentation.inference import Predictor
 from segmentation.scores import Confusion, Result
-from segmentation.settings import Settings
+from segmentation.settings import Settings, without_effect
 from state.run_state import RunState, Score
 from trainer import on_device
 from utils import print_main, world_size
@@ -119,6 +119,8 @@ class Segmentation:
             f"steps {run_state.steps + 1} to {args.iterations}, an evaluation every {args.eval_interval}\n"
             f"diversity: {'  '.join(args.reg) or 'none'}"
         )
+        for text in without_effect(args):
+            print_main(f"note: {text}")
 
     def evaluate(
         self, run_state: RunState, after_batch: Callable[[int], None]

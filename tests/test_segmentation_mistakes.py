@@ -124,6 +124,32 @@ def test_the_linear_head_takes_what_has_two_values(images: Path, flags: list[str
     assert segment(images, None, *SHORT, *linear, *flags) == 0
 
 
+OF_FLAGS = {"channels", "auxiliary-channels"}  # which all these runs are given
+
+
+@pytest.mark.parametrize(
+    ("flags", "names", "why"),
+    [
+        ([], set(), ""),
+        (["--auxiliary-coef", "0"], {"auxiliary-channels"}, "--auxiliary-coef 0 has no auxiliary head"),
+        (["--head", "linear"], OF_FLAGS, "--head linear is one layer on the last map"),
+        (
+            ["--head", "linear", "--head-drop", "0.2", "--auxiliary-coef", "0"],
+            {*OF_FLAGS, "auxiliary-coef", "head-drop"},
+            "--head linear is one layer on the last map",
+        ),
+        (["--frozen", "--layer-decay", "0.9"], {"layer-decay"}, "--frozen does not train the backbone"),
+    ],
+)
+def test_flags_without_effect_are_said(
+    images: Path, capsys: pytest.CaptureFixture[str], flags: list[str], names: set[str], why: str
+) -> None:
+    """They do not refuse a run: a configuration's file may hold them."""
+    assert segment(images, None, *SHORT, *flags) == 0
+    found = {line for line in capsys.readouterr().out.splitlines() if "no effect" in line}
+    assert found == {f"note: --{name} has no effect: {why}" for name in names}
+
+
 def test_the_auxiliary_head_stays(
     images: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
