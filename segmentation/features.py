@@ -206,7 +206,7 @@ def _tried(backbone: Any, candidates: list[Maps], image_size: Size, in_chans: in
     assert failure is not None
     raise UserError(
         f"{type(backbone).__name__} gives no maps of images of {_shown(image_size)} pixels: {reason(failure)}. "
-        "Build it for this size, or choose another backbone"
+        "Give another --crop-size, build the backbone for this one, or choose another"
     ) from failure
 
 
