@@ -87,7 +87,11 @@ def assert_alike(session: onnxruntime.InferenceSession, network: Segmenter, imag
 # Images of any size
 
 
-@pytest.mark.parametrize("flags", [[*UPER, "--neck", "deconv"], LINEAR], ids=["deconv", "linear"])
+@pytest.mark.parametrize(
+    "flags",
+    [[*UPER, "--neck", "deconv"], [*UPER, "--neck", "multilevel"], LINEAR],
+    ids=["deconv", "multilevel", "linear"],
+)
 def test_onnx_runtime_takes_images_of_any_size(tmp_path, capsys, flags):
     network = saved(tmp_path / "x.pth", *VIT, *flags)
     assert SCRIPT.main([str(tmp_path / "x.pth"), str(tmp_path), "--formats", "onnx"]) == 0
