@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FAILED, STOPPED, INTERRUPTED = 1, 75, 130  # exit codes
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+READING_SECONDS = 1.0  # that a program that was told to end waits for whoever reads its output
 
 
 def begin(name: str) -> None:
@@ -43,7 +45,13 @@ def begin(name: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process when all is done; a signal that still comes does not change how it ends."""
+    """End this process when all is done; a signal that still comes does not change how it ends.
+
+    It ends the waiting for a reader of what is left.
+    """
+    for number in (*STOPPING, signal.SIGINT):
+        signal.signal(number, lambda *_: stop_waiting())
+    sys.stdout.flush(), sys.stderr.flush()
     for number in (*STOPPING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
@@ -55,6 +63,7 @@ def end(code: int, message: str, alone: bool = False) -> NoReturn:
     Args:
         alone: whether other processes do not say the same.
     """
+    stop_waiting()
     if alone or is_first_on_machine():
         with suppress(OSError):  # nobody reads it
             os.write(2, f"{message}\n".encode(sys.stderr.encoding, "backslashreplace"))
@@ -93,7 +102,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._before = {name: signal.signal(name, self._remember) for name in STOPPING}
-        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -102,6 +111,13 @@ class Signals:
 
     def _remember(self, number: int, frame: object) -> None:
         self.received = True
+        stop_waiting()
+
+
+def interrupt(number: int, frame: object) -> NoReturn:
+    """Ctrl-C where it is an exception."""
+    stop_waiting()
+    raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -111,15 +127,18 @@ class Signals:
 class Lasting:
     """A text stream that outlives its reader: what cannot be written any more is dropped.
 
-    A character that its encoding lacks is written as an escape.
+    A character that its encoding lacks is written as an escape. A pipe that is full, or a terminal that was stopped
+    by Ctrl-S, is waited for, until a signal says that the program is to end.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._waits = True
         stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         try:
+            self._find_reader()
             return int(self._stream.write(text))
         except OSError:
             self._drop()
@@ -127,8 +146,22 @@ class Lasting:
 
     def flush(self) -> None:
         try:
+            self._find_reader()
             self._stream.flush()
         except OSError:
+            self._drop()
+
+    def stop_waiting(self) -> None:
+        """From now on drop what finds no reader soon; also what is being written at this moment."""
+        self._waits = False
+        self._find_reader()
+
+    def _find_reader(self) -> None:
+        if self._waits:
+            return
+        room = select.poll()
+        room.register(self._stream.fileno(), select.POLLOUT)
+        if not room.poll(1000 * READING_SECONDS):
             self._drop()
 
     def _drop(self) -> None:
@@ -139,6 +172,13 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def stop_waiting() -> None:
+    """Let no reader hold this process up any more, which a signal has told to end."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Lasting):
+            stream.stop_waiting()
 
 
 def _open_standard_streams() -> None:

@@ -27,7 +27,7 @@ from loggers.meters import Meters
 from loggers.progress import Progress
 from options.config import check_limits, provenance
 from options.flags import Args
-from program import INTERRUPTED, STOPPED, STOPPING
+from program import INTERRUPTED, STOPPED, STOPPING, stop_waiting
 from redundancy.assessment import assess
 from redundancy.examples import Look
 from redundancy.metrics.registry import choose
@@ -169,6 +169,9 @@ def leaving_nothing() -> Iterator[None]:
     """A signal ends the program as before, but what is half written is removed first."""
 
     def stop(number: int, frame: object) -> None:
+        for each in before:  # it happens once
+            signal.signal(each, signal.SIG_IGN)
+        stop_waiting()
         raise SystemExit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
     before = {number: signal.signal(number, stop) for number in (*STOPPING, signal.SIGINT)}

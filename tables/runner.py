@@ -23,7 +23,7 @@ from typing import IO
 
 from errors import UserError, shown
 from loggers.progress import clock
-from program import STOPPED
+from program import STOPPED, stop_waiting
 from state.lock import TAKEN_WORDS, is_locked
 from tables.cells import Cell, interpreter
 from tables.evidence import BAD_END, COST, OUTPUT, REPORT, ROOT
@@ -214,6 +214,7 @@ class Runner:
     def _stop(self, number: int, frame: object) -> None:
         """Only note it: a run may be about to start, or a line half written."""
         self.stopped = number
+        stop_waiting()
 
     def _pass_on(self) -> None:
         """What has come, once."""

@@ -54,11 +54,13 @@ def started(images: Path, output: Path, *flags: str, **options) -> Iterator[subp
 class Run(forks.Fork):
     """A run as a fork (forks.py), of main.py or another script; it is dead when the test is over."""
 
-    def __init__(self, images: Path, output: Path, *flags: str, script: Path = MAIN, **variables: str) -> None:
+    def __init__(
+        self, images: Path, output: Path, *flags: str, script: Path = MAIN, one_pipe: bool = False, **variables: str
+    ) -> None:
         words = [*FLAGS, "--data-path", str(images), "--output_dir", str(output), *flags]
         reading, writing = os.pipe()
         self.stdout, self.stderr = os.fdopen(reading), os.fdopen(os.memfd_create("errors"), "w+")
-        super().__init__(script, words, {**ENV, **variables}, writing, self.stderr.fileno())
+        super().__init__(script, words, {**ENV, **variables}, writing, writing if one_pipe else self.stderr.fileno())
         os.close(writing)
 
     def __enter__(self) -> Run:
@@ -176,16 +178,35 @@ def in_pipe(reading: int) -> int:
     return count[0]
 
 
-def test_a_signal_while_nobody_reads_the_output(images, tmp_path):
-    """The write never ends, but the program does."""
+def fill_pipe(run: Run) -> None:
+    """Wait until a pipe is full that nobody reads, and hardly holds anything."""
+    fcntl.fcntl(run.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    while in_pipe(run.stdout.fileno()) < 3900:
+        assert run.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "both"])
+def test_a_signal_while_nobody_reads_the_output(images, tmp_path, both):
+    """The write never ends, but the program does; also where its last words have no reader either."""
     script = tmp_path / "held_up.py"
     script.write_text(BUILDING.replace('name = os.environ["WRITING"]', 'print("x" * 1_000_000); name = None'))
-    with Run(images, tmp_path / "run", *LONG, script=script) as run:
-        while in_pipe(run.stdout.fileno()) < 30_000:
-            assert run.poll() is None
-            time.sleep(0.01)
+    with Run(images, tmp_path / "run", *LONG, script=script, one_pipe=both) as run:
+        fill_pipe(run)
         run.send_signal(signal.SIGTERM)
         assert run.wait() == 75
+
+
+@pytest.mark.parametrize(("name", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_a_run_whose_output_nobody_reads(images, tmp_path, name, code):
+    """It no longer waits for a reader: the step ends, and is saved."""
+    with Run(images, tmp_path / "run", *LONG, "--val-interval", "1000", one_pipe=True) as run:
+        fill_pipe(run)
+        run.send_signal(name)
+        assert run.wait() == code
+    assert not (tmp_path / "run/.lock").exists()
+    if code == 75:
+        assert train(images, tmp_path / "run", "--resume", "auto", "--epochs", "1") == 0
 
 
 def test_more_signals_while_it_stops(images, tmp_path):
