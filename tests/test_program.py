@@ -60,7 +60,8 @@ class Run(forks.Fork):
         words = [*FLAGS, "--data-path", str(images), "--output_dir", str(output), *flags]
         reading, writing = os.pipe()
         self.stdout, self.stderr = os.fdopen(reading), os.fdopen(os.memfd_create("errors"), "w+")
-        super().__init__(script, words, {**ENV, **variables}, writing, writing if one_pipe else self.stderr.fileno())
+        errors = writing if one_pipe else self.stderr.fileno()
+        super().__init__(script, words, {**ENV, **variables}, writing, errors)
         os.close(writing)
 
     def __enter__(self) -> Run:
