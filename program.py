@@ -42,6 +42,7 @@ def begin(name: str) -> None:
     for number in STOPPING:
         signal.signal(number, lambda *_: end(STOPPED, f"{name}: stopped by a signal"))
     signal.signal(signal.SIGINT, lambda *_: end(INTERRUPTED, f"\n{name}: interrupted"))
+    sys.unraisablehook = _tell_unless_interrupted
 
 
 def leave(code: int) -> NoReturn:
@@ -74,6 +75,12 @@ def end(code: int, message: str, alone: bool = False) -> NoReturn:
     os._exit(code)
 
 
+def _tell_unless_interrupted(lost: sys.UnraisableHookArgs) -> None:
+    """Say nothing of a Ctrl-C that was lost: it is raised again (see Signals)."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+
+
 def daemons() -> list[BaseProcess]:
     """The processes that end with this one: all loaders' workers."""
     return [process for process in multiprocessing.active_children() if process.daemon]
@@ -93,31 +100,40 @@ def end_workers() -> None:
 class Signals:
     """Remembers SIGTERM and SIGUSR1, which ask a run to save and stop, while it is entered.
 
-    Ctrl-C raises KeyboardInterrupt meanwhile.
+    Ctrl-C raises KeyboardInterrupt meanwhile, wherever the process happens to be. There it may be lost: Python
+    drops what is raised while an object is deleted, and libraries raise something else instead. So it is
+    remembered, too.
     """
 
     def __init__(self) -> None:
         self.received = False
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         self._before = {name: signal.signal(name, self._remember) for name in STOPPING}
-        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         for name, handler in self._before.items():
             signal.signal(name, handler)
+        if kind is not None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt again after a Ctrl-C that was lost."""
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def _remember(self, number: int, frame: object) -> None:
         self.received = True
         stop_waiting()
 
-
-def interrupt(number: int, frame: object) -> NoReturn:
-    """Ctrl-C where it is an exception."""
-    stop_waiting()
-    raise KeyboardInterrupt
+    def _interrupt(self, number: int, frame: object) -> None:
+        self._interrupted = True
+        stop_waiting()
+        self.check()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -234,8 +234,12 @@ def test_more_signals_while_it_stops(images, tmp_path):
 
 
 def test_interrupted_twice(images, tmp_path):
+    """By a Ctrl-C that the terminal sends to all processes; the workers leave it to the run."""
     with Run(images, tmp_path, *LONG, "--num_workers", "1") as run:
         wait_for(run, "Epoch 2/1000")
+        for worker in workers_of(run):
+            os.kill(worker, signal.SIGINT)
+        wait_for(run, "Epoch 4/1000")
         workers = workers_of(run)
         run.send_signal(signal.SIGINT)
         time.sleep(0.05)
@@ -243,6 +247,46 @@ def test_interrupted_twice(images, tmp_path):
         _, error = run.communicate()
     assert run.returncode == 130 and "Traceback" not in error
     assert all(map(ends, workers))
+
+
+LOSING = """
+import os, runpy, signal, sys
+import state.checkpoint
+whole = state.checkpoint.write_atomically
+
+class Interrupting:
+    def __init__(self, file):
+        self.file, self.written = file, 0
+
+    def write(self, content):
+        self.written += 1
+        if os.environ["WHERE"] == "writing" and self.written == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
+
+    def __del__(self):
+        if os.environ["WHERE"] == "deleting":
+            os.kill(os.getpid(), signal.SIGINT)
+
+def write_atomically(path, write, *rest):
+    whole(path, lambda file: write(Interrupting(file)), *rest)
+
+state.checkpoint.write_atomically = write_atomically
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("where", ["writing", "deleting"])
+def test_a_ctrl_c_that_is_lost(images, tmp_path, where):
+    """In the middle of torch.save it becomes a RuntimeError, and what __del__ raises is dropped."""
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING)
+    with Run(images, tmp_path / "run", "--epochs", "2", script=script, WHERE=where) as run:
+        _, error = run.communicate()
+    assert (run.returncode, error) == (130, "\nmain.py: interrupted\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
