@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FAILED, STOPPED, INTERRUPTED = 1, 75, 130  # exit codes
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+ENDING = (*STOPPING, signal.SIGINT)
 READING_SECONDS = 1.0  # that a program that was told to end waits for whoever reads its output
 
 
@@ -39,9 +40,8 @@ def begin(name: str) -> None:
     _open_standard_streams()
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for number in STOPPING:
-        signal.signal(number, lambda *_: end(STOPPED, f"{name}: stopped by a signal"))
-    signal.signal(signal.SIGINT, lambda *_: end(INTERRUPTED, f"\n{name}: interrupted"))
+    for number in ENDING:
+        signal.signal(number, lambda number, _: end(*_told(name, number)))
     sys.unraisablehook = _tell_unless_interrupted
 
 
@@ -50,10 +50,10 @@ def leave(code: int) -> NoReturn:
 
     It ends the waiting for a reader of what is left.
     """
-    for number in (*STOPPING, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, lambda *_: stop_waiting())
     sys.stdout.flush(), sys.stderr.flush()
-    for number in (*STOPPING, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
@@ -75,9 +75,42 @@ def end(code: int, message: str, alone: bool = False) -> NoReturn:
     os._exit(code)
 
 
+@contextmanager
+def leaving_nothing(name: str) -> Iterator[None]:
+    """A signal ends the program as before, but what is half written is removed first, once SystemExit comes by.
+
+    Args:
+        name: of the program, for its messages.
+    """
+    told: list[tuple[int, str]] = []
+
+    def stop(number: int, frame: object) -> None:
+        for each in ENDING:  # the first one is enough
+            signal.signal(each, signal.SIG_IGN)
+        stop_waiting()
+        told.append(_told(name, number))
+        raise SystemExit
+
+    before = {number: signal.signal(number, stop) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if told:  # also where SystemExit was lost, see Signals
+            end(*told[0])
+
+
+def _told(name: str, number: int) -> tuple[int, str]:
+    """The exit code of a signal, and what is said of it."""
+    if number == signal.SIGINT:
+        return INTERRUPTED, f"\n{name}: interrupted"
+    return STOPPED, f"{name}: stopped by a signal"
+
+
 def _tell_unless_interrupted(lost: sys.UnraisableHookArgs) -> None:
-    """Say nothing of a Ctrl-C that was lost: it is raised again (see Signals)."""
-    if lost.exc_type is not KeyboardInterrupt:
+    """Say nothing of a signal that was lost: it is remembered (see Signals)."""
+    if lost.exc_type not in (KeyboardInterrupt, SystemExit):
         sys.__unraisablehook__(lost)
 
 
