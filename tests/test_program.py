@@ -6,6 +6,7 @@ import array
 import fcntl
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from processes import PATIENCE
 from small_runs import FLAGS, make_images, saved, train
 
+import main
 from errors import UserError
 from loggers.meters import Meters
 from loggers.progress import Progress
@@ -428,3 +430,11 @@ def test_a_folder_below_a_file(tmp_path):
         Lock(tmp_path / "file/x"),
     ):
         pass
+
+
+def test_a_folder_that_is_removed_during_the_run(images, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(main.Classification, "print_plan", lambda *_: shutil.rmtree(folder))
+    assert train(images, folder, "--epochs", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"main.py: error: cannot write checkpoints to {folder}: No such file or directory")
