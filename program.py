@@ -37,8 +37,7 @@ def begin(name: str) -> None:
     Args:
         name: of the program, for its messages.
     """
-    _open_standard_streams()
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    outlive_readers()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in ENDING:
         signal.signal(number, lambda number, _: end(*_told(name, number)))
@@ -221,6 +220,12 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """Let output that nobody reads any more, and streams that are closed, end nothing."""
+    _open_standard_streams()
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
 
 
 def stop_waiting() -> None:
