@@ -133,6 +133,29 @@ def test_a_signal_while_torch_is_imported(images, tmp_path, name):
     assert (run.returncode, error.strip()) == SAID[name]
 
 
+BEGINNING = """
+import os, runpy, signal, sys
+
+class Killing:
+    def find_spec(self, name, *rest):
+        if name.startswith(("options", "tables", "torch")):
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Killing())
+sys.path.insert(0, "")
+name = sys.argv[1]
+(runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["main.py", "segmentation", "redundancy", "script/reproduce_table.py"])
+def test_a_signal_before_the_command_line_is_read(name):
+    done = subprocess.run(
+        [sys.executable, "-c", BEGINNING, name], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, f"\n{Path(name).name}: interrupted\n")
+
+
 BUILDING = """
 import io, os, runpy, sys, time
 import build
