@@ -107,6 +107,7 @@ def walk(
     progress = Progress(f"Reading {half} images", max(1, len(share) // LINES))
     each = chain.from_iterable(loader)
     for _ in progress.over(1, len(share), Meters()):
+        signals.check()
         if signals.received:
             return
         yield next(each)

@@ -11,10 +11,11 @@ interrupted from the keyboard.
 from __future__ import annotations
 
 import program
-from options.flags import answer_at_once
 
 if __name__ == "__main__":
     program.begin("main.py")
+    from options.flags import answer_at_once
+
     answer_at_once()  # --help, --list-regularizers and what is mistyped, before torch is imported
 
 import copy

@@ -83,10 +83,10 @@ def default_workers(env: Mapping[str, str] = os.environ) -> int:
 
 
 class SteadyLoader(DataLoader[Any]):
-    """A DataLoader whose workers do not hear SIGTERM and SIGUSR1, which ask a run to stop.
+    """A DataLoader whose workers do not hear SIGTERM and SIGUSR1, which ask a run to stop, nor Ctrl-C.
 
     Such a signal often reaches all processes of a run, and the main one needs its workers until the last step is
-    saved. They start with the signals blocked, and keep that.
+    saved; what is to be said of Ctrl-C, it says itself. They start with the signals blocked, and keep that.
 
     What else ends a worker by SIGTERM has to kill it: torch, if it does not end by itself, and multiprocessing at
     the end of this process, which would wait for ever. There `end_workers` comes first.
@@ -102,7 +102,7 @@ class SteadyLoader(DataLoader[Any]):
         Finalize(None, end_workers, exitpriority=0)
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPPING, signal.SIGINT))
         try:
             batches = super().__iter__()
         finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from loggers.meters import Meters
 from loggers.progress import Progress
 from options.config import check_limits, provenance
 from options.flags import Args
-from program import INTERRUPTED, STOPPED, STOPPING
+from program import leaving_nothing
 from redundancy.assessment import assess
 from redundancy.examples import Look
 from redundancy.metrics.registry import choose
@@ -74,7 +73,7 @@ def run(options: Options) -> None:
         report = measured if report is None else report + measured
     assert report is not None
     print_main(f"\n{printable(report.table())}\n")
-    with leaving_nothing():
+    with leaving_nothing("redundancy"):
         broadcast_object(lambda: report.save(options.output) if report is not None else None)
     print_main(f"report: {options.output / 'report.html'}")
 
@@ -162,21 +161,6 @@ def printable(text: str) -> str:
             plain = plain.replace(sign, written)
         return plain.encode("ascii", "backslashreplace").decode()
     return text
-
-
-@contextmanager
-def leaving_nothing() -> Iterator[None]:
-    """A signal ends the program as before, but what is half written is removed first."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(INTERRUPTED if number == signal.SIGINT else STOPPED)
-
-    before = {number: signal.signal(number, stop) for number in (*STOPPING, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Formats: timm (model.safetensors, config.json), torch (model.pt2) and onnx (mode
 requirements-export.txt). A network of python -m segmentation goes the same way, for images of any size where its
 backbone allows it; timm then holds the backbone.
 
-Exit codes: 0 done, 2 something given cannot work, 130 interrupted.
+Exit codes: 0 done, 2 something given cannot work, 75 stopped by a signal, 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import program
 from errors import UserError, escaped
 from options.flags import FORMATS, WEIGHTS
 from options.parser import KeyValues, Parser, Size
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
     from segmentation.trained import TrainedSegmenter
     from state.trained import Evaluated, Trained
 
+PROGRAM = "export_model.py"
 DEFAULT = ("timm", "torch")  # which need nothing more than training does
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(prog="export_model.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or an https address")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="made if need be")
     formats = f"any of {', '.join(FORMATS)}; by default {' '.join(DEFAULT)}"
@@ -135,7 +137,8 @@ def run(args: argparse.Namespace) -> None:
     described, write = (segmenter if holds_segmenter(state, args.checkpoint) else classifier)(args, state)
     print(escaped(described), flush=True)
     for form in formats:
-        exported = write(form)
+        with program.leaving_nothing(PROGRAM):
+            exported = write(form)
         files = ", ".join(f"{path} ({size_of(path)})" for path in exported.files)
         print(f"\n{form}: {files}; largest difference of logits {exported.difference:.2g}", flush=True)
         print(f"    {exported.load}", flush=True)
@@ -191,13 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(get_args_parser().parse_args(argv))
     except UserError as error:
-        print(escaped(f"export_model.py: error: {error}"), file=sys.stderr, flush=True)
+        print(escaped(f"{PROGRAM}: error: {error}"), file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
-        print("\nexport_model.py: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.begin(PROGRAM)
+    program.leave(main())

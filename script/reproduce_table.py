@@ -17,10 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import program
-from tables.options import PROGRAM, answer_at_once
 
 if __name__ == "__main__":
-    program.begin(PROGRAM)
+    program.begin("reproduce_table.py")
+    from tables.options import answer_at_once
+
     answer_at_once()  # --help and what is mistyped, before torch is imported
 
 from tables.command import main

@@ -39,6 +39,7 @@ from errors import UserError
 from options import config
 from options.config import Resolved
 from options.parser import KeyValues, Parser
+from program import outlive_readers
 
 ROOT = str(Path(__file__).resolve().parents[1])
 MAIN = str(Path(ROOT) / "main.py")
@@ -271,4 +272,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

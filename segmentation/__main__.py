@@ -12,10 +12,9 @@ from __future__ import annotations
 import program
 
 if __name__ == "__main__":
-    from segmentation.options import PROGRAM, get_args_parser
-
-    program.begin(PROGRAM)
+    program.begin("segmentation")
     from options.flags import answer_at_once
+    from segmentation.options import PROGRAM, get_args_parser
 
     answer_at_once(None, get_args_parser, PROGRAM)  # --help and what is mistyped, before torch is imported
 

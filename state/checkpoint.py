@@ -196,8 +196,12 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     """Fail before training rather than at its first checkpoint: write, flush and rename a small file.
 
     Raises:
-        UserError: the folder cannot be written to, or its file system has less room than needed.
+        UserError: the folder cannot be written to, or its file system has less room than needed; or a checkpoint's
+            place is taken by a folder.
     """
+    for path in (folder / LATEST, folder / BEST):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a checkpoint is to be written there: move it away")
     trial = folder / "checkpoint_trial.tmp"
     try:
         free = shutil.disk_usage(folder).free

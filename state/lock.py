@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -100,8 +101,9 @@ class Lock:
     ) -> None:
         if self.folder is None:
             return
-        if self._file is not None:
-            (self.folder / NAME).unlink(missing_ok=True)
-            self._close()
-        if self._made and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        with suppress(OSError):  # the folder is gone, or cannot be written to any more
+            if self._file is not None:
+                (self.folder / NAME).unlink(missing_ok=True)
+            if self._made and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        self._close()

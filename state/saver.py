@@ -61,7 +61,12 @@ class Saver:
         self._vote = Vote()
 
     def wish(self) -> int:
-        """What this process wishes for."""
+        """What this process wishes for.
+
+        Raises:
+            KeyboardInterrupt: after a Ctrl-C that was lost.
+        """
+        self.signals.check()
         late = self.minutes > 0 and is_main() and time.monotonic() - self._last >= 60 * self.minutes
         return self.STOP if self.signals.received else self.SAVE if late else 0
 

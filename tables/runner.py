@@ -16,14 +16,14 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from errors import UserError, shown
+from errors import UserError, reason, shown
 from loggers.progress import clock
-from program import STOPPED
+from program import STOPPED, stop_waiting
 from state.lock import TAKEN_WORDS, is_locked
 from tables.cells import Cell, interpreter
 from tables.evidence import BAD_END, COST, OUTPUT, REPORT, ROOT
@@ -98,12 +98,24 @@ class Runner:
     def _look_at(self, slot: Slot) -> None:
         """Take note of a run that has ended, and begin the next."""
         if slot.process is not None and slot.process.poll() is not None:
-            self._end(slot, slot.process.returncode)
+            assert slot.cell is not None
+            with self._failing_alone(slot, slot.cell):
+                self._end(slot, slot.process.returncode)
         if slot.cell is None and not self.stopped:
             cell = next((cell for cell in self._waiting if self._may_begin(cell)), None)
             if cell is not None:
                 self._waiting.remove(cell)
-                self._begin(slot, cell)
+                with self._failing_alone(slot, cell):
+                    self._begin(slot, cell)
+
+    @contextmanager
+    def _failing_alone(self, slot: Slot, cell: Cell) -> Iterator[None]:
+        """A full disk, or a folder that cannot be written to, fails this cell, and ends no other."""
+        try:
+            yield
+        except OSError as error:
+            slot.cell = slot.process = None
+            self._fail(cell, f"cannot go on: {reason(error)}")
 
     def _may_begin(self, cell: Cell) -> bool:
         """Whether nothing holds it up: an earlier run of it, or its backbone, which is still to be finished."""
@@ -187,8 +199,9 @@ class Runner:
     def _fail(self, cell: Cell, why: str) -> None:
         """Name it, and those that cannot begin without it."""
         self.failed[cell.name] = why
-        cell.path.mkdir(parents=True, exist_ok=True)
-        (cell.path / BAD_END).write_text(f"{why}\n", encoding="utf-8")
+        with suppress(OSError):  # it is told at the end, too
+            cell.path.mkdir(parents=True, exist_ok=True)
+            (cell.path / BAD_END).write_text(f"{why}\n", encoding="utf-8")
         self._say(f"{cell.name}: FAILED: {why}")
         for other in [other for other in self._waiting if self._held_up_by(other) is cell]:
             self._waiting.remove(other)
@@ -214,6 +227,7 @@ class Runner:
     def _stop(self, number: int, frame: object) -> None:
         """Only note it: a run may be about to start, or a line half written."""
         self.stopped = number
+        stop_waiting()
 
     def _pass_on(self) -> None:
         """What has come, once."""

@@ -430,6 +430,16 @@ def test_a_folder_that_is_not_there_or_takes_no_files():
         checkpoint.check_space(Path("/missing"), 0)
 
 
+@pytest.mark.parametrize("name", [checkpoint.LATEST, checkpoint.BEST])
+def test_a_folder_in_a_checkpoints_place_is_refused(tmp_path, name):
+    """Before the first epoch, not after it."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(
+        UserError, match=f"{name} is a folder, and a checkpoint is to be written there: move it away"
+    ):
+        checkpoint.check_space(tmp_path, 0)
+
+
 def test_room_for_checkpoints(tmp_path, monkeypatch):
     checkpoint.check_space(tmp_path, 1)
     assert not any(tmp_path.iterdir())

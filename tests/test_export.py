@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import forks
 import numpy as np
 import onnx
 import onnxruntime
@@ -601,6 +602,35 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, capsys, package):
     message = refused(capsys, tmp_path / "x.pth", tmp_path / "out", "--formats", "onnx")
     assert f"the format onnx needs {package}: pip install -r requirements-export.txt" in message
     assert not (tmp_path / "out").exists()
+
+
+DYING = """
+import os, runpy, sys
+import torch
+save = torch.export.save
+
+def save_and_die(program, path, **options):
+    save(program, path, **options)
+    os.kill(os.getpid(), int(os.environ["NUMBER"]))
+
+torch.export.save = save_and_die
+runpy.run_path("script/export_model.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(15, 75, "stopped by a signal"), (2, 130, "interrupted")])
+def test_a_signal_while_a_file_is_written_leaves_nothing(tmp_path, number, code, said):
+    (tmp_path / "dying.py").write_text(DYING)
+    """What nobody can read of its output is dropped."""
+    save_checkpoint("tiny", tmp_path / "x.pth")
+    out, errors = tmp_path / "out", tmp_path / "errors.txt"
+    argv = [str(tmp_path / "x.pth"), str(out), "--formats", "timm", "torch"]
+    with open("/dev/full", "wb") as full, open(errors, "wb") as file:
+        env = {**os.environ, "NUMBER": str(number)}
+        run = forks.Fork(tmp_path / "dying.py", argv, env, full.fileno(), file.fileno())
+        assert run.wait() == code
+    assert errors.read_text().strip() == f"export_model.py: {said}"
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_failed_export_keeps_the_old_files(tmp_path, monkeypatch):

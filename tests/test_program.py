@@ -6,6 +6,7 @@ import array
 import fcntl
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from processes import PATIENCE
 from small_runs import FLAGS, make_images, saved, train
 
+import main
 from errors import UserError
 from loggers.meters import Meters
 from loggers.progress import Progress
@@ -54,11 +56,14 @@ def started(images: Path, output: Path, *flags: str, **options) -> Iterator[subp
 class Run(forks.Fork):
     """A run as a fork (forks.py), of main.py or another script; it is dead when the test is over."""
 
-    def __init__(self, images: Path, output: Path, *flags: str, script: Path = MAIN, **variables: str) -> None:
+    def __init__(
+        self, images: Path, output: Path, *flags: str, script: Path = MAIN, one_pipe: bool = False, **variables: str
+    ) -> None:
         words = [*FLAGS, "--data-path", str(images), "--output_dir", str(output), *flags]
         reading, writing = os.pipe()
         self.stdout, self.stderr = os.fdopen(reading), os.fdopen(os.memfd_create("errors"), "w+")
-        super().__init__(script, words, {**ENV, **variables}, writing, self.stderr.fileno())
+        errors = writing if one_pipe else self.stderr.fileno()
+        super().__init__(script, words, {**ENV, **variables}, writing, errors)
         os.close(writing)
 
     def __enter__(self) -> Run:
@@ -128,6 +133,29 @@ def test_a_signal_while_torch_is_imported(images, tmp_path, name):
     assert (run.returncode, error.strip()) == SAID[name]
 
 
+BEGINNING = """
+import os, runpy, signal, sys
+
+class Killing:
+    def find_spec(self, name, *rest):
+        if name.startswith(("options", "tables", "torch")):
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Killing())
+sys.path.insert(0, "")
+name = sys.argv[1]
+(runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["main.py", "segmentation", "redundancy", "script/reproduce_table.py"])
+def test_a_signal_before_the_command_line_is_read(name):
+    done = subprocess.run(
+        [sys.executable, "-c", BEGINNING, name], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, f"\n{Path(name).name}: interrupted\n")
+
+
 BUILDING = """
 import io, os, runpy, sys, time
 import build
@@ -176,16 +204,35 @@ def in_pipe(reading: int) -> int:
     return count[0]
 
 
-def test_a_signal_while_nobody_reads_the_output(images, tmp_path):
-    """The write never ends, but the program does."""
+def fill_pipe(run: Run) -> None:
+    """Wait until a pipe is full that nobody reads, and hardly holds anything."""
+    fcntl.fcntl(run.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    while in_pipe(run.stdout.fileno()) < 3900:
+        assert run.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "both"])
+def test_a_signal_while_nobody_reads_the_output(images, tmp_path, both):
+    """The write never ends, but the program does; also where its last words have no reader either."""
     script = tmp_path / "held_up.py"
     script.write_text(BUILDING.replace('name = os.environ["WRITING"]', 'print("x" * 1_000_000); name = None'))
-    with Run(images, tmp_path / "run", *LONG, script=script) as run:
-        while in_pipe(run.stdout.fileno()) < 30_000:
-            assert run.poll() is None
-            time.sleep(0.01)
+    with Run(images, tmp_path / "run", *LONG, script=script, one_pipe=both) as run:
+        fill_pipe(run)
         run.send_signal(signal.SIGTERM)
         assert run.wait() == 75
+
+
+@pytest.mark.parametrize(("name", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_a_run_whose_output_nobody_reads(images, tmp_path, name, code):
+    """It no longer waits for a reader: the step ends, and is saved."""
+    with Run(images, tmp_path / "run", *LONG, "--val-interval", "1000", one_pipe=True) as run:
+        fill_pipe(run)
+        run.send_signal(name)
+        assert run.wait() == code
+    assert not (tmp_path / "run/.lock").exists()
+    if code == 75:
+        assert train(images, tmp_path / "run", "--resume", "auto", "--epochs", "1") == 0
 
 
 def test_more_signals_while_it_stops(images, tmp_path):
@@ -212,8 +259,12 @@ def test_more_signals_while_it_stops(images, tmp_path):
 
 
 def test_interrupted_twice(images, tmp_path):
+    """By a Ctrl-C that the terminal sends to all processes; the workers leave it to the run."""
     with Run(images, tmp_path, *LONG, "--num_workers", "1") as run:
         wait_for(run, "Epoch 2/1000")
+        for worker in workers_of(run):
+            os.kill(worker, signal.SIGINT)
+        wait_for(run, "Epoch 4/1000")
         workers = workers_of(run)
         run.send_signal(signal.SIGINT)
         time.sleep(0.05)
@@ -221,6 +272,46 @@ def test_interrupted_twice(images, tmp_path):
         _, error = run.communicate()
     assert run.returncode == 130 and "Traceback" not in error
     assert all(map(ends, workers))
+
+
+LOSING = """
+import os, runpy, signal, sys
+import state.checkpoint
+whole = state.checkpoint.write_atomically
+
+class Interrupting:
+    def __init__(self, file):
+        self.file, self.written = file, 0
+
+    def write(self, content):
+        self.written += 1
+        if os.environ["WHERE"] == "writing" and self.written == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
+
+    def __del__(self):
+        if os.environ["WHERE"] == "deleting":
+            os.kill(os.getpid(), signal.SIGINT)
+
+def write_atomically(path, write, *rest):
+    whole(path, lambda file: write(Interrupting(file)), *rest)
+
+state.checkpoint.write_atomically = write_atomically
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("where", ["writing", "deleting"])
+def test_a_ctrl_c_that_is_lost(images, tmp_path, where):
+    """In the middle of torch.save it becomes a RuntimeError, and what __del__ raises is dropped."""
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING)
+    with Run(images, tmp_path / "run", "--epochs", "2", script=script, WHERE=where) as run:
+        _, error = run.communicate()
+    assert (run.returncode, error) == (130, "\nmain.py: interrupted\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -362,3 +453,11 @@ def test_a_folder_below_a_file(tmp_path):
         Lock(tmp_path / "file/x"),
     ):
         pass
+
+
+def test_a_folder_that_is_removed_during_the_run(images, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(main.Classification, "print_plan", lambda *_: shutil.rmtree(folder))
+    assert train(images, folder, "--epochs", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"main.py: error: cannot write checkpoints to {folder}: No such file or directory")

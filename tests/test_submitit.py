@@ -380,6 +380,33 @@ def test_failed_local_training_is_reported(
     assert "no such data" in Path(error.strip().rpartition("see ")[2]).read_text()
 
 
+STUB = """
+import runpy, sys
+from types import SimpleNamespace
+import submitit
+
+class Executor:
+    def __init__(self, **options):
+        pass
+
+    update_parameters = __init__
+
+    def submit(self, training):
+        return SimpleNamespace(job_id=1, paths=SimpleNamespace(folder="x"), results=lambda: [0])
+
+submitit.AutoExecutor = Executor
+runpy.run_path("script/run_with_submitit.py", run_name="__main__")
+"""
+
+
+@needs_submitit
+def test_a_job_is_submitted_though_nobody_reads_that(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", STUB, *LOCAL, "--", *FLAGS, str(tmp_path)]
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 def test_debug_becomes_main_itself(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose signals, output and exit code are then those of the command; submitit is not needed."""
     started: list[list[str]] = []

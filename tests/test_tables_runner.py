@@ -389,6 +389,16 @@ def test_a_page_that_cannot_be_written_ends_no_run(tmp_path: Path, notes: Path) 
     assert all(cell.finished for cell in all_cells) and found.trouble == "cannot write to out: no space"
 
 
+@pytest.mark.parametrize("name", [evidence.OUTPUT, evidence.COST, evidence.BAD_END])
+def test_a_folder_that_cannot_be_written_to_fails_alone(tmp_path: Path, notes: Path, name: str) -> None:
+    """Also a full disk: what cannot be written of one run does not end the others."""
+    bad, other = made(tmp_path, "one", "two", seeds=1)
+    (bad.path / name).mkdir(parents=True)
+    found = finish([bad, other], jobs=2)
+    assert other.is_done and list(found.failed) == [bad.name]
+    assert "cannot go on: [Errno 21] Is a directory: " in found.failed[bad.name]
+
+
 def test_other_epochs_than_the_tables_are_no_result(tmp_path: Path, notes: Path) -> None:
     """A run that is being continued is not finished, and its old cost and report are gone when it begins."""
     all_cells = made(tmp_path, "one", seeds=1)
