@@ -21,6 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import build
+import program
 from engine import Precision, Updater, train_one_epoch
 from errors import UserError
 from loggers.progress import Progress
@@ -165,10 +166,12 @@ def get_args_parser(description: str) -> argparse.ArgumentParser:
 
 def main(run: Callable[[], None]) -> None:
     """Run a benchmark; a user's mistake becomes one line and exit code 2."""
+    name = Path(sys.argv[0]).name
+    program.begin(name)
     try:
         run()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

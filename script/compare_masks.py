@@ -20,6 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import program
 from ending import finish
 from errors import UserError, reason, shown
 from options.parser import Parser
@@ -33,10 +34,12 @@ from segmentation.sets import DATA_SETS, find_pairs
 from segmentation.transforms import RECIPES, Training, Whole
 from utils import write_atomically
 
+PROGRAM = "compare_masks.py"
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(prog="compare_masks.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("networks", nargs="+", metavar="NAME=FOLDER", help="a network, and what it has predicted")
     parser.add_argument("--data-set", required=True, choices=list(DATA_SETS), help="as for python -m segmentation")
     parser.add_argument("--data-path", default="", metavar="FOLDER", help="of the data set (DIGITS needs none)")
@@ -50,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
-    return finish("compare_masks.py", lambda: run(get_args_parser().parse_args(argv)))
+    return finish(PROGRAM, lambda: run(get_args_parser().parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -125,4 +128,5 @@ def predicted(folder: Path, images: SegmentedImages, index: int, shape: tuple[in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.begin(PROGRAM)
+    program.leave(main())

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError, escaped, reason
 from options.parser import Parser
+from program import outlive_readers
 
 PACKAGE = "dataset-fashion-mnist"
 IN_PACKAGE = Path("usr/share/datasets/fashion-mnist")
@@ -179,4 +180,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

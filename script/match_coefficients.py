@@ -22,15 +22,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import program
 from errors import UserError, shown
 from options.parser import Parser
+
+PROGRAM = "match_coefficients.py"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line, without main.py's flags."""
     parser = Parser(
-        prog="match_coefficients.py",
-        usage="match_coefficients.py [FLAGS] -- FLAGS of main.py",
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [FLAGS] -- FLAGS of main.py",
         description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
     )
@@ -123,10 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             coefficient = f"{rounded(args.share * label / own):g}" if own else "none: its gradient is 0"
             print(f"{name:40} {own:10.3g} {label:10.3g}  {coefficient}", flush=True)
     except UserError as error:
-        print(shown(f"match_coefficients.py: error: {error}", 4000), file=sys.stderr)
+        print(shown(f"{PROGRAM}: error: {error}", 4000), file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.begin(PROGRAM)
+    program.leave(main())

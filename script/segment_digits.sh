@@ -32,6 +32,16 @@ segment() {
     echo "$1: done in $SECONDS s"
 }
 
+# If one fails, or this script is told to end, no other goes on in the background.
+set -m  # a process group for each
+pids=()
+stop() {
+    for pid in "${pids[@]}"; do kill -- "-$pid" 2> /dev/null || true; done
+}
+trap stop EXIT
+trap 'exit 75' TERM
+trap 'exit 130' INT
+
 for ((i = 0; i < ${#names[@]}; i += 2)); do
     pids=()
     for name in "${names[@]:i:2}"; do
@@ -41,6 +51,7 @@ for ((i = 0; i < ${#names[@]}; i += 2)); do
     done
     for pid in "${pids[@]}"; do wait "$pid"; done
 done
+pids=()
 predicted=()
 for name in "${names[@]}"; do predicted+=("$name=$folder/$name/predictions"); done
 python script/compare_masks.py "${predicted[@]}" --data-set DIGITS --output "$folder/masks.html"

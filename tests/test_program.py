@@ -19,7 +19,7 @@ from pathlib import Path
 
 import forks
 import pytest
-from processes import PATIENCE
+from processes import PATIENCE, ends
 from small_runs import FLAGS, make_images, saved, train
 
 import main
@@ -92,23 +92,6 @@ def wait_for(run: Run | subprocess.Popen[str], text: str) -> None:
 
 def workers_of(run: Run | subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
-
-
-def ends(pid: int, seconds: float = 30) -> bool:
-    """Whether a process that was killed is gone soon: on a busy machine it may still be there for a moment."""
-    end = time.monotonic() + seconds
-    while is_alive(pid):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------------------------

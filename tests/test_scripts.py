@@ -7,14 +7,18 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forks
 import pytest
 import yaml
+from processes import PATIENCE, ends, executable
 
 from options import config
 from redundancy.options import read_options
@@ -608,6 +612,68 @@ def test_slurm_continues_an_interrupted_run(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr[-3000:]
     assert [json.loads(line)["epoch"] for line in cluster.notes("run/log.txt")] == list(range(6))
     assert len(cluster.requeued()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Segmentation of digits: two trainings side by side
+
+TRAINING = """#!/bin/sh
+case "$*" in
+    *segmentation/plain*) echo $$ > plain; while [ ! -e fail ]; do sleep 0.02; done; echo "no disk" >&2; exit 1;;
+    *segmentation/diverse*) echo $$ > diverse; exec sleep 1000;;
+esac
+"""
+
+
+@pytest.mark.parametrize("signalled", [False, True], ids=["failure", "signal"])
+def test_no_training_goes_on_in_the_background(project: Path, signalled: bool) -> None:
+    shutil.copy(ROOT / "script" / "segment_digits.sh", project / "script")
+    (project / "requirements-segmentation.txt").touch()
+    for name in ("plain", "diverse"):
+        (project / "experiment" / "quickstart" / name).mkdir(parents=True)
+        (project / "experiment" / "quickstart" / name / "checkpoint.pth").touch()
+    executable(project / "environment" / "bin" / "python", TRAINING)
+    env = {**os.environ, "VIRTUAL_ENV": str(project / "environment")}
+    command = ["bash", str(project / "script" / "segment_digits.sh")]
+    with (
+        open(project / "errors", "w+") as errors,
+        subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors) as run,
+    ):
+        started = [project / name for name in ("plain", "diverse")]
+        while not all(path.exists() and path.read_text().endswith("\n") for path in started):
+            assert run.poll() is None
+            time.sleep(0.02)
+        if signalled:
+            run.send_signal(signal.SIGTERM)
+        else:
+            (project / "fail").touch()
+        run.wait(timeout=PATIENCE)
+        errors.seek(0)
+        assert run.returncode == (75 if signalled else 1) and ("no disk" in errors.read()) is not signalled
+    assert all(ends(int(path.read_text())) for path in started)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Output that nobody reads
+
+PROGRAMS = ["main.py", "script/compare_masks.py", "script/match_coefficients.py", "script/fashion_mnist.py"]
+PROGRAMS += [
+    "script/export_model.py",
+    "script/reproduce_table.py",
+    "script/run_with_submitit.py",
+    "benchmarks/step.py",
+]
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_help_that_nobody_reads(script: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(tmp_path / "errors", "w+") as errors:
+        code = forks.Fork(ROOT / script, ["--help"], os.environ, writing, errors.fileno()).wait()
+        os.close(writing)
+        errors.seek(0)
+        assert (code, errors.read()) == (0, "")
 
 
 # ------------------------------------------------------------------------------------------------------------

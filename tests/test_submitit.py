@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
-from processes import PATIENCE
+from processes import PATIENCE, executable
 
 import main
 
@@ -67,12 +67,6 @@ def by_value(script: ModuleType) -> Iterator[None]:
     cloudpickle.register_pickle_by_value(script)
     yield
     cloudpickle.unregister_pickle_by_value(script)
-
-
-def executable(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 @pytest.fixture

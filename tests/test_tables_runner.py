@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import executable
 
 from errors import UserError
 from options import config
@@ -586,12 +587,6 @@ def test_an_estimate_by_what_was_measured(tmp_path: Path, notes: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # SLURM
-
-
-def executable(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 def test_jobs_are_submitted_once(
