@@ -140,6 +140,31 @@ def test_a_signal_stops_it(data, capfd, monkeypatch, workers):
     assert "main.py: stopped by a signal after 49 of 60 training and 20 validation images; 2 cannot be read" in out
 
 
+class Interrupting:
+    """Ctrl-C while it is deleted, where Python drops what is raised."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_ctrl_c_that_is_lost(data, capfd, monkeypatch):
+    """It is raised again at the next image."""
+    over, seen, lost = check_data.Progress.over, [], []
+
+    def interrupting(self, first, total, meters):
+        for number in over(self, first, total, meters):
+            seen.append(number)
+            if number == 5:
+                Interrupting()
+            yield number
+
+    monkeypatch.setattr(check_data.Progress, "over", interrupting)
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.exc_type))
+    assert main.main([*flags(data), "--num_workers", "0"]) == 130
+    assert capfd.readouterr().err == "\nmain.py: interrupted\n"
+    assert lost == [KeyboardInterrupt] and seen[-1] == 5
+
+
 def test_a_worker_that_dies_is_one_line(data, capfd, monkeypatch):
     def die(self, index):
         os.kill(os.getpid(), signal.SIGKILL)
