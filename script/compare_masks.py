@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
     }
     page = render(f"Segmentation of {args.data_set}", pictures, on_page, pairs.classes, pairs.palette, about)
     try:
-        write_atomically(Path(args.output), lambda file: file.write(page.encode()))
+        with program.leaving_nothing(PROGRAM):
+            write_atomically(Path(args.output), lambda file: file.write(page.encode()))
     except OSError as error:
         raise UserError(f"cannot write {args.output}: {reason(error)}") from error
     print(f"written: {args.output}")

@@ -73,6 +73,8 @@ def check(args: Settings) -> None:
         raise UserError(f"--class-file is for --data-set FOLDER, not {args.data_set}, whose classes have names")
     if args.predictions and not args.eval:
         raise UserError("--predictions is written by --eval: give both")
+    if args.pictures != Flags().pictures and not args.predictions:
+        raise UserError("--pictures is for the page of --predictions: give both, or drop it")
     if args.frozen and args.terms:
         raise UserError(f"--frozen trains the heads alone, and {args.terms[0].name} trains the backbone: drop one")
     if args.head == "linear" and args.neck != Flags().neck:
@@ -87,9 +89,11 @@ def check(args: Settings) -> None:
 
 
 def without_effect(args: Settings) -> list[str]:
-    """The flags that were given, but that this network does not use, each with the reason."""
+    """The flags that were given, but that this run does not use, each with the reason."""
     default = Flags()
     unused: dict[str, str] = {}
+    if args.warmup_iterations == 0:
+        unused["warmup_share"] = "--warmup-iterations 0 has no warm-up"
     if args.auxiliary_coef == 0:
         unused["auxiliary_channels"] = "--auxiliary-coef 0 has no auxiliary head"
     if args.head == "linear":

@@ -625,8 +625,9 @@ esac
 """
 
 
-@pytest.mark.parametrize("signalled", [False, True], ids=["failure", "signal"])
-def test_no_training_goes_on_in_the_background(project: Path, signalled: bool) -> None:
+@pytest.mark.parametrize(("number", "code"), [(0, 1), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_no_training_goes_on_in_the_background(project: Path, number: int, code: int) -> None:
+    """After a failure of another one, or a signal to the script."""
     shutil.copy(ROOT / "script" / "segment_digits.sh", project / "script")
     (project / "requirements-segmentation.txt").touch()
     for name in ("plain", "diverse"):
@@ -643,13 +644,13 @@ def test_no_training_goes_on_in_the_background(project: Path, signalled: bool) -
         while not all(path.exists() and path.read_text().endswith("\n") for path in started):
             assert run.poll() is None
             time.sleep(0.02)
-        if signalled:
-            run.send_signal(signal.SIGTERM)
+        if number:
+            run.send_signal(number)
         else:
             (project / "fail").touch()
         run.wait(timeout=PATIENCE)
         errors.seek(0)
-        assert run.returncode == (75 if signalled else 1) and ("no disk" in errors.read()) is not signalled
+        assert run.returncode == code and ("no disk" in errors.read()) == (code == 1)
     assert all(ends(int(path.read_text())) for path in started)
 
 

@@ -106,6 +106,7 @@ def test_a_backbone_of_the_model_that_is_named(images: Path, run: Path) -> None:
         ),
         (["--head", "linear", "--map-layers", "3"], "--head linear reads the last map alone: drop --map-layers"),
         (["--class-names", "sky", "sea", "sky"], "--class-names has sky more than once: names must differ"),
+        (["--pictures", "3"], "--pictures is for the page of --predictions: give both, or drop it"),
         (["--resize", "0", "20"], "--resize 0 is not to resize at all: drop the other number, or the 0"),
     ],
 )
@@ -138,6 +139,7 @@ OF_FLAGS = {"channels", "auxiliary-channels"}  # which all these runs are given
             {*OF_FLAGS, "auxiliary-coef", "head-drop"},
             "--head linear is one layer on the last map",
         ),
+        (["--warmup-share", "0.1"], {"warmup-share"}, "--warmup-iterations 0 has no warm-up"),
         (["--frozen", "--layer-decay", "0.9"], {"layer-decay"}, "--frozen does not train the backbone"),
     ],
 )
